@@ -1,0 +1,1 @@
+"""Checkpoint or GGUF to graph: the only folder that imports torch or transformers."""

@@ -1,0 +1,1 @@
+"""The catalog: one TOML a known model."""

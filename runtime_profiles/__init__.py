@@ -1,0 +1,1 @@
+"""What each target can do and likes: one TOML a target."""
