@@ -1,0 +1,57 @@
+"""The contract of a pass.
+
+A pass is onnx_ir's own: an object with `call(model) -> PassResult`, its options being typed constructor arguments.
+`Pass` adds a name, whether the result is exact, and a report of what matched and why the rest did not. To add one: a
+file here, a test, one line in `registry.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+
+
+@dataclass
+class Report:
+    """What a pass did and what it looked at but left alone; both are counts by operator or by reason."""
+
+    matched: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def match(self, what: str, count: int = 1) -> None:
+        self.matched[what] += count
+
+    def skip(self, reason: str, count: int = 1) -> None:
+        self.skipped[reason] += count
+
+
+@dataclass
+class PassResult(ir.passes.PassResult):
+    """onnx_ir's result with the report of the pass."""
+
+    report: Report = field(default_factory=Report)
+
+
+class Pass(ir.passes.InPlacePass):
+    """Base of all passes: subclasses implement `apply(model, report)`.
+
+    `exact` passes must keep every output to floating-point rounding; the driver verifies both kinds, to different
+    tolerances. A pass that matched nothing is an error in the driver unless the recipe marks it optional.
+    """
+
+    name: ClassVar[str]
+    """As in recipes and on the command line, words joined by hyphens."""
+    exact: ClassVar[bool] = True
+
+    def call(self, model: ir.Model) -> PassResult:
+        report = Report()
+        self.apply(model, report)
+        return PassResult(model, modified=bool(report.matched), report=report)
+
+    @abstractmethod
+    def apply(self, model: ir.Model, report: Report) -> None:
+        """Edit `model` in place and note in `report` what was matched and what was skipped, with the reason."""
