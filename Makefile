@@ -1,0 +1,67 @@
+# Everything runs in .venv, which the first target that needs it creates (a few minutes) and later ones reuse.
+#
+#   make demo         build SmolLM2-135M-Instruct, print the before/after table and a sample of its text
+#   make test         all tests but the slow ones and those that need other runtimes; TESTS= and PYTEST= narrow it
+#   make test-all     every test: real models from PyPI, onnxruntime-genai, Node clients from npm
+#   make lint types   ruff; mypy --strict
+#   make wheel-check  build the wheel, install it elsewhere, import every subpackage
+#   make bench        the tables of the README, side by side with other tools
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TESTS ?= tests
+PYTEST ?= -m "not slow and not client"
+DEMO_MODEL ?= smollm2-135m-instruct
+
+.PHONY: demo test test-all lint types wheel-check bench docs clean
+
+demo: $(VENV)/.export
+	$(VENV)/bin/onnxpress build $(DEMO_MODEL) -o demo/$(DEMO_MODEL)
+	$(VENV)/bin/onnxpress run demo/$(DEMO_MODEL) "Write one sentence about the sea." --max-tokens 40
+
+test: $(VENV)/.dev
+	$(VENV)/bin/pytest $(TESTS) $(PYTEST)
+
+test-all: $(VENV)/.dev $(VENV)/.clients
+	$(VENV)/bin/pytest $(TESTS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+wheel-check: $(VENV)/.dev
+	$(VENV)/bin/pytest tests/house/test_wheel.py
+
+bench: $(VENV)/.clients
+	$(VENV)/bin/python -m benchmarks
+
+docs: $(VENV)/.dev
+	$(VENV)/bin/python docs/generate.py
+
+# torch comes first, from a CPU build, so that nothing after it pulls the CUDA packages: the plain index where it has one
+# (a local wheel folder counts), then PyTorch's own CPU index, then whatever the platform's default is (macOS: a CPU build).
+$(VENV)/.torch: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0+cpu 2>/dev/null \
+	  || $(PIP) install -q -c constraints.txt torch==2.13.0 --extra-index-url $(TORCH_INDEX)
+	@touch $@
+
+$(VENV)/.export: $(VENV)/.torch setup.cfg constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[export]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.export setup.cfg constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[test,lint,wheel]'
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.export setup.cfg constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[clients]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo src/*.egg-info
