@@ -1,0 +1,206 @@
+"""Recipes: an ordered list of passes with options. A TOML file is the same list.
+
+    name = "cpu-decoder"
+    description = "8-bit blocks, a 4-bit head"
+
+    [[pass]]
+    name = "clean-up"
+
+    [[pass]]
+    name = "quantize-blocks"
+    optional = true          # matching nothing is fine; otherwise it is an error
+    bits = 8                 # everything else is an argument of the pass's constructor
+    block_size = "auto"      # taken from the profile: [auto.quantize-blocks] block_size
+
+Unknown passes and options raise UsageError with the nearest name; option values are checked against the annotations of
+the constructor.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from onnxpress.errors import UsageError
+from onnxpress.names import unknown_name
+from onnxpress.optimizers import registry
+from onnxpress.optimizers.base import Pass
+
+AUTO = "auto"
+_OWN_KEYS = {"name", "optional"}
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """One line of a recipe, not yet a pass: options may still say `auto`."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
+
+    def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> PassSpec:
+        """The same with every `auto` replaced by the profile's value; `auto` is the profile's table of that name.
+
+        Where the profile has no value the option is left out: the constructor's default holds.
+        """
+        preferred = auto.get(self.name, {})
+        options = {
+            key: preferred.get(key) if value == AUTO else value
+            for key, value in self.options.items()
+            if value != AUTO or key in preferred
+        }
+        return PassSpec(self.name, options, self.optional)
+
+    def build(self) -> Pass:
+        """The pass itself. Raises UsageError for an unknown pass, an unknown option or a value of the wrong type."""
+        cls = registry.load(self.name)
+        known = parameters(cls)
+        values = {}
+        for key, value in self.options.items():
+            if key not in known:
+                raise unknown_name(f"option of {self.name}", key, known)
+            values[key] = _checked(self.name, key, value, known[key])
+        missing = [
+            name
+            for name, parameter in known.items()
+            if parameter.default is inspect.Parameter.empty and name not in values
+        ]
+        if missing:
+            raise UsageError(f"{self.name} needs the option {missing[0]}", hint=f"--pass {self.name}:{missing[0]}=…")
+        try:
+            return cls(**values)
+        except ValueError as error:  # the pass's own opinion of a value of the right type
+            raise UsageError(f"{self.name}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **({"optional": True} if self.optional else {}), **self.options}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of passes."""
+
+    name: str
+    passes: tuple[PassSpec, ...]
+    description: str = ""
+
+    def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        return Recipe(self.name, tuple(spec.resolve(auto) for spec in self.passes), self.description)
+
+    def build(self) -> list[Pass]:
+        """All passes, so that a wrong option in the last one is found before the first one runs."""
+        return [spec.build() for spec in self.passes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a recipe's TOML file holds it."""
+        head = {"name": self.name} | ({"description": self.description} if self.description else {})
+        return head | {"pass": [spec.to_dict() for spec in self.passes]}
+
+
+def names() -> list[str]:
+    return sorted(_files())
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name, or of a TOML file of one's own. Raises UsageError for an unknown name or key."""
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return loads(path.read_text(encoding="utf-8"), path.name)
+    files = _files()
+    if name not in files:
+        raise unknown_name("recipe", name, files, see="onnxpress list recipes")
+    return loads(files[name], f"{name}.toml")
+
+
+def loads(text: str, label: str = "recipe") -> Recipe:
+    """Parse TOML; `label` names it in errors. Passes and options are checked by `build()`."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{label}: not TOML: {error}") from error
+    for key in table:
+        if key not in {"name", "description", "pass"}:
+            raise unknown_name(f"key in {label}", key, ["name", "description", "pass"])
+    rows = table.get("pass", [])
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
+    ):
+        raise UsageError(f"{label}: every pass is a [[pass]] table with a name")
+    specs = []
+    for row in rows:
+        optional = row.get("optional", False)
+        if not isinstance(optional, bool):
+            raise UsageError(f"{label}: optional of {row['name']} must be true or false, not {optional!r}")
+        registry.load(row["name"])
+        options = {key: value for key, value in row.items() if key not in _OWN_KEYS}
+        specs.append(PassSpec(row["name"], options, optional))
+    return Recipe(str(table.get("name", label.removesuffix(".toml"))), tuple(specs), str(table.get("description", "")))
+
+
+def parse_pass(text: str) -> PassSpec:
+    """A pass from the command line, `NAME[:key=value,…]`; values are TOML where they parse as such, else strings."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(
+                f"--pass {text}: {item!r} is not key=value", hint="--pass quantize-blocks:bits=4,block_size=32"
+            )
+        options[key.strip().replace("-", "_")] = _literal(value.strip())
+    registry.load(name)
+    optional = options.pop("optional", False)
+    return PassSpec(name, options, optional=optional is True)
+
+
+def from_passes(passes: Sequence[PassSpec]) -> Recipe:
+    return Recipe("command line", tuple(passes))
+
+
+def parameters(cls: type[Pass]) -> dict[str, inspect.Parameter]:
+    """The options of a pass: its constructor's arguments, with annotations resolved."""
+    hints = get_type_hints(cls.__init__)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _checked(owner: str, key: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """`value` if it is of the annotated type (an int where a float is wanted passes; "4" for 4 does not)."""
+    adapter = TypeAdapter(parameter.annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        # JSON mode turns TOML's lists into the tuples, sets and enums that the annotation may ask for.
+        return adapter.validate_json(TypeAdapter(Any).dump_json(value), strict=True)
+    except ValidationError as error:
+        wanted = inspect.formatannotation(parameter.annotation).replace("typing.", "")
+        raise UsageError(f"{owner}: {key} must be {wanted}, not {value!r}", hint=error.errors()[0]["msg"]) from error
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+@cache
+def _files() -> dict[str, str]:
+    """TOML text by recipe name."""
+    folder = resources.files("onnxpress.optimizers") / "recipes"
+    if not folder.is_dir():
+        return {}
+    return {
+        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    }

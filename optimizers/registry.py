@@ -1,0 +1,21 @@
+"""Every pass by its name. To add a pass: its file, its test, one line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from onnxpress.names import unknown_name
+from onnxpress.optimizers.base import Pass
+
+PASSES: dict[str, str] = {}
+
+
+def load(name: str) -> type[Pass]:
+    """The class of the pass called `name`; raises UsageError with the nearest name."""
+    if name not in PASSES:
+        raise unknown_name("pass", name, PASSES, see="onnxpress list passes")
+    module, _, attribute = PASSES[name].partition(":")
+    found: type[Pass] = getattr(import_module(module), attribute)
+    assert issubclass(found, Pass)
+    assert found.name == name, f"{PASSES[name]} calls itself {found.name!r}, the registry calls it {name!r}"
+    return found
