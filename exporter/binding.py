@@ -1,0 +1,297 @@
+"""Ties every parameter of a model to its place in a checkpoint, without reading a single weight.
+
+transformers renames, splits and merges checkpoint tensors while it loads them: `bert.` prefixes come and go, experts
+are stacked, `gamma` becomes `weight`, a head shares the embedding. The rules live in transformers
+(`conversion_mapping.py`); here they are run on names first, on meta tensors next to learn shapes, and on values only
+when somebody reads the parameter.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from onnxpress.errors import CorruptFileError, UnsupportedModelError
+from onnxpress.exporter.weights import ArrayTensor, TensorSource, same_values
+
+logger = logging.getLogger(__name__)
+
+with (
+    warnings.catch_warnings()
+):  # torch says once per process that arrays over mapped files are read-only: let it be now
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"read-only", dtype=np.uint8))
+
+_TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
+    ir.DataType.BOOL: torch.bool,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+}
+_IR_DTYPES = {theirs: ours for ours, theirs in _TORCH_DTYPES.items()}
+
+
+class Binding(dict[str, TensorSource]):
+    """Every name of `model.state_dict()` -> where its values come from. Tied names share one TensorSource object."""
+
+    def __init__(self, sources: Mapping[str, TensorSource], unused: list[str]) -> None:
+        super().__init__(sources)
+        self.unused = unused
+        """Checkpoint tensors that no parameter wants, sorted; buffers known to be obsolete are left out."""
+
+
+def bind(model: torch.nn.Module, tensors: Mapping[str, TensorSource], *, optional: Collection[str] = ()) -> Binding:
+    """Map every parameter and persistent buffer of a transformers model to a tensor of the checkpoint.
+
+    Sources keep the element type of the checkpoint: they are not cast to the model's.
+
+    Args:
+        model: a PreTrainedModel; on the meta device it costs no memory. Its parameters give the required shapes.
+        tensors: the checkpoint's tensors by their names in the files.
+        optional: patterns (regular expressions) of names that may be missing; they are then absent from the result.
+
+    Raises:
+        CorruptFileError: parameters that the checkpoint lacks, or of another shape than the config says.
+        UnsupportedModelError: a weight stored as integers (quantized by another tool) where the model wants floats.
+    """
+    required: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+    matched, unused = _match_names(model, tensors, required)
+    _check(required, matched)
+    _tie(model, required, matched)
+    _fill_computed(model, required, matched)
+    missing = [name for name in required if name not in matched]
+    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
+    if missing:
+        raise CorruptFileError(
+            f"the checkpoint lacks {len(missing)} of the {len(required)} parameters of {type(model).__name__}: "
+            f"{_some(missing)}",
+            hint="a shard may be missing, or the weights belong to another task or config.json",
+        )
+    unused = sorted(name for name in unused if not _is_obsolete(model, name))
+    if unused:
+        logger.warning("%d checkpoint tensors are not used by %s: %s", len(unused), type(model).__name__, _some(unused))
+    return Binding({name: matched[name] for name in required if name in matched}, unused)
+
+
+@dataclass
+class _Pieces:
+    """The checkpoint tensors that one converter turns into one or more parameters."""
+
+    converter: WeightConverter
+    target: str
+    """The first of the parameters made, as a full name."""
+    inputs: dict[str, list[TensorSource]] = field(default_factory=lambda: defaultdict(list))
+    """By source pattern, in natural order of their names (expert 2 before expert 10)."""
+
+    def convert(self, model: torch.nn.Module, load: Any) -> dict[str, torch.Tensor]:
+        """Run the converter on `load(source)` for each input; returns parameters by full name."""
+        converter = deepcopy(self.converter)
+        for pattern, sources in self.inputs.items():
+            for source in sources:
+                converter.add_tensor(self.target, source.name, pattern, load(source))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class ConvertedTensor(TensorSource):
+    """A parameter that transformers makes from checkpoint tensors: stacked experts, a chunk of a packed projection.
+
+    Reading it reads its pieces, so the peak is about twice the parameter.
+    """
+
+    def __init__(self, name: str, meta: torch.Tensor, pieces: _Pieces, model: torch.nn.Module) -> None:
+        super().__init__(name, tuple(meta.shape), _IR_DTYPES[meta.dtype])
+        self._pieces = pieces
+        self._model = model
+
+    def numpy(self) -> np.ndarray:
+        return to_numpy(self._pieces.convert(self._model, lambda source: to_torch(source.numpy()))[self.name])
+
+
+def _match_names(
+    model: torch.nn.Module, tensors: Mapping[str, TensorSource], required: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, TensorSource], list[str]]:
+    """Follow transformers' rules from checkpoint names to parameter names; also the names that led nowhere."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+
+    matched: dict[str, TensorSource] = {}
+    groups: dict[str, _Pieces] = {}
+    unused: list[str] = []
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, required)
+        if target not in required and name in required:  # a rule fired that was meant for other checkpoints
+            target, pattern = rename_source_key(name, [], [], prefix, required)
+        if target not in required:
+            unused.append(name)
+        elif pattern is None:
+            matched.setdefault(target, tensors[name])
+        else:
+            group = groups.setdefault(target, _Pieces(by_pattern[pattern], target))
+            group.inputs[pattern].append(tensors[name])
+    for target, group in groups.items():
+        matched.update(_converted(model, target, group))
+    return matched, unused
+
+
+def _converted(model: torch.nn.Module, target: str, group: _Pieces) -> dict[str, TensorSource]:
+    """The parameters of one converter: it runs on meta tensors, which yields names and shapes but reads nothing."""
+    try:
+        made = group.convert(model, _to_meta)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        inputs = [source.name for sources in group.inputs.values() for source in sources]
+        raise CorruptFileError(
+            f"parameter {target} cannot be made from {_some(inputs)}: {error}",
+            hint="the checkpoint's tensors and its config.json disagree",
+        ) from error
+    return {name: ConvertedTensor(name, meta, group, model) for name, meta in made.items()}
+
+
+def _check(required: Mapping[str, torch.Tensor], matched: Mapping[str, TensorSource]) -> None:
+    for name, source in matched.items():
+        parameter = required.get(name)
+        if parameter is None:
+            continue
+        if source.shape != tuple(parameter.shape):
+            raise CorruptFileError(
+                f"parameter {name} has shape {list(source.shape)} in the checkpoint; "
+                f"its config.json requires {list(parameter.shape)}",
+                hint="config.json and the weights do not belong together",
+            )
+        if parameter.is_floating_point() and not source.dtype.is_floating_point():
+            raise UnsupportedModelError(
+                f"parameter {name} is stored as {source.dtype}: the checkpoint is quantized in a way onnxpress "
+                "does not read",
+                hint="start from the unquantized checkpoint (BF16, F16 or F32) or from a .gguf",
+            )
+
+
+def _tie(model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, TensorSource]) -> None:
+    """Give parameters that share storage one source, whichever of their names the checkpoint has.
+
+    Like transformers: where the checkpoint holds several with different values, they stay apart whatever the config
+    says.
+    """
+    for group in _tied_groups(model, required):
+        present = [name for name in group if name in matched]
+        if not present:
+            continue
+        first = matched[present[0]]
+        for name in group:
+            if name not in matched or same_values(first, matched[name]):
+                matched[name] = first
+            else:
+                logger.warning("%s and %s are declared tied but differ in the checkpoint: kept apart", present[0], name)
+
+
+def _tied_groups(model: torch.nn.Module, required: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names that are one parameter, by declaration (target -> source) or because one tensor has several names."""
+    declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name in required:
+        groups[declared.get(name, name)].append(name)
+    for source, group in groups.items():
+        if source in group:
+            group.insert(0, group.pop(group.index(source)))
+    by_tensor: dict[int, list[str]] = {}
+    for group in groups.values():
+        by_tensor.setdefault(id(required[group[0]]), []).extend(group)
+    return [group for group in by_tensor.values() if len(group) > 1]
+
+
+def _fill_computed(
+    model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, TensorSource]
+) -> None:
+    """Add tables that checkpoints may leave out because the model computes them, like sinusoidal positions.
+
+    transformers lists what may be missing, but not all of it is computed. Initialising twice from different seeds
+    tells a table from random values.
+    """
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name in required:
+        if name in matched or not any(pattern.search(name) for pattern in patterns):
+            continue
+        module_path, _, leaf = name.rpartition(".")
+        values = [_initial_value(model, module_path, leaf, seed) for seed in (0, 1)]
+        if torch.equal(*values):
+            matched[name] = ArrayTensor(name, to_numpy(values[0]))
+
+
+def _initial_value(model: torch.nn.Module, module_path: str, leaf: str, seed: int) -> torch.Tensor:
+    """What transformers initialises a parameter to, computed on a copy of the small module that owns it."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = deepcopy(model.get_submodule(module_path)).to_empty(device="cpu", recurse=False)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.fill_(seed)  # so that what initialisation leaves alone differs between seeds
+        model._init_weights(module)
+        value: torch.Tensor = getattr(module, leaf).detach()
+        return value
+
+
+def _is_obsolete(model: torch.nn.Module, name: str) -> bool:
+    """Whether transformers says that this checkpoint tensor is to be ignored, or it is a buffer of old versions."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    patterns += [
+        r"rotary_emb\.inv_freq$",
+        r"(^|\.)position_ids$",
+        r"\.attn\.(masked_)?bias$",
+        r"\.attention\.(masked_)?bias$",
+    ]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _to_meta(source: TensorSource) -> torch.Tensor:
+    dtype = _TORCH_DTYPES.get(source.dtype)
+    if dtype is None:
+        raise UnsupportedModelError(
+            f"tensor {source.name} of type {source.dtype} cannot be merged into a parameter",
+            hint="start from the unquantized checkpoint (BF16, F16 or F32)",
+        )
+    return torch.empty(source.shape, dtype=dtype, device="meta")
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor of the same type; shares memory that may be a read-only file: never write to it."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor as an array of the same type; bfloat16 becomes ml_dtypes'."""
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    array: np.ndarray = (tensor.view(torch.int16) if is_bfloat16 else tensor).contiguous().numpy()
+    return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
