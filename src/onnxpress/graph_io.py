@@ -1,0 +1,308 @@
+"""Read and write ONNX files without ever holding the weights in memory.
+
+`load_graph` takes nothing for granted: a file may be truncated, and external data may point anywhere. `save_graph`
+evaluates lazy weights (see `onnxpress.tensors`) on all cores and writes each at an offset known beforehand, so that the
+bytes on disk depend on the graph alone, and memory on the largest few weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
+from onnxpress.graph_checks import load_graph
+from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, concrete_shape
+
+__all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph"]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total, from any thread but never from two at once."""
+
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the .onnx file, where shape inference sees them."""
+PAGE = 4096
+PROTOBUF_LIMIT = 2**31 - 1
+SLAB_BYTES = 16 * 2**20
+IN_FLIGHT_BYTES = 512 * 2**20
+"""Weights being computed at one time; a larger one is computed alone."""
+
+
+def copy_graph(model: ir.Model) -> ir.Model:
+    """A copy whose nodes and values can be edited apart from the original; weights are shared and stay lazy."""
+    return model.clone()
+
+
+def save_graph(
+    model: ir.Model,
+    path: Path | str,
+    *,
+    external_data: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    reuse: Path | str | None = None,
+) -> None:
+    """Write `model` to `path`, its weights to the file `external_data` beside it, both or neither.
+
+    Args:
+        external_data: file name for the weights; None keeps all in one file, up to protobuf's limit of 2 GiB.
+        workers: threads that compute and write weights; by default one per core.
+        reuse: weights that already lie in a file under this folder are referred to in place, not copied. It must be
+            the folder of `path` or lie in it.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written; nothing is left behind.
+        UnsupportedModelError: the graph is too large for one file and `external_data` is None.
+        VerificationError: a lazy weight turned out to be something other than it announced.
+    """
+    path = Path(path)
+    if external_data is not None and Path(external_data).name != external_data:
+        raise OutputError(f"External data goes beside the model: {external_data!r} is not a plain file name.")
+    plan = _Plan(path.parent, external_data, Path(reuse) if reuse is not None else None)
+    stored = model.clone()
+    for value in _initializers(stored):
+        value.const_value = plan.place(value)
+    with contextlib.ExitStack() as stack:
+        data_file = None
+        if external_data is not None and plan.size:
+            data_file = stack.enter_context(_Temporary(path.parent / external_data, plan.size))
+            _write_weights(plan, data_file, progress, workers)
+        model_file = stack.enter_context(_Temporary(path, 0))
+        model_file.write(memoryview(_serialize(stored)), 0)
+        if data_file is not None:
+            data_file.commit()
+        model_file.commit()
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """All initializers that have a value, those of subgraphs included, in graph order."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value
+
+
+@dataclass
+class _Plan:
+    """Where each weight goes: decided from shapes and dtypes alone, before anything is computed."""
+
+    folder: Path
+    external_data: str | None
+    reuse: Path | None
+    size: int = 0
+    writes: list[tuple[int, ir.TensorProtocol]] = field(default_factory=list)
+    offsets: dict[object, int] = field(default_factory=dict)
+
+    def place(self, value: ir.Value) -> ir.TensorProtocol:
+        """What the stored graph holds in place of the weight: the weight itself, or a reference into a file."""
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.dtype == ir.DataType.STRING:
+            return tensor
+        if self.reuse is not None and isinstance(tensor, FileTensor) and tensor.path.is_relative_to(self.reuse):
+            location = tensor.path.relative_to(self.folder)
+            return _external(str(location), tensor.offset, tensor, value.name)
+        if self.external_data is None or tensor.nbytes <= INLINE_BYTES:
+            return tensor
+        # The same bytes are written once, whichever initializers they stand for.
+        same = (tensor.path, tensor.offset, tensor.nbytes) if isinstance(tensor, FileTensor) else id(tensor)
+        if same not in self.offsets:
+            # Whole pages map directly; smaller weights only need the alignment of a cache line.
+            alignment = PAGE if tensor.nbytes >= PAGE else 64
+            self.offsets[same] = -(-self.size // alignment) * alignment
+            self.size = self.offsets[same] + tensor.nbytes
+            self.writes.append((self.offsets[same], tensor))
+        return _external(self.external_data, self.offsets[same], tensor, value.name)
+
+    def units(self) -> list[list[tuple[int, ir.TensorProtocol]]]:
+        """Writes that belong to one computation, largest first so that no core is left with a long one at the end."""
+        units: dict[int, list[tuple[int, ir.TensorProtocol]]] = {}
+        for offset, tensor in self.writes:
+            computation = tensor.group if isinstance(tensor, GroupTensor) else tensor
+            units.setdefault(id(computation), []).append((offset, tensor))
+        return sorted(units.values(), key=_unit_bytes, reverse=True)
+
+
+def _external(location: str, offset: int, tensor: ir.TensorProtocol, name: str | None) -> ir.ExternalTensor:
+    shape = ir.Shape(concrete_shape(tensor))
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name or "")
+
+
+def _unit_bytes(unit: Sequence[tuple[int, ir.TensorProtocol]]) -> int:
+    """Memory that computing a unit takes, as far as its tensors tell."""
+    first = unit[0][1]
+    extra = first.group.working_bytes if isinstance(first, GroupTensor) else 0
+    return extra + sum(tensor.nbytes for _, tensor in unit)
+
+
+def _write_weights(plan: _Plan, file: _Temporary, progress: Progress | None, workers: int | None) -> None:
+    """Compute and write all units, a bounded number of bytes at a time; the first error ends it."""
+    budget, lock, done = _Budget(IN_FLIGHT_BYTES), threading.Lock(), 0
+
+    def write(unit: list[tuple[int, ir.TensorProtocol]]) -> None:
+        nonlocal done
+        streamed = len(unit) == 1 and isinstance(unit[0][1], (FileTensor, RowTensor))
+        with budget.reserve(SLAB_BYTES if streamed else _unit_bytes(unit)):
+            if isinstance(unit[0][1], GroupTensor):
+                results = unit[0][1].group.evaluate()
+                for offset, tensor in unit:
+                    assert isinstance(tensor, GroupTensor)
+                    _write_tensor(file, offset, results[tensor.index], tensor.nbytes)
+            else:
+                for offset, tensor in unit:
+                    _write_tensor(file, offset, tensor, tensor.nbytes)
+        with lock:
+            done += sum(tensor.nbytes for _, tensor in unit)
+            if progress is not None:
+                progress(done, total)
+
+    total = sum(tensor.nbytes for _, tensor in plan.writes)
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="onnxpress-save")
+    try:
+        futures = [pool.submit(write, unit) for unit in plan.units()]
+        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_tensor(file: _Temporary, offset: int, tensor: ir.TensorProtocol, nbytes: int) -> None:
+    """Write one tensor of `nbytes`, a slab at a time where it can be had in slabs."""
+    if tensor.dtype.bitwidth < 8:
+        _expect(tensor, len(data := tensor.tobytes()), nbytes)
+        file.write(memoryview(data), offset)
+    elif isinstance(tensor, FileTensor):
+        for start in range(0, nbytes, SLAB_BYTES):
+            file.write(tensor.read(start, min(SLAB_BYTES, nbytes - start)).data, offset + start)
+    elif isinstance(tensor, RowTensor) and len(tensor.shape) > 0:
+        count = concrete_shape(tensor)[0]
+        step = max(1, SLAB_BYTES * count // max(nbytes, 1))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rows = tensor.rows(start, stop)
+            _expect(tensor, rows.nbytes, nbytes // count * (stop - start))
+            _write_array(file, offset + nbytes // count * start, rows)
+    else:
+        array = tensor.numpy()
+        _expect(tensor, array.nbytes, nbytes)
+        _write_array(file, offset, array)
+
+
+def _expect(tensor: ir.TensorProtocol, found: int, announced: int) -> None:
+    if found != announced:
+        raise VerificationError(f"Weight {tensor.name!r} has {found} bytes; its shape and dtype announce {announced}.")
+
+
+def _write_array(file: _Temporary, offset: int, array: Array) -> None:
+    """Write an array in C order; a transposed view is made contiguous a slab at a time."""
+    if array.dtype.kind == "V":  # numpy copies strided bfloat16 and float8 element by element, integers in blocks
+        array = array.view(np.dtype(f"u{array.dtype.itemsize}"))
+    if array.flags.c_contiguous:
+        file.write(array.reshape(-1).view(np.uint8).data, offset)
+        return
+    row_bytes = array.nbytes // len(array)
+    step = max(1, SLAB_BYTES // row_bytes)
+    for start in range(0, len(array), step):
+        slab = np.ascontiguousarray(array[start : start + step])
+        file.write(slab.reshape(-1).view(np.uint8).data, offset + start * row_bytes)
+
+
+def _serialize(model: ir.Model) -> bytes:
+    too_large = UnsupportedModelError(
+        "The graph is larger than 2 GiB, which one ONNX file cannot hold.", hint="Give its weights a file of their own."
+    )
+    if sum(_inline_bytes(value) for value in _initializers(model)) > PROTOBUF_LIMIT:
+        raise too_large
+    proto: onnx.ModelProto = ir.to_proto(model)
+    if proto.ByteSize() > PROTOBUF_LIMIT:
+        raise too_large
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _inline_bytes(value: ir.Value) -> int:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype == ir.DataType.STRING or isinstance(tensor, ir.ExternalTensor):
+        return 0
+    return tensor.nbytes
+
+
+class _Budget:
+    """Bytes that may be in flight; a request larger than all of them waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + nbytes <= self._limit)
+            self._used += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= nbytes
+                self._changed.notify_all()
+
+
+class _Temporary:
+    """A file beside its destination, which takes its name on commit and vanishes otherwise."""
+
+    def __init__(self, destination: Path, size: int) -> None:
+        self._destination = destination
+        self._path = destination.with_name(f".{destination.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        self._size = size
+        self._file = -1
+
+    def __enter__(self) -> _Temporary:
+        with self._errors():
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with self._errors():
+                if self._size and hasattr(os, "posix_fallocate"):  # a full disk shows now, not after the computing
+                    os.posix_fallocate(self._file, 0, self._size)
+        except OnnxpressError:
+            self.__exit__()
+            raise
+        return self
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write at an offset; safe from several threads."""
+        with self._errors():
+            while data:
+                written = os.pwrite(self._file, data, offset)
+                data, offset = data[written:], offset + written
+
+    def commit(self) -> None:
+        with self._errors():
+            os.close(self._file)
+            self._file = -1
+            self._path.replace(self._destination)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            needs = f" ({math.ceil(self._size / 2**20)} MiB needed)" if self._size else ""
+            raise OutputError(
+                f"Cannot write {self._destination}{needs}: {error.strerror}.",
+                hint="Free some space, or write to another folder.",
+            ) from error
