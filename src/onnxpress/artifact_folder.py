@@ -1,0 +1,186 @@
+"""The artifact on disk: one layout that every client loads unmodified.
+
+artifact.json                  see onnxpress.manifest
+onnx/model{suffix}.onnx        suffixes as transformers.js reads them: "" fp32, _fp16, _quantized (8 bits), _q4, _q4f16
+onnx/model{suffix}.onnx_data   its weights, where they are too many for one file
+config.json generation_config.json genai_config.json tokenizer*.json chat_template.jinja
+golden/                        inputs and expected outputs for a self-test
+README.md                      the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxpress import manifest
+from onnxpress.artifact import Artifact, Source, Step
+from onnxpress.errors import CorruptFileError, VerificationError
+from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.manifest import Manifest
+
+GRAPHS = "onnx"
+SINGLE_FILE_BYTES = 64 * 2**20
+"""Up to here weights stay in the .onnx file; more go beside it, where sessions map them instead of reading them."""
+
+_TRANSFORMERS_JS_DTYPES = {"": "fp32", "_fp16": "fp16", "_quantized": "q8", "_q4": "q4", "_q4f16": "q4f16"}
+_ONE_BYTE = (ir.DataType.INT8, ir.DataType.UINT8)
+_HALF_BYTE = (ir.DataType.INT4, ir.DataType.UINT4)
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def write_graphs(
+    graphs: Mapping[str, ir.Model], folder: Path, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Path]:
+    """Write each graph as onnx/{stem}{suffix}.onnx below `folder`; returns the paths by stem."""
+    (folder / GRAPHS).mkdir(exist_ok=True)
+    paths = {}
+    for stem, model in graphs.items():
+        name = f"{stem}{suffix(model)}.onnx"
+        data = f"{name}_data" if weight_bytes(model) > SINGLE_FILE_BYTES else None
+        paths[stem] = folder / GRAPHS / name
+        save_graph(model, paths[stem], external_data=data, progress=progress)
+    return paths
+
+
+def write_companions(artifact: Artifact, folder: Path) -> None:
+    """Copy the companion files and write config.json, with what transformers.js has to be told about the graphs."""
+    for name, path in artifact.files.items():
+        target = folder / _inside(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    if artifact.config:
+        write_json(folder / "config.json", {**artifact.config, "transformers.js_config": _transformers_js(folder)})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, record: Manifest, rows: list[tuple[str, str, str]]) -> None:
+    """README.md: the model card. `rows` are (measure, before, after), as the command line shows them."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("onnxpress"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    graphs = sorted(path.name for path in (folder / GRAPHS).glob("*.onnx"))
+    text = environment.get_template("model_card.md.j2").render(record=record, rows=rows, graphs=graphs)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def graph_paths(folder: Path) -> dict[str, Path]:
+    """The graphs of an artifact by file stem without the suffix. Raises CorruptFileError if there is none."""
+    paths = {}
+    for path in sorted((folder / GRAPHS).glob("*.onnx")):
+        stem = path.stem
+        for ending in filter(None, _TRANSFORMERS_JS_DTYPES):
+            stem = stem.removesuffix(ending)
+        paths[stem] = path
+    if not paths:
+        raise CorruptFileError(f"{folder} has no graph in {GRAPHS}/", hint="build the artifact again")
+    return paths
+
+
+def load(folder: Path) -> Artifact:
+    """The artifact in `folder`, its weights lazy. Raises what `manifest.read` and `load_graph` raise."""
+    record = manifest.read(folder)
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    config.pop("transformers.js_config", None)
+    made_here = {"config.json", "genai_config.json", "README.md"}
+    files = {
+        name: folder / _inside(name)
+        for name in record.files
+        if name not in made_here and PurePosixPath(name).parts[0] not in (GRAPHS, "golden", "app")
+    }
+    for name, path in files.items():
+        if not path.is_file():
+            raise VerificationError(f"{name} is missing from {folder}", hint="build the artifact again")
+    return Artifact(
+        task=record.task,
+        graphs={stem: load_graph(path) for stem, path in graph_paths(folder).items()},
+        config=config,
+        files=files,
+        source=Source(**record.source.model_dump()),
+        export=record.export,
+        history=tuple(Step(**step.model_dump()) for step in record.steps),
+    )
+
+
+def suffix(model: ir.Model) -> str:
+    """The ending that transformers.js gives the format in which most of the weight bytes are stored."""
+    formats = weight_formats(model)
+    main = max(formats, key=lambda name: formats[name], default="float32")
+    if main == "4-bit":
+        return "_q4f16" if formats["float16"] > formats["float32"] else "_q4"
+    return {"8-bit": "_quantized", "float16": "_fp16"}.get(main, "")
+
+
+def weight_formats(model: ir.Model) -> Counter[str]:
+    """Bytes of the weights by format: `4-bit`, `8-bit`, `float16`, `float32`.
+
+    Packed 4-bit weights look like bytes: the `bits` of the operator that reads them tells.
+    """
+    formats: Counter[str] = Counter()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if tensor.dtype in _HALF_BYTE or (tensor.dtype in _ONE_BYTE and _bits(value) == 4):
+                formats["4-bit"] += tensor.nbytes
+            elif tensor.dtype in _ONE_BYTE:
+                formats["8-bit"] += tensor.nbytes
+            elif tensor.dtype in _FLOATS:
+                formats["float32" if tensor.dtype == ir.DataType.FLOAT else "float16"] += tensor.nbytes
+    return formats
+
+
+def weight_bytes(model: ir.Model) -> int:
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of the graphs and their weights: what an app has to carry."""
+    return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.is_file())
+
+
+def _bits(value: ir.Value) -> int:
+    """Bits per element of a packed weight, as its first reader says: 8 where none says anything."""
+    for node, _ in value.uses():
+        if "bits" in node.attributes:
+            return node.attributes["bits"].as_int()
+    return 8
+
+
+def _transformers_js(folder: Path) -> dict[str, Any]:
+    graphs = sorted(path.name for path in (folder / GRAPHS).glob("*.onnx"))
+    external = {name: 1 for name in graphs if (folder / GRAPHS / f"{name}_data").is_file()}
+    endings = {ending for ending in _TRANSFORMERS_JS_DTYPES if all(Path(name).stem.endswith(ending) for name in graphs)}
+    ending = max(endings, key=len, default="")
+    found: dict[str, Any] = {"dtype": _TRANSFORMERS_JS_DTYPES[ending]}
+    if external:
+        found["use_external_data_format"] = external
+    if ending.endswith("16"):
+        found["kv_cache_dtype"] = {"fp16": "float16", "q4f16": "float16"}
+    return found
+
+
+def _inside(name: str) -> Path:
+    """A companion's name as a path that stays in the artifact."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise CorruptFileError(f"companion file {name!r} would leave the artifact")
+    return Path(path)
