@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
 from onnxpress.graph_checks import load_graph
-from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, concrete_shape
+from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 
 __all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph"]
 
@@ -115,13 +115,14 @@ class _Plan:
         if self.external_data is None or tensor.nbytes <= INLINE_BYTES:
             return tensor
         # The same bytes are written once, whichever initializers they stand for.
-        same = (tensor.path, tensor.offset, tensor.nbytes) if isinstance(tensor, FileTensor) else id(tensor)
+        source = tensor.source if isinstance(tensor, ViewTensor) else tensor
+        same = (source.path, source.offset, source.nbytes) if isinstance(source, FileTensor) else id(source)
         if same not in self.offsets:
             # Whole pages map directly; smaller weights only need the alignment of a cache line.
             alignment = PAGE if tensor.nbytes >= PAGE else 64
             self.offsets[same] = -(-self.size // alignment) * alignment
             self.size = self.offsets[same] + tensor.nbytes
-            self.writes.append((self.offsets[same], tensor))
+            self.writes.append((self.offsets[same], source))
         return _external(self.external_data, self.offsets[same], tensor, value.name)
 
     def units(self) -> list[list[tuple[int, ir.TensorProtocol]]]:

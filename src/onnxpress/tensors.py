@@ -3,6 +3,7 @@
 FileTensor   bytes in a file: read with `pread` on each access, never mapped, so they never count as resident memory.
 RowTensor    computed a slab of rows at a time: a cast, a transpose, a concatenation. Memory: one slab.
 LazyGroup    one computation that yields several tensors, such as quantized weights, their scales and zero points.
+ViewTensor   the bytes of another tensor in another shape: a file holds them once.
 
 All are `onnx_ir.LazyTensor`s, so that any pass can call `numpy()` on them; nothing is cached between two calls.
 """
@@ -140,3 +141,15 @@ class GroupTensor(ir.LazyTensor):
         super().__init__(lambda: group.evaluate()[index], dtype, ir.Shape(shape))
         self.group = group
         self.index = index
+
+
+class ViewTensor(ir.LazyTensor):
+    """The bytes of `source`, an initializer of the same graph, in another shape."""
+
+    def __init__(self, source: ir.TensorProtocol, shape: Sequence[int], *, name: str | None = None) -> None:
+        super().__init__(self._whole, source.dtype, ir.Shape(shape), name=name)
+        self.source = source
+
+    def _whole(self) -> ir.TensorProtocol:
+        shape = concrete_shape(self)
+        return ir.Tensor(self.source.numpy().reshape(shape), dtype=self.dtype, shape=ir.Shape(shape))
