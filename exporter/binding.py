@@ -40,7 +40,7 @@ with (
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"read-only", dtype=np.uint8))
 
-_TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
+TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.BOOL: torch.bool,
     ir.DataType.UINT8: torch.uint8,
     ir.DataType.INT8: torch.int8,
@@ -52,7 +52,7 @@ _TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
 }
-_IR_DTYPES = {theirs: ours for ours, theirs in _TORCH_DTYPES.items()}
+IR_DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
 
 class Binding(dict[str, TensorSource]):
@@ -124,7 +124,7 @@ class ConvertedTensor(TensorSource):
     """
 
     def __init__(self, name: str, meta: torch.Tensor, pieces: _Pieces, model: torch.nn.Module) -> None:
-        super().__init__(name, tuple(meta.shape), _IR_DTYPES[meta.dtype])
+        super().__init__(name, tuple(meta.shape), IR_DTYPES[meta.dtype])
         self._pieces = pieces
         self._model = model
 
@@ -269,7 +269,7 @@ def _is_obsolete(model: torch.nn.Module, name: str) -> bool:
 
 
 def _to_meta(source: TensorSource) -> torch.Tensor:
-    dtype = _TORCH_DTYPES.get(source.dtype)
+    dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None:
         raise UnsupportedModelError(
             f"tensor {source.name} of type {source.dtype} cannot be merged into a parameter",
