@@ -1,0 +1,109 @@
+"""Small questions that passes ask about a graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.tensors import concrete_shape
+
+MICROSOFT = "com.microsoft"
+_LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
+
+
+def layer_of(name: str | None) -> int | None:
+    """The index of the transformer block that a node or weight belongs to, by its name."""
+    found = _LAYER.search(name or "")
+    return int(found.group(1)) if found else None
+
+
+def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
+    return node is not None and node.op_type == op_type and node.domain == domain
+
+
+def producer(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
+    """The node of this type that computes `value`, if it is one."""
+    node = value.producer() if value is not None else None
+    return node if is_op(node, op_type, domain) else None
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node; it may be lazy."""
+    return ir.convenience.get_const_tensor(value) if value is not None else None
+
+
+def weight(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer that nobody can feed and that is not an output."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.is_graph_output():
+        return None
+    return value.const_value
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a constant of one element holds."""
+    tensor = constant(value)
+    if tensor is None or tensor.size != 1 or not np.issubdtype(tensor.dtype.numpy(), np.number):
+        return None
+    return float(tensor.numpy().reshape(())[()])
+
+
+def is_close(value: ir.Value | None, number: float) -> bool:
+    """Whether a constant scalar is this number, to the precision at which exporters write it."""
+    found = scalar(value)
+    return found is not None and abs(found - number) <= 2e-4 * abs(number)
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`, unless others do or the graph returns it."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The other operand of a binary node."""
+    left, right = node.inputs
+    return right if left is value else left
+
+
+def same_shape(left: ir.Value, right: ir.Value) -> bool | None:
+    """Whether two values have the same shape, dimension names counting as sizes; None when it is not known."""
+    if left.shape is None or right.shape is None:
+        return None
+    if len(left.shape) != len(right.shape):
+        return False
+    for a, b in zip(left.shape, right.shape, strict=True):
+        if isinstance(a, int) and isinstance(b, int):
+            if a != b:
+                return False
+        elif a != b or (isinstance(a, ir.SymbolicDim) and a.value is None):
+            return None
+    return True
+
+
+def add_weight(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a new initializer; a number is appended to a name that is taken."""
+    unique, count = name, 1
+    while unique in graph.initializers:
+        unique, count = f"{name}_{count}", count + 1
+    tensor.name = unique
+    value = ir.Value(
+        name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(concrete_shape(tensor)), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def drop_unused_weights(graph: ir.Graph, values: Sequence[ir.Value | None]) -> None:
+    """Remove those of these initializers that nothing reads any more."""
+    for value in values:
+        if value is not None and weight(value) is not None and not value.uses():
+            assert value.name is not None
+            graph.initializers.pop(value.name, None)
+
+
+def use_microsoft_operators(model: ir.Model) -> None:
+    """Declare the operator set of the fused operators."""
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)

@@ -1,0 +1,129 @@
+"""Small graphs from ONNX text, and the checks of every pass: golden listing, equal numbers, no change on a second run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.base import Pass, PassResult
+
+Array = NDArray[Any]
+HEADER = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>\n'
+
+
+def make_graph(text: str, *, header: str = HEADER, **weights: Array | ir.TensorProtocol) -> ir.Model:
+    """A model from ONNX text; graph inputs named in `weights` (with `.` for `__`) become initializers."""
+    model = ir.from_onnx_text(header + text)
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, weight in weights.items():
+        tensor = ir.tensor(weight) if isinstance(weight, np.ndarray) else weight
+        value = inputs[name]
+        model.graph.inputs.remove(value)
+        value.const_value, value.shape, value.type = tensor, ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        value.name = name.replace("__", ".")
+        model.graph.register_initializer(value)
+    return model
+
+
+def run_graph(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
+    """The outputs according to onnxruntime with its own optimizations off."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(feeds))
+
+
+def list_nodes(model: ir.Model) -> str:
+    """The graph as text, one line per node: outputs = Operator[attributes](inputs)."""
+    lines = []
+    for node in model.graph:
+        attributes = [
+            f"{name}={attribute.value:.6g}" if attribute.type == ir.AttributeType.FLOAT else f"{name}={attribute.value}"
+            for name, attribute in sorted(node.attributes.items())
+            if attribute.type not in (ir.AttributeType.TENSOR, ir.AttributeType.GRAPH)
+        ]
+        brackets = f"[{', '.join(attributes)}]" if attributes else ""
+        inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
+        outputs = ", ".join(str(value.name) for value in node.outputs)
+        lines.append(f"{outputs} = {node.op_type}{brackets}({inputs})")
+    return "\n".join(lines)
+
+
+@dataclass
+class Checked:
+    """What came of a pass."""
+
+    model: ir.Model
+    result: PassResult
+    listing: str
+
+
+def check_pass(
+    optimizer: Pass,
+    model: ir.Model,
+    feeds: Mapping[str, Array],
+    *,
+    golden: str | None = None,
+    tolerance: float = 1e-5,
+    relative: float = 1e-5,
+) -> Checked:
+    """Run a pass on a copy and assert all that holds for any pass.
+
+    The graph becomes `golden` (when given), its inputs and outputs keep name, dtype and shape, its outputs agree with
+    those of the untouched graph, and a second run finds nothing more to do.
+    """
+    before = run_graph(model, feeds)
+    copy = model.clone()
+    result = optimizer(copy)
+    assert isinstance(result, PassResult)
+    listing = list_nodes(copy)
+    if golden is not None:
+        assert listing == "\n".join(line.strip() for line in golden.strip().splitlines())
+    for ours, theirs in zip(
+        [*copy.graph.inputs, *copy.graph.outputs], [*model.graph.inputs, *model.graph.outputs], strict=True
+    ):
+        assert (ours.name, ours.dtype, ours.shape) == (theirs.name, theirs.dtype, theirs.shape)
+    for got, want in zip(run_graph(copy, feeds), before, strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, atol=tolerance, rtol=relative)
+    again = optimizer(copy)
+    assert isinstance(again, PassResult)
+    assert not again.report.matched, f"a second run matched {dict(again.report.matched)}"
+    assert list_nodes(copy) == listing
+    return Checked(copy, result, listing)
+
+
+@pytest.fixture
+def graph() -> Callable[..., ir.Model]:
+    return make_graph
+
+
+@pytest.fixture
+def run() -> Callable[..., list[Array]]:
+    return run_graph
+
+
+@pytest.fixture
+def listing() -> Callable[[ir.Model], str]:
+    return list_nodes
+
+
+@pytest.fixture
+def check() -> Callable[..., Checked]:
+    return check_pass
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
