@@ -1,0 +1,84 @@
+"""inspect, run, verify, list: look at what there is, try it, check it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxpress.commands.options import all_of, debug_option, json_option, profile_option, threads_option
+
+_reporting = all_of(json_option, debug_option)
+
+
+@click.command(short_help="Parameters, bytes and format per layer, operators, memory estimate.")
+@click.argument("model")
+@profile_option
+@_reporting
+def inspect(model: str, profile: str, as_json: bool) -> None:
+    """Say what is in an artifact or an ONNX file, and what the profile's target would object to."""
+    from onnxpress import inspection, report
+    from onnxpress.runtime_profiles import profile as profiles
+
+    found = inspection.inspect(model, profiles.load(profile))
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report.print_inspection(found)
+
+
+@click.command(short_help="Text from a prompt (decoders) or the similarity of texts (encoders).")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT…")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@threads_option
+@_reporting
+def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Run the artifact in FOLDER: stream the answer to PROMPT, or compare the embeddings of several texts."""
+    from onnxpress import report, trial
+
+    if as_json:
+        report.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))
+    else:
+        report.print_trial(trial.run(folder, prompts, on_text=lambda text: click.echo(text, nl=False), **options))
+
+
+@click.command(short_help="Check the hashes of an artifact's files and replay its golden outputs.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_reporting
+def verify(folder: Path, as_json: bool) -> None:
+    """Check that FOLDER holds what was built and that it computes here what it computed then (exit code 5 if not)."""
+    from onnxpress import pipeline, report
+    from onnxpress.progress import Progress
+
+    with Progress() as progress:
+        found = pipeline.verify(folder, progress=progress)
+    if as_json:
+        report.print_json(found)
+    else:
+        report.print_metrics(f"{folder} is what was built", found)
+
+
+@click.command("list", short_help="Passes, recipes, profiles, models.")
+@click.argument("what", type=click.Choice(["passes", "recipes", "profiles", "models"]))
+@click.option("--architectures", is_flag=True, help="models: what is fused, stamped, or falls back, by trying it.")
+@_reporting
+def list_(what: str, architectures: bool, as_json: bool) -> None:
+    """List the passes with their options, the recipes, the profiles, or the models of the catalog."""
+    from onnxpress import listing, report
+
+    if architectures and what != "models":
+        raise click.UsageError("--architectures goes with: list models")
+    rows = listing.rows("architectures" if architectures else what)
+    if as_json:
+        report.print_json(rows)
+    else:
+        report.print_rows(rows)
+
+
+COMMANDS: tuple[click.Command, ...] = (inspect, run, verify, list_)

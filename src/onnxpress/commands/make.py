@@ -1,0 +1,130 @@
+"""build, export, optimize: from a model to an artifact folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxpress.commands.options import (
+    all_of,
+    data_options,
+    debug_option,
+    export_options,
+    gate_options,
+    json_option,
+    output_option,
+    profile_option,
+    recipe_option,
+    source_options,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from onnxpress.pipeline import BuildResult
+
+_common = all_of(threads_option, json_option, debug_option)
+
+
+@click.command(short_help="From a checkpoint to a verified artifact: export, optimize, measure, package.")
+@click.argument("model")
+@profile_option
+@recipe_option
+@output_option()
+@gate_options
+@data_options
+@click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
+@export_options
+@source_options
+@_common
+def build(model: str, **options: Any) -> None:
+    """Build an artifact from MODEL: export it, run the recipe's passes, verify each, measure, hold it to the gates.
+
+    Exit codes: 2 usage, 3 bad input, 4 a gate failed (nothing is written), 5 verification failed, 6 cannot write.
+
+    \b
+    onnxpress build smollm2-135m-instruct
+    onnxpress build ./my-model -o app/model --max-loss 1% --max-size 60MB
+    """
+    from onnxpress import pipeline
+
+    with _progress(options) as progress:
+        result = pipeline.build(model, **_keywords(options), progress=progress)
+    _print(result, options["as_json"])
+
+
+@click.command(short_help="Only the first step: a checkpoint as an fp32 ONNX artifact.")
+@click.argument("model")
+@output_option()
+@export_options
+@source_options
+@_common
+def export(model: str, **options: Any) -> None:
+    """Export MODEL to an artifact with the fp32 graph, fused where the runtime has the operators, and verify it."""
+    from onnxpress import pipeline
+
+    with _progress(options) as progress:
+        result = pipeline.export(model, **_keywords(options), progress=progress)
+    _print(result, options["as_json"])
+
+
+@click.command(short_help="Only the later steps: run passes on an artifact or an ONNX file.")
+@click.argument("source")
+@output_option(required=True)
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="NAME[:k=v,…]",
+    help="A pass to run, in order; repeatable. List them: onnxpress list passes.",
+)
+@recipe_option
+@profile_option
+@gate_options
+@data_options
+@click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
+@_common
+def optimize(source: str, **options: Any) -> None:
+    """Run passes on SOURCE (an artifact, an ONNX file or a folder with one) and verify each against it.
+
+    \b
+    onnxpress optimize bert.onnx -o bert-small --pass clean-up --pass quantize-dynamic
+    onnxpress optimize my-artifact -o smaller --recipe smallest
+    """
+    from onnxpress import pipeline
+
+    with _progress(options) as progress:
+        result = pipeline.optimize(source, **_keywords(options), progress=progress)
+    _print(result, options["as_json"])
+
+
+COMMANDS: tuple[click.Command, ...] = (build, export, optimize)
+
+
+def _progress(options: dict[str, Any]) -> Any:
+    from onnxpress.progress import Progress
+
+    return Progress()
+
+
+def _keywords(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as `onnxpress.pipeline` names them."""
+    from onnxpress.gates import Gates
+
+    rest = {key: value for key, value in options.items() if key != "as_json"}
+    if "max_loss" in rest:
+        names = ("max_loss", "max_size", "max_latency", "max_memory")
+        rest["gates"] = Gates(*(rest.pop(name) for name in names))
+    if "no_benchmark" in rest:
+        rest["benchmark"] = not rest.pop("no_benchmark")
+    return rest
+
+
+def _print(result: BuildResult, as_json: bool) -> None:
+    from onnxpress import report
+
+    if as_json:
+        report.print_json({"path": str(Path(result.path)), **result.manifest.model_dump()})
+    else:
+        report.print_build(result)

@@ -1,0 +1,111 @@
+"""Options that commands share, and values with units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MILLISECONDS = {"": 1.0, "us": 1e-3, "ms": 1.0, "s": 1e3}
+_FRACTIONS = {"": 1.0, "%": 0.01}
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in recent versions only
+    """A positive number with a unit out of a table, converted to the table's base."""
+
+    def __init__(self, name: str, units: dict[str, float] | dict[str, int], example: str) -> None:
+        self.name, self._units, self._example = name, units, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)", value.strip())
+        if match is None or match[2].lower() not in self._units:
+            self.fail(f"{value!r} is not a {self.name} such as {self._example}", param, ctx)
+        return float(match[1]) * self._units[match[2].lower()]
+
+
+SIZE = Quantity("size", _BYTES, "60MB")
+DURATION = Quantity("duration", _MILLISECONDS, "10ms")
+FRACTION = Quantity("fraction", _FRACTIONS, "1%")
+
+
+def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(dict)["debug"] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show the traceback of an error."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+profile_option = click.option(
+    "-p",
+    "--profile",
+    default="cpu",
+    show_default="this machine's",
+    metavar="NAME",
+    help="Target: onnxpress list profiles.",
+)
+recipe_option = click.option(
+    "-r", "--recipe", metavar="NAME|FILE", help="Passes to run: onnxpress list recipes. [default: the profile's]"
+)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: one per core]")
+
+_FOLDER = click.Path(file_okay=True, path_type=Path)
+_TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which --help shows them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+source_options = all_of(
+    click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
+    click.option("--allow-pickle", is_flag=True, help="Read pickled weights: they can run any code."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along."),
+)
+export_options = all_of(
+    click.option("--task", metavar="NAME", help="optimum's task name. [default: from the architecture]"),
+    click.option("--logits", type=click.Choice(["all", "last"]), help="Positions a decoder computes logits for."),
+    click.option("--context-length", type=click.IntRange(min=1), help="Longest sequence. [default: the model's]"),
+)
+data_options = all_of(
+    click.option("--text", type=_TEXT, help="Measure on this text. [default: text the model writes itself]"),
+    click.option("--pairs", type=_TEXT, help="Measure on scored sentence pairs: CSV or TSV of two texts and a score."),
+)
+gate_options = all_of(
+    click.option(
+        "--max-loss",
+        type=FRACTION,
+        metavar="1%",
+        help="Largest rise of perplexity (decoders) or drop of the worst cosine (encoders) against the reference.",
+    ),
+    click.option("--max-size", type=SIZE, metavar="60MB", help="Largest size of the graphs with their weights."),
+    click.option("--max-latency", type=DURATION, metavar="10ms", help="Slowest token (decoders) or call, here."),
+    click.option("--max-memory", type=SIZE, metavar="300MB", help="Largest peak of resident memory, here."),
+)
+
+
+def output_option(required: bool = False) -> Callable[[F], F]:
+    return click.option(
+        "-o",
+        "--output",
+        type=_FOLDER,
+        required=required,
+        metavar="DIR",
+        help="Artifact folder; an artifact there is replaced." + ("" if required else " [default: ./NAME-onnx]"),
+    )

@@ -1,0 +1,102 @@
+"""Gates: limits that an artifact is held to before it is put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxpress.artifact import Step
+from onnxpress.errors import GateFailedError
+from onnxpress.manifest import GateRecord
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits, None where there is none."""
+
+    max_loss: float | None = None
+    """A fraction: see `loss`."""
+    max_size: float | None = None
+    """Bytes of the graphs with their weights."""
+    max_latency: float | None = None
+    """Milliseconds per token (decoders) or per call."""
+    max_memory: float | None = None
+    """Bytes of peak resident memory."""
+
+    @property
+    def need_benchmark(self) -> bool:
+        return self.max_latency is not None or self.max_memory is not None
+
+    def check(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[GateRecord]:
+        """Hold the measured values to every limit that is set."""
+        latency = after.get("decode_ms_per_token", after.get("latency_ms"))
+        rows = (
+            ("max_loss", self.max_loss, loss(before, after)),
+            ("max_size_bytes", self.max_size, after.get("size_bytes")),
+            ("max_latency_ms", self.max_latency, latency),
+            ("max_memory_bytes", self.max_memory, after.get("peak_rss_bytes")),
+        )
+        return [
+            # A value that could not be measured does not pass.
+            GateRecord(
+                name=name,
+                limit=limit,
+                value=-1.0 if value is None else value,
+                passed=value is not None and value <= limit,
+            )
+            for name, limit, value in rows
+            if limit is not None
+        ]
+
+
+def loss(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
+    """What quality costs, as one fraction: the rise of perplexity for decoders, 1 - the worst cosine for the others.
+
+    None where neither was measured. An artifact that happens to be better than the reference has a loss of 0.
+    """
+    if "perplexity" in before and "perplexity" in after:
+        return max(0.0, after["perplexity"] / before["perplexity"] - 1)
+    if "cosine_min" in after:
+        return max(0.0, 1 - after["cosine_min"])
+    return None
+
+
+def require(gates: Sequence[GateRecord], before: Mapping[str, float], steps: Sequence[Step]) -> None:
+    """Raise GateFailedError naming every gate that failed and what each pass cost."""
+    failed = [gate for gate in gates if not gate.passed]
+    if not failed:
+        return
+    said = "; ".join(
+        f"{gate.name.split('_')[1]} {_amount(gate.name, gate.value)} > {_amount(gate.name, gate.limit)}"
+        for gate in failed
+    )
+    spent = ", ".join(costs(before, steps)) or "no pass changed the quality"
+    raise GateFailedError(f"gate failed: {said}", hint=f"cost by pass: {spent}; nothing was written")
+
+
+def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
+    """`quantize-blocks +0.40% loss -71% size`, for each step that was measured."""
+    lines = []
+    last_loss, last_size = 0.0, before.get("size_bytes")
+    for step in steps:
+        parts = []
+        now = loss(before, step.metrics)
+        if now is not None and abs(now - last_loss) >= 5e-5:
+            parts.append(f"{now - last_loss:+.2%} loss")
+            last_loss = now
+        size = step.metrics.get("size_bytes")
+        if size is not None and last_size is not None:
+            if abs(size / last_size - 1) >= 5e-3:
+                parts.append(f"{size / last_size - 1:+.0%} size")
+            last_size = size
+        if parts:
+            lines.append(f"{step.name} {' '.join(parts)}")
+    return lines
+
+
+def _amount(name: str, value: float) -> str:
+    if value < 0:
+        return "(not measured)"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.1f} ms" if name.endswith("_ms") else f"{value:.2%}"

@@ -1,0 +1,77 @@
+"""What there is to choose from: passes, recipes, profiles, models; also the source of the reference pages in docs/."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from onnxpress.errors import UsageError
+
+Row = dict[str, Any]
+
+
+def rows(what: str) -> list[Row]:
+    """One row per item, the same keys in each."""
+    tables = {
+        "passes": passes,
+        "recipes": recipes,
+        "profiles": profiles,
+        "models": models,
+        "architectures": architectures,
+    }
+    return tables[what]()
+
+
+def passes() -> list[Row]:
+    from onnxpress.optimizers import recipe, registry
+
+    found = []
+    for name in sorted(registry.PASSES):
+        cls = registry.load(name)
+        options = {
+            key: f"{inspect.formatannotation(parameter.annotation).replace('typing.', '')}"
+            + ("" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}")
+            for key, parameter in recipe.parameters(cls).items()
+        }
+        does = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        found.append({"name": name, "exact": cls.exact, "options": options, "does": does})
+    return found
+
+
+def recipes() -> list[Row]:
+    from onnxpress.optimizers import recipe
+
+    loaded = [recipe.load(name) for name in recipe.names()]
+    return [
+        {"name": item.name, "passes": [spec.name for spec in item.passes], "description": item.description}
+        for item in loaded
+    ]
+
+
+def profiles() -> list[Row]:
+    from onnxpress.runtime_profiles import profile
+
+    try:
+        here = profile.detect().name
+    except UsageError:
+        here = None
+    loaded = [profile.load(name) for name in profile.names()[1:]]
+    return [
+        {"name": item.name, "this machine": item.name == here, "recipes": item.recipes, "description": item.description}
+        for item in loaded
+    ]
+
+
+def models() -> list[Row]:
+    from onnxpress.models import catalog
+
+    return [
+        {"name": entry.name, "task": entry.task, "licence": entry.licence, "description": entry.description}
+        for entry in catalog.load_catalog().values()
+    ]
+
+
+def architectures() -> list[Row]:
+    from onnxpress.exporter import architectures as exporter
+
+    return [dict(row) for row in exporter.table()]
