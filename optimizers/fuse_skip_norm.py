@@ -6,8 +6,8 @@
 Operators: onnxruntime's ContribOperators.md. The sum may be read elsewhere (it is, in every pre-norm transformer). The
 fused node is placed where the sum was, so nothing else moves. One walk over the nodes; linear in the graph.
 
-Fused is not faster on a CPU. onnxruntime 1.31, x86 with AVX-512, hidden size 576, one thread, time of the fused operator
-over that of the two that it replaces:
+Fused is not faster on a CPU. onnxruntime 1.31, x86 with AVX-512, hidden size 576, one thread, time of the fused
+operator over that of the two that it replaces:
 
     tokens                              1      128    512
     SkipSimplifiedLayerNormalization    1.1    1.7    1.4

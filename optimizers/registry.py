@@ -7,7 +7,11 @@ from importlib import import_module
 from onnxpress.names import unknown_name
 from onnxpress.optimizers.base import Pass
 
-PASSES: dict[str, str] = {}
+PASSES: dict[str, str] = {
+    "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
+    "fuse-skip-norm": "onnxpress.optimizers.fuse_skip_norm:FuseSkipNorm",
+    "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
+}
 
 
 def load(name: str) -> type[Pass]:

@@ -153,3 +153,21 @@ class ViewTensor(ir.LazyTensor):
     def _whole(self) -> ir.TensorProtocol:
         shape = concrete_shape(self)
         return ir.Tensor(self.source.numpy().reshape(shape), dtype=self.dtype, shape=ir.Shape(shape))
+
+
+def concatenate(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.LazyTensor:
+    """Weights side by side along `axis` (not the leading one, or vectors), read when they are written.
+
+    They agree in dtype and in all other dimensions. Slab by slab where all of them can be read so.
+    """
+    shape = list(concrete_shape(tensors[0]))
+    shape[axis] = sum(concrete_shape(tensor)[axis] for tensor in tensors)
+    dtype = tensors[0].dtype
+    if axis != 0 and all(isinstance(tensor, (RowTensor, FileTensor)) for tensor in tensors):
+        readers = [rows_of(tensor) for tensor in tensors]
+        return RowTensor(lambda a, b: np.concatenate([read(a, b) for read in readers], axis), dtype, shape)
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis), dtype=dtype),
+        dtype,
+        ir.Shape(shape),
+    )

@@ -1,4 +1,4 @@
-"""Small graphs from ONNX text, and the checks of every pass: golden listing, equal numbers, no change on a second run."""
+"""Small graphs from ONNX text, and the checks of any pass: golden listing, equal numbers, no change when run again."""
 
 from __future__ import annotations
 
