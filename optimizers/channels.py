@@ -1,0 +1,54 @@
+"""Integer weights with one scale per output channel, for onnxruntime's integer products. Pure numpy.
+
+    weight[:, n] ≈ scale[n] · (code[:, n] − zero_point[n])
+
+int8    symmetric in −127 … 127, zero point 0: |w − ŵ| ≤ scale / 2, scale = largest magnitude / 127.
+uint8   asymmetric in 0 … 255: |w − ŵ| ≤ scale, half for the code and half for the zero point, scale = range / 255.
+
+x86 without VNNI multiplies uint8 activations with int8 weights in saturating 16-bit arithmetic and silently destroys the
+result; uint8 weights are right everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+WeightType = Literal["uint8", "int8"]
+
+
+def quantize_channels(weights: NDArray[np.float32], weight_type: WeightType) -> list[NDArray[Any]]:
+    """Quantize the columns of a matrix, each with its own scale.
+
+    Args:
+        weights: [K, N] float32, finite.
+
+    Returns:
+        codes [K, N], scales [N] float32, zero points [N]; codes and zero points in `weight_type`. A column of zeros gets
+        scale 1, since kernels divide by it.
+    """
+    low, high = np.minimum(weights.min(axis=0), 0), np.maximum(weights.max(axis=0), 0)
+    if weight_type == "int8":
+        scales = np.maximum(-low, high) / np.float32(127)
+        zero_points = np.zeros(weights.shape[1], np.float32)
+        bottom, top = -127, 127
+    else:
+        scales = (high - low) / np.float32(255)
+        bottom, top = 0, 255
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    if weight_type == "uint8":
+        zero_points = np.rint(-low / scales)
+    codes = weights / scales
+    codes += zero_points
+    np.rint(codes, out=codes)
+    np.clip(codes, bottom, top, out=codes)
+    return [codes.astype(weight_type), scales, zero_points.astype(weight_type)]
+
+
+def dequantize_channels(
+    codes: NDArray[Any], scales: NDArray[np.float32], zero_points: NDArray[Any]
+) -> NDArray[np.float32]:
+    """[K, N] float32"""
+    return np.asarray((codes.astype(np.float32) - zero_points.astype(np.float32)) * scales, dtype=np.float32)

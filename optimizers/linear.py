@@ -1,0 +1,178 @@
+"""Products with a constant matrix, however they are written: what quantization passes look for.
+
+    MatMul(x, W)                     W [in, out]
+    MatMul(x, Transpose(W))          W [out, in], as in a head tied to its embedding
+    Gemm(x, W[, b], transB=0|1)      alpha = beta = 1, transA = 0, b [out]
+    FusedMatMul(x, W, transB=0|1)    com.microsoft, alpha = 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.base import Report
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x · W (+ b), W constant."""
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+    """The initializer, [in, out], or [out, in] if `transposed`."""
+    transposed: bool
+    bias: ir.Value | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight, which is what patterns are matched against."""
+        assert self.weight.name is not None
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)"""
+        rows, columns = shape_of(self.weight)
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+def find_linears(graph: ir.Graph, report: Report | None = None) -> Iterator[Linear]:
+    """All float32 products with a constant matrix, in graph order; those that must be left alone go to the report."""
+    for node in graph:
+        candidate = _match(node)
+        if candidate is None:
+            continue
+        reason = _obstacle(candidate.weight)
+        if reason is None:
+            yield candidate
+        elif report is not None:
+            report.skip(f"{node.op_type}: {reason}")
+
+
+def _match(node: ir.Node) -> Linear | None:
+    inputs = node.inputs
+    if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
+        return None
+    activation, weight = inputs[0], inputs[1]
+    if node.domain == "" and node.op_type == "MatMul":
+        producer = weight.producer()
+        if producer is not None and producer.op_type == "Transpose" and producer.domain == "":
+            source = producer.inputs[0]
+            if source is not None and source.is_initializer() and _ints(producer, "perm") in ((), (1, 0)):
+                return Linear(node, activation, source, transposed=True)
+            return None
+        return Linear(node, activation, weight, transposed=False) if weight.is_initializer() else None
+    if not weight.is_initializer():
+        return None
+    if node.domain == "" and node.op_type == "Gemm":
+        plain = _number(node, "alpha", 1.0) == _number(node, "beta", 1.0) == 1.0 and _number(node, "transA", 0) == 0
+        bias = inputs[2] if len(inputs) > 2 else None
+        transposed = bool(_number(node, "transB", 0))
+        linear = Linear(node, activation, weight, transposed, bias)
+        if not plain or (bias is not None and (bias.shape is None or list(bias.shape) != [_out_features(linear)])):
+            return None
+        return linear
+    if node.domain == MICROSOFT and node.op_type == "FusedMatMul":
+        others = ("transA", "transBatchA", "transBatchB")
+        if _number(node, "alpha", 1.0) != 1.0 or any(_number(node, name, 0) for name in others):
+            return None
+        return Linear(node, activation, weight, bool(_number(node, "transB", 0)))
+    return None
+
+
+def _out_features(linear: Linear) -> int | None:
+    shape = linear.weight.shape
+    return None if shape is None or len(shape) != 2 else linear.shape[1]
+
+
+def _obstacle(weight: ir.Value) -> str | None:
+    """Why a weight cannot be quantized, if it cannot."""
+    if weight.is_graph_input():
+        return "weight is a graph input"
+    if weight.const_value is None or weight.const_value.dtype != ir.DataType.FLOAT:
+        return "weight is not float32"
+    if len(weight.const_value.shape) != 2:
+        return "weight is not a matrix"
+    return None
+
+
+def shape_of(weight: ir.Value) -> tuple[int, int]:
+    assert weight.const_value is not None
+    rows, columns = (int(size) for size in weight.const_value.shape)  # type: ignore[arg-type]
+    return rows, columns
+
+
+def read_rows(linear: Linear) -> NDArray[np.float32]:
+    """The weight as [out, in], read now; onnxpress.errors.CorruptFileError if it holds NaN or infinity."""
+    assert linear.weight.const_value is not None
+    return read_matrix(linear.weight.const_value, linear.name, transpose=not linear.transposed)
+
+
+def read_matrix(tensor: ir.TensorProtocol, name: str, *, transpose: bool = False) -> NDArray[np.float32]:
+    """A matrix that is about to be quantized, checked to be finite."""
+    from onnxpress.errors import CorruptFileError
+
+    matrix = np.asarray(tensor.numpy(), dtype=np.float32)
+    if not np.isfinite(matrix).all():
+        raise CorruptFileError(f"{name} holds NaN or infinity and cannot be quantized.")
+    return np.ascontiguousarray(matrix.T) if transpose else matrix
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a weight is meant: its name fits a pattern of `include` (none: all do) and none of `exclude`."""
+    return (not include or any(fnmatchcase(name, pattern) for pattern in include)) and not any(
+        fnmatchcase(name, pattern) for pattern in exclude
+    )
+
+
+def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir.TensorProtocol]) -> list[ir.Value]:
+    """Register tensors under these names; an existing initializer of that name is taken to be the same and reused."""
+    values = []
+    for name, tensor in zip(names, tensors, strict=True):
+        if name not in graph.initializers:
+            tensor.name = name
+            graph.register_initializer(
+                ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            )
+        values.append(graph.initializers[name])
+    return values
+
+
+def replace(linear_node: ir.Node, *nodes: ir.Node) -> None:
+    """Put `nodes` where a node was; the last one's first output takes over its output, name and uses included."""
+    graph = linear_node.graph
+    assert graph is not None
+    old, new = linear_node.outputs[0], nodes[-1].outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    graph.insert_before(linear_node, nodes)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = None
+    graph.remove(linear_node, safe=True)
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove an initializer, and the Transpose that read it, once nothing uses them."""
+    for node in [node for node, _ in value.uses()]:
+        if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+            graph.remove(node, safe=True)
+    if not value.uses() and not value.is_graph_output() and value.name in graph.initializers:
+        del graph.initializers[value.name]
+
+
+def _number(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.value)
+
+
+def _ints(node: ir.Node, name: str) -> tuple[int, ...]:
+    attribute = node.attributes.get(name)
+    return () if attribute is None else tuple(int(item) for item in attribute.value)

@@ -1,0 +1,148 @@
+"""quantize-blocks: weights in 4- or 8-bit blocks, multiplied by com.microsoft.MatMulNBits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.blocks import BlockFormat, ZeroPoints, quantize_matrix
+from onnxpress.optimizers.linear import (
+    MICROSOFT,
+    Linear,
+    add_initializers,
+    drop_unused,
+    find_linears,
+    read_matrix,
+    replace,
+    selected,
+)
+from onnxpress.tensors import LazyGroup
+
+
+class QuantizeBlocks(Pass):
+    """Replace products with a constant matrix by MatMulNBits, whose kernel also quantizes activations block by block.
+
+    The last block of a row that `block_size` does not divide is padded, which the report says. Weights are quantized
+    when they are written.
+    """
+
+    name = "quantize-blocks"
+    exact = False
+
+    def __init__(
+        self,
+        bits: Literal[4, 8] = 8,
+        block_size: int = 64,
+        zero_points: ZeroPoints = "none",
+        accuracy_level: Literal[0, 1, 4] = 4,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, int | str]] | None = None,
+        min_features: int = 32,
+    ) -> None:
+        """
+        Args:
+            bits, block_size, zero_points: see `onnxpress.optimizers.blocks`.
+            accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
+            include, exclude: patterns of weight names; products with other weights are left alone.
+            overrides: by pattern of weight names, other `bits`, `block_size` or `zero_points`; the first that fits.
+            min_features: products with fewer inputs or outputs are left alone.
+        """
+        if accuracy_level != 4 and 8 in (bits, *(override.get("bits") for override in (overrides or {}).values())):
+            raise ValueError(
+                f"8-bit blocks at accuracy_level {accuracy_level} expand the weights on every call, "
+                "which is slower than float32; use accuracy_level = 4"
+            )
+        self.format = BlockFormat(bits, block_size, zero_points)
+        self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
+        self.accuracy_level = accuracy_level
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.min_features = min_features
+
+    def _overridden(self, options: Mapping[str, Any]) -> BlockFormat:
+        known = {"bits", "block_size", "zero_points"}
+        if unknown := set(options) - known:
+            raise ValueError(f"overrides may set {', '.join(sorted(known))}, not {unknown.pop()!r}")
+        base = {key: getattr(self.format, key) for key in known}
+        return BlockFormat(**(base | dict(options)))
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        for linear in list(find_linears(model.graph, report)):
+            if not selected(linear.name, self.include, self.exclude):
+                report.skip("excluded by name")
+            elif min(linear.shape) < self.min_features:
+                report.skip("small")
+            else:
+                format = self.format_of(linear.name)
+                quantize_linear(linear, format, self.accuracy_level)
+                report.match(f"MatMulNBits {format.bits} bits, blocks of {format.block_size}")
+                if linear.shape[0] % format.block_size:
+                    report.match("last block padded")
+        if report.matched:
+            model.opset_imports.setdefault(MICROSOFT, 1)
+
+    def format_of(self, name: str) -> BlockFormat:
+        """The format that the options give to the weight called `name`."""
+        return next((format for pattern, format in self.overrides if selected(name, (pattern,), ())), self.format)
+
+
+def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int) -> None:
+    """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it."""
+    graph = linear.node.graph
+    assert isinstance(graph, ir.Graph)
+    features, outputs = linear.shape
+    operands = block_initializers(graph, linear.weight, format, transpose=not linear.transposed)
+    inputs: list[ir.Value | None] = [linear.activation, *operands]
+    if linear.bias is not None:
+        inputs += [None] * (5 - len(inputs)) + [linear.bias]
+    node = ir.node(
+        "MatMulNBits",
+        inputs,
+        attributes={
+            "K": features,
+            "N": outputs,
+            "bits": format.bits,
+            "block_size": format.block_size,
+            "accuracy_level": accuracy_level,
+        },
+        domain=MICROSOFT,
+        name=linear.node.name,
+    )
+    replace(linear.node, node)
+    drop_unused(graph, linear.weight)
+
+
+def block_initializers(graph: ir.Graph, weight: ir.Value, format: BlockFormat, *, transpose: bool) -> list[ir.Value]:
+    """Codes, scales and zero points of a matrix as lazy initializers; those of an earlier call are reused.
+
+    Args:
+        transpose: the weight is stored [in, out], so that blocks run down its columns.
+    """
+    tensor, name = weight.const_value, weight.name
+    assert tensor is not None and name is not None
+    shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
+    outputs, features = reversed(shape) if transpose else shape
+    count = -(-features // format.block_size)
+    specs: list[tuple[ir.DataType, list[int]]] = [
+        (ir.DataType.UINT8, [outputs, count, format.block_size * format.bits // 8]),
+        (ir.DataType.FLOAT, [outputs, count]),
+    ]
+    names = [f"{name}.q{format.bits}b{format.block_size}", f"{name}.scales"]
+    if format.zero_points != "none":
+        integer = format.zero_points == "integer"
+        specs.append(
+            (ir.DataType.UINT8, [outputs, -(-count * format.bits // 8)])
+            if integer
+            else (ir.DataType.FLOAT, [outputs, count])
+        )
+        names.append(f"{name}.zero_points")
+
+    def compute() -> list[NDArray[Any]]:
+        return quantize_matrix(read_matrix(tensor, name, transpose=transpose), format)
+
+    group = LazyGroup(compute, specs, working_bytes=4 * tensor.nbytes)
+    return add_initializers(graph, names, group.tensors)

@@ -1,0 +1,166 @@
+"""quantize-dynamic: 8-bit weights per output channel, activations quantized while running, integer products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.channels import WeightType, quantize_channels
+from onnxpress.optimizers.linear import (
+    MICROSOFT,
+    Linear,
+    add_initializers,
+    drop_unused,
+    find_linears,
+    read_matrix,
+    replace,
+    selected,
+)
+from onnxpress.tensors import LazyGroup
+
+Activations = Literal["per_tensor", "per_token"]
+
+TINY = 1e-30
+"""Smallest row scale: a row of zeros stays zeros instead of 0 / 0."""
+
+
+class QuantizeDynamic(Pass):
+    """Replace products with a constant matrix by integer ones.
+
+    per_tensor   one range for all tokens: DynamicQuantizeMatMul, a single node; products that read the same activation
+                 share one DynamicQuantizeLinear. A token with outliers coarsens all others of the prompt.
+    per_token    a row x is divided by max|x| and rounded to 255 steps; its products are multiplied back. Seven nodes,
+                 quantization being shared by products of the same activation. A prompt gives what its tokens give one
+                 by one.
+    """
+
+    name = "quantize-dynamic"
+    exact = False
+
+    def __init__(
+        self,
+        weight_type: WeightType = "uint8",
+        activations: Activations = "per_tensor",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        min_features: int = 32,
+        saturates: bool = False,
+    ) -> None:
+        """
+        Args:
+            weight_type: `int8` is fast and right where the CPU has VNNI or ARM's dot products; elsewhere on x86 it
+                saturates and destroys the output. `uint8` is right everywhere.
+            include, exclude: patterns of weight names; products with other weights are left alone.
+            min_features: products with fewer inputs or outputs are left alone.
+            saturates: what the profile knows about its CPU: uint8 · int8 products overflow 16 bits.
+        """
+        if weight_type == "int8" and saturates:
+            raise ValueError("int8 weights overflow on this target's CPU and destroy the output; use weight_type = uint8")
+        self.weight_type = weight_type
+        self.activations = activations
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.min_features = min_features
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        groups: dict[ir.Value, list[Linear]] = {}
+        for linear in find_linears(model.graph, report):
+            if not selected(linear.name, self.include, self.exclude):
+                report.skip("excluded by name")
+            elif min(linear.shape) < self.min_features:
+                report.skip("small")
+            else:
+                groups.setdefault(linear.activation, []).append(linear)
+        for linears in groups.values():
+            quantize_siblings(linears, self.weight_type, self.activations)
+            report.match(f"{self.weight_type} products, activations {self.activations}", len(linears))
+        if report.matched:
+            model.opset_imports.setdefault(MICROSOFT, 1)
+
+
+def quantize_siblings(linears: Sequence[Linear], weight_type: WeightType, activations: Activations) -> None:
+    """Replace products that read the same activation; the activation is quantized once, before the first of them."""
+    graph = linears[0].node.graph
+    assert isinstance(graph, ir.Graph)
+    if activations == "per_tensor" and len(linears) == 1:
+        (linear,) = linears
+        inputs = [linear.activation, *_weights(graph, linear, weight_type), linear.bias]
+        replace(linear.node, _microsoft("DynamicQuantizeMatMul", inputs, linear.node.name))
+        drop_unused(graph, linear.weight)
+        return
+    quantize = _per_tensor if activations == "per_tensor" else _per_token
+    codes, scale, zero_point, row_scale = quantize(graph, linears[0])
+    for linear in linears:
+        weight, weight_scale, weight_zero = _weights(graph, linear, weight_type)
+        inputs = [codes, weight, scale, weight_scale, zero_point, weight_zero]
+        if row_scale is None:
+            replace(linear.node, _microsoft("MatMulIntegerToFloat", [*inputs, linear.bias], linear.node.name))
+        else:
+            product = _microsoft("MatMulIntegerToFloat", inputs, linear.node.name)
+            scaled = ir.node("Mul", [product.outputs[0], row_scale])
+            biased = [ir.node("Add", [scaled.outputs[0], linear.bias])] if linear.bias is not None else []
+            replace(linear.node, product, scaled, *biased)
+        drop_unused(graph, linear.weight)
+
+
+def _per_tensor(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.Value, None]:
+    """Codes, scale and zero point of an activation, one range for all of it."""
+    node = ir.node("DynamicQuantizeLinear", [first.activation], num_outputs=3)
+    graph.insert_before(first.node, node)
+    codes, scale, zero_point = node.outputs
+    return codes, scale, zero_point, None
+
+
+def _per_token(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Codes, their constant scale and zero point, and max|x| of each row [..., 1]."""
+    axes, tiny, step, middle = (
+        _constant(graph, f"per_token.{name}", array)
+        for name, array in {
+            "axes": np.array([-1], np.int64),
+            "tiny": np.array(TINY, np.float32),
+            "step": np.array(1 / 127, np.float32),
+            "zero_point": np.array(128, np.uint8),
+        }.items()
+    )
+    magnitude = ir.node("Abs", [first.activation])
+    largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
+    row_scale = ir.node("Max", [largest.outputs[0], tiny])
+    unit = ir.node("Div", [first.activation, row_scale.outputs[0]])
+    codes = ir.node("QuantizeLinear", [unit.outputs[0], step, middle])
+    graph.insert_before(first.node, [magnitude, largest, row_scale, unit, codes])
+    return codes.outputs[0], step, middle, row_scale.outputs[0]
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    return add_initializers(graph, [name], [ir.tensor(array)])[0]
+
+
+def _weights(graph: ir.Graph, linear: Linear, weight_type: WeightType) -> list[ir.Value]:
+    """Codes [in, out], scales [out] and zero points [out] of a weight as lazy initializers."""
+    tensor = linear.weight.const_value
+    assert tensor is not None
+    features, outputs = linear.shape
+    dtype = ir.DataType.INT8 if weight_type == "int8" else ir.DataType.UINT8
+
+    def compute() -> list[NDArray[Any]]:
+        return quantize_channels(read_matrix(tensor, linear.name, transpose=linear.transposed), weight_type)
+
+    group = LazyGroup(
+        compute,
+        [(dtype, [features, outputs]), (ir.DataType.FLOAT, [outputs]), (dtype, [outputs])],
+        working_bytes=3 * tensor.nbytes,
+    )
+    names = [f"{linear.name}.{weight_type}", f"{linear.name}.scales", f"{linear.name}.zero_points"]
+    return add_initializers(graph, names, group.tensors)
+
+
+def _microsoft(operator: str, inputs: Sequence[ir.Value | None], name: str | None) -> ir.Node:
+    """A node of com.microsoft; trailing inputs that are None are left away."""
+    trimmed = list(inputs)
+    while trimmed[-1] is None:
+        trimmed.pop()
+    return ir.node(operator, trimmed, domain=MICROSOFT, name=name)

@@ -1,0 +1,121 @@
+"""quantize-embedding: lookup tables in blocks, read by com.microsoft.GatherBlockQuantized and shared with a tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxpress.errors import UnsupportedModelError
+from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.blocks import BlockFormat
+from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.optimizers.quantize_blocks import block_initializers, quantize_linear
+from onnxpress.tensors import ViewTensor
+
+
+class QuantizeEmbedding(Pass):
+    """Replace Gather on large constant tables; a product with the same table (a tied head) shares its blocks.
+
+    GatherBlockQuantized wants the table as [rows, columns · bits / 8] and MatMulNBits the same bytes as
+    [rows, blocks, bytes of a block]: two initializers, one place in the file. Unlike a Reshape, which the runtime folds
+    into a copy, that costs no memory: lookups touch only the pages of the rows that they read.
+    """
+
+    name = "quantize-embedding"
+    exact = False
+
+    def __init__(
+        self,
+        bits: Literal[4, 8] = 8,
+        block_size: int = 64,
+        zero_points: Literal["none", "integer"] = "none",
+        accuracy_level: Literal[0, 1, 4] = 4,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        min_rows: int = 1024,
+    ) -> None:
+        """
+        Args:
+            bits, block_size, zero_points: see `onnxpress.optimizers.blocks`; blocks must divide the rows of the table.
+            accuracy_level: of the tied head, as in quantize-blocks.
+            include, exclude: patterns of table names.
+            min_rows: smaller tables (positions, token types) are left alone.
+        """
+        if bits == 8 and accuracy_level != 4:
+            raise ValueError("8-bit blocks need accuracy_level = 4")
+        self.format = BlockFormat(bits, block_size, zero_points)
+        self.accuracy_level = accuracy_level
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.min_rows = min_rows
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        graph = model.graph
+        tables = {}
+        for node in graph:
+            table = _table(node)
+            if table is None:
+                continue
+            assert table.name is not None
+            if shape_of(table)[0] < self.min_rows:
+                report.skip("small table")
+            elif not selected(table.name, self.include, self.exclude):
+                report.skip("excluded by name")
+            else:
+                tables[table] = node
+        for table in tables:
+            self._quantize(graph, table, report)
+        if report.matched:
+            model.opset_imports.setdefault(MICROSOFT, 1)
+
+    def _quantize(self, graph: ir.Graph, table: ir.Value, report: Report) -> None:
+        rows, columns = shape_of(table)
+        if columns % self.format.block_size:
+            raise UnsupportedModelError(
+                f"quantize-embedding: blocks of {self.format.block_size} do not divide the {columns} columns of {table.name}.",
+                hint=f"use a block_size that does, such as {columns & -columns}"
+                if columns & -columns >= 16
+                else "exclude this table",
+            )
+        operands = block_initializers(graph, table, self.format, transpose=False)
+        heads = [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]
+        for linear in heads:
+            quantize_linear(linear, self.format, self.accuracy_level)
+            report.match("MatMulNBits sharing the table")
+        codes = operands[0].const_value
+        assert codes is not None
+        packed_columns = columns * self.format.bits // 8
+        (flat,) = add_initializers(graph, [f"{operands[0].name}.rows"], [ViewTensor(codes, [rows, packed_columns])])
+        for node, _ in list(table.uses()):
+            if _table(node) is table:
+                gather = ir.node(
+                    "GatherBlockQuantized",
+                    [flat, node.inputs[1], *operands[1:]],
+                    attributes={
+                        "bits": self.format.bits,
+                        "block_size": self.format.block_size,
+                        "gather_axis": 0,
+                        "quantize_axis": 1,
+                    },
+                    domain=MICROSOFT,
+                    name=node.name,
+                )
+                replace(node, gather)
+                report.match(f"GatherBlockQuantized {self.format.bits} bits, blocks of {self.format.block_size}")
+        if not table.uses() and not table.is_graph_output() and table.name in graph.initializers:
+            del graph.initializers[table.name]
+        if not operands[0].uses():  # no head: only the flat form is read
+            del graph.initializers[str(operands[0].name)]
+
+
+def _table(node: ir.Node) -> ir.Value | None:
+    """The float32 matrix whose rows a Gather node looks up, if it does."""
+    if node.domain != "" or node.op_type != "Gather" or len(node.inputs) != 2:
+        return None
+    axis, data = node.attributes.get("axis"), node.inputs[0]
+    if data is None or not data.is_initializer() or data.is_graph_input() or data.const_value is None:
+        return None
+    if (axis is not None and axis.value != 0) or data.const_value.dtype != ir.DataType.FLOAT:
+        return None
+    return data if len(data.const_value.shape) == 2 else None
