@@ -1,204 +1,213 @@
-"""What is in a graph: parameters, bytes and format by layer, operators, memory at run time, and what a target minds."""
+"""What is in a graph: parameters, bytes and number formats by layer, operators, cache and memory.
+
+Read from shapes, dtypes and attributes alone; no weight is ever loaded.
+"""
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder, manifest
-from onnxpress.errors import SourceNotFoundError
-from onnxpress.graph_io import load_graph
-from onnxpress.runtime_profiles.profile import Profile, cpu_flags
+from onnxpress.optimizers.matching import layer_of
 
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
-_EMBEDDING = re.compile(r"embed|wte|wpe|lm_head", re.IGNORECASE)
+_NAMES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.DOUBLE: "fp64",
+}
+_DYNAMIC = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QAttention"}
+_EMBEDDING = ("embed", "wte", "wpe", "word_embeddings", "position_embeddings")
+_HEAD = ("lm_head", "embed_out", "output_projection")
 
 
 @dataclass
-class Group:
-    """The weights of one layer, of the embeddings and the head, or of the rest."""
+class Share:
+    """Part of the model's weights. `parameters` are numbers of the original model: scales are bytes, not parameters."""
+
+    parameters: int = 0
+    bytes: int = 0
+
+    def add(self, other: Share) -> None:
+        self.parameters += other.parameters
+        self.bytes += other.bytes
+
+
+@dataclass
+class LayerSummary:
+    """Weights of one transformer block, or of what lies outside of the blocks."""
 
     name: str
-    parameters: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    """Bytes by format."""
+    """`layer 7`, `embedding`, `head`, `embedding and head` (tied) or `other`."""
+    total: Share = field(default_factory=Share)
+    formats: dict[str, Share] = field(default_factory=dict)
+    """By number format: `fp32`, `fp16`, `int8 dynamic`, `8-bit blocks of 32`, `4-bit blocks of 128`, `constants`."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that running the graph takes on a CPU: batch 1, a prompt that fills the context."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    """The largest set of values that one operator reads and writes, with the scores inside of fused attention."""
 
     @property
-    def nbytes(self) -> int:
-        return sum(self.formats.values())
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
 
 
-@dataclass
-class Graph:
-    """One file."""
-
-    file: str
-    opset: dict[str, int]
-    ir_version: int
-    nodes: int
-    operators: dict[str, int]
-    """Count by `domain.Operator`, most frequent first."""
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    groups: list[Group]
-    cache_bytes_per_token: int
-    """Keys and values that each token of context adds, for one row."""
-
-    @property
-    def parameters(self) -> int:
-        return sum(group.parameters for group in self.groups)
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(group.nbytes for group in self.groups)
-
-    def memory_bytes(self, context: int) -> int:
-        """Weights and cache at a context length; activations and the runtime itself come on top."""
-        return self.weight_bytes + context * self.cache_bytes_per_token
-
-
-@dataclass
+@dataclass(frozen=True)
 class Inspection:
-    graphs: list[Graph]
-    profile: str
-    warnings: list[str]
+    """What `inspect_graph` found."""
 
-    def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        for shown, graph in zip(found["graphs"], self.graphs, strict=True):
-            shown |= {"parameters": graph.parameters, "weight_bytes": graph.weight_bytes}
-            shown["memory_bytes"] = {str(context): graph.memory_bytes(context) for context in (512, 2048, 8192)}
-            for group, source in zip(shown["groups"], graph.groups, strict=True):
-                group["bytes"] = source.nbytes
-        return found
+    total: Share
+    formats: Mapping[str, Share]
+    layers: tuple[LayerSummary, ...]
+    operators: Mapping[str, int]
+    """Nodes by operator, most frequent first; those that are not ONNX's own with their domain: `com.microsoft.X`."""
+    opsets: Mapping[str, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    kv_cache_bytes_per_token: int
+    _values: tuple[tuple[tuple[tuple[int | str, ...], int], ...], ...] = field(repr=False, default=())
+    _attention_heads: int = field(repr=False, default=0)
+    _batch: frozenset[int | str] = field(repr=False, default=frozenset())
 
-
-def inspect(model: str, profile: Profile) -> Inspection:
-    """Inspect an artifact folder, an ONNX file, or a folder with ONNX files.
-
-    Raises SourceNotFoundError where there is none, and what `load_graph` raises for a broken one.
-    """
-    path = Path(model)
-    if path.is_dir():
-        files = (
-            list(artifact_folder.graph_paths(path).values())
-            if manifest.is_artifact(path)
-            else sorted(path.rglob("*.onnx"))
+    def memory(self, context_length: int) -> MemoryEstimate:
+        """Estimate the memory for a context of this many tokens; the runtime itself (about 50 MB) comes on top."""
+        scores = self._attention_heads * context_length**2 * 4
+        largest = max(
+            (sum(self._elements(shape, context_length) * width for shape, width in node) for node in self._values),
+            default=0,
         )
-    else:
-        files = [path] if path.is_file() else []
-    if not files:
-        raise SourceNotFoundError(
-            f"no ONNX graph at {model}", hint="inspect takes an artifact, an ONNX file or a folder"
-        )
-    loaded = [(file.name, load_graph(file)) for file in files]
-    warnings = [warning for name, graph in loaded for warning in objections(name, graph, profile)]
-    return Inspection([describe(name, graph) for name, graph in loaded], profile.name, warnings)
+        return MemoryEstimate(self.total.bytes, self.kv_cache_bytes_per_token * context_length, max(largest, scores))
+
+    def _elements(self, shape: tuple[int | str, ...], context_length: int) -> int:
+        """Elements of a value: named dimensions are 1 for the batch and the context length otherwise."""
+        return math.prod(d if isinstance(d, int) else 1 if d in self._batch else context_length for d in shape)
 
 
-def describe(name: str, model: ir.Model) -> Graph:
-    """Everything about one graph that needs no weights."""
-    nodes = list(model.graph.all_nodes())
+def inspect_graph(model: ir.Model) -> Inspection:
+    """Summarise a graph."""
+    layers: dict[str, LayerSummary] = {}
+    formats: dict[str, Share] = {}
+    total = Share()
+    for value, share, form in _weights(model):
+        layer = layers.setdefault(name := _layer_name(value), LayerSummary(name))
+        for target in (total, layer.total, formats.setdefault(form, Share()), layer.formats.setdefault(form, Share())):
+            target.add(share)
+    nodes = [node for graph in model.graphs() for node in graph]
     operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes)
-    return Graph(
-        file=name,
-        opset=dict(model.opset_imports),
-        ir_version=model.ir_version or 0,
-        nodes=len(nodes),
+    return Inspection(
+        total=total,
+        formats=dict(sorted(formats.items(), key=lambda item: -item[1].bytes)),
+        layers=tuple(sorted(layers.values(), key=lambda layer: _layer_order(layer.name))),
         operators=dict(operators.most_common()),
-        inputs={value.name or "": _type(value) for value in model.graph.inputs},
-        outputs={value.name or "": _type(value) for value in model.graph.outputs},
-        groups=_groups(model),
-        cache_bytes_per_token=sum(map(_cache_bytes, model.graph.inputs)),
-    )
-
-
-def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:
-    """What the target would refuse or get wrong, each with the reason."""
-    found = []
-    opset = model.opset_imports.get("", 0)
-    if opset > profile.opset:
-        found.append(f"{name}: opset {opset} is newer than {profile.opset}, the newest that {profile.name} takes")
-    if (model.ir_version or 0) > profile.ir_version:
-        found.append(f"{name}: IR version {model.ir_version} is newer than {profile.ir_version} of {profile.name}")
-    signed = [node for node in model.graph.all_nodes() if _multiplies_signed_bytes(node)]
-    if signed and profile.host is not None and "x86_64" in profile.host.architecture:
-        vnni = any(any("vnni" in flag for flag in flags) for flags in profile.host.flags)
-        if not vnni and profile.session_options.get("session.x64quantprecision") != "1":
-            found.append(
-                f"{name}: {len(signed)} products with signed 8-bit weights saturate on AVX2 without VNNI: "
-                "use unsigned weights, or the session option session.x64quantprecision"
+        opsets=dict(model.opset_imports),
+        inputs=tuple(map(_port, model.graph.inputs)),
+        outputs=tuple(map(_port, model.graph.outputs)),
+        kv_cache_bytes_per_token=sum(
+            math.prod(d for d in _port(value).shape if isinstance(d, int)) * value.dtype.bitwidth // 8
+            for value in model.graph.inputs
+            if value.name is not None and value.name.startswith("past_key_values.") and value.dtype is not None
+        ),
+        _values=tuple(
+            tuple(
+                (_port(value).shape, value.dtype.bitwidth // 8)
+                for value in {*node.inputs, *node.outputs}
+                if value is not None
+                and value.const_value is None
+                and value.shape is not None
+                and value.dtype not in (None, ir.DataType.STRING)
+                and value.dtype is not None
             )
-    if (
-        model.graph.inputs
-        and any(
-            tensor.const_value is not None and tensor.const_value.dtype == ir.DataType.FLOAT16
-            for tensor in model.graph.initializers.values()
-        )
-        and "float16" not in profile.dtypes
-    ):
-        found.append(f"{name}: float16 weights, for which {profile.name} has no fast kernels")
-    return found
-
-
-def saturates_here(model: ir.Model) -> bool:
-    """Whether the graph has signed 8-bit products and this CPU is an x86 without VNNI."""
-    flags = cpu_flags()
-    vnni = any("vnni" in flag for flag in flags)
-    return "avx2" in flags and not vnni and any(map(_multiplies_signed_bytes, model.graph.all_nodes()))
-
-
-def _multiplies_signed_bytes(node: ir.Node) -> bool:
-    if node.op_type not in ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul"):
-        return False
-    return any(
-        value is not None and value.const_value is not None and value.const_value.dtype == ir.DataType.INT8
-        for value in node.inputs
+            for node in nodes
+        ),
+        _batch=frozenset(_port(value).shape[0] for value in model.graph.inputs if value.shape),
+        _attention_heads=max((node.attributes.get_int("num_heads", 0) for node in nodes), default=0),
     )
 
 
-def _groups(model: ir.Model) -> list[Group]:
-    layers: dict[int, Group] = {}
-    edges, rest = Group("embeddings and head"), Group("other")
+def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Share, str]]:
+    """Each initializer with what it holds and in which format."""
+    counted: set[int] = set()
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is None:
+            if tensor is None or tensor.dtype == ir.DataType.STRING or id(tensor) in counted:
                 continue
-            name = f".{value.name}"
-            found = _LAYER.search(name)
-            if found:
-                group = layers.setdefault(int(found[1]), Group(f"layer {int(found[1])}"))
-            else:
-                group = edges if _EMBEDDING.search(name) else rest
-            label = artifact_folder.weight_format(value) or tensor.dtype.name.lower()
-            group.formats[label] += tensor.nbytes
-            group.parameters += artifact_folder.parameter_count(value)
-    return [group for group in (edges, *(layers[index] for index in sorted(layers)), rest) if group.formats]
+            counted.add(id(tensor))
+            form, parameters = _format(value, tensor)
+            yield value, Share(parameters, tensor.nbytes), form
 
 
-def _cache_bytes(value: ir.Value) -> int:
-    """Bytes per token of a cache input [batch, heads, past, head_dim]; 0 for other inputs."""
-    if not (value.name or "").startswith("past_key_values.") or value.shape is None or len(value.shape) != 4:
-        return 0
-    heads, head_dim = value.shape[1], value.shape[3]
-    if not isinstance(heads, int) or not isinstance(head_dim, int) or value.dtype is None:
-        return 0
-    return int(heads * head_dim * value.dtype.itemsize)
+def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
+    """The number format of a weight, and how many parameters of the original model it holds."""
+    for use in value.uses():
+        node = use.node
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            bits = node.attributes.get_int("bits", 4)
+            form = f"{bits}-bit blocks of {node.attributes.get_int('block_size', 128)}"
+            codes = use.idx == (1 if node.op_type == "MatMulNBits" else 0)
+            if not codes:
+                return form, 0
+            if node.op_type == "MatMulNBits":
+                return form, node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+            return form, tensor.nbytes * 8 // bits
+        if node.op_type in _DYNAMIC and tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8):
+            return "int8 dynamic", tensor.size if len(tensor.shape) == 2 else 0
+        if node.op_type == "DequantizeLinear":
+            form = f"{tensor.dtype.name.lower() if use.idx == 0 else 'integer'} dequantized"
+            return (form, tensor.size) if use.idx == 0 else ("scales", 0)
+    if tensor.dtype in _NAMES:
+        return _NAMES[tensor.dtype], tensor.size
+    return "constants", 0
 
 
-def _type(value: ir.Value) -> str:
-    dims = ", ".join(str(dim) for dim in value.shape) if value.shape is not None else "?"
-    return f"{value.dtype.name.lower() if value.dtype is not None else '?'}[{dims}]"
+def _layer_name(value: ir.Value) -> str:
+    """Where a weight belongs, by its name; by the node that reads it where the name says nothing."""
+    names = [value.name or "", *(use.node.name or "" for use in value.uses())]
+    for name in names:
+        if (index := layer_of(name)) is not None:
+            return f"layer {index}"
+    operators = {use.node.op_type for use in value.uses()}
+    gathered = bool(operators & {"Gather", "GatherBlockQuantized"})
+    multiplied = bool(operators & {"MatMul", "Gemm", "Transpose", "MatMulNBits"})
+    if any(word in names[0] for word in (*_EMBEDDING, *_HEAD)) or (gathered and len(value.shape or ()) >= 2):
+        if gathered and multiplied:
+            return "embedding and head"
+        return "head" if (multiplied and not gathered) or any(word in names[0] for word in _HEAD) else "embedding"
+    return "other"
 
 
-def summary(formats: Mapping[str, int]) -> str:
-    """`4-bit 3.1 MB, float32 0.2 MB`, the largest first."""
-    ordered = sorted(formats.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {nbytes / 1e6:.2f} MB" for name, nbytes in ordered)
+def _layer_order(name: str) -> tuple[int, int]:
+    if name.startswith("layer "):
+        return 1, int(name.removeprefix("layer "))
+    return (0 if name.startswith("embedding") else 2 if name == "head" else 3), 0
+
+
+def _port(value: ir.Value) -> Port:
+    dimensions = value.shape or ()
+    return Port(
+        value.name or "",
+        value.dtype.name.lower() if value.dtype is not None else "?",
+        tuple(d if isinstance(d, int) else str(d.value or "?") for d in dimensions),
+    )
+
+
+__all__ = ["Inspection", "LayerSummary", "MemoryEstimate", "Port", "Share", "inspect_graph"]
