@@ -99,20 +99,21 @@ class DecoderSession:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | onnxruntime.InferenceSession,
         session_options: Mapping[str, str] | None = None,
         threads: int | None = None,
         provider: str = "CPUExecutionProvider",
         *,
         shared: bool | None = None,
         capacity: int = 512,
-        profile_prefix: str | None = None,
     ) -> None:
-        self.session = open_session(path, session_options, threads, provider, profile_prefix)
+        if isinstance(path, str | Path):
+            path = open_session(path, session_options, threads, provider)
+        self.session: onnxruntime.InferenceSession = path
         self._types = {node.name: NUMPY_TYPES[node.type] for node in self.session.get_inputs()}
         outputs = {node.name: node for node in self.session.get_outputs()}
         if "input_ids" not in self._types or "logits" not in outputs:
-            raise UnsupportedModelError(f"{Path(path).name} has no input_ids or no logits: not a decoder")
+            raise UnsupportedModelError("the graph has no input_ids or no logits: not a decoder")
         self._logits_type = NUMPY_TYPES[outputs["logits"].type]
         self._past = {
             node.name: (_present_name(node.name, list(outputs)), int(node.shape[1]), int(node.shape[3]))
@@ -270,14 +271,14 @@ class EncoderSession:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | onnxruntime.InferenceSession,
         session_options: Mapping[str, str] | None = None,
         threads: int | None = None,
         provider: str = "CPUExecutionProvider",
-        *,
-        profile_prefix: str | None = None,
     ) -> None:
-        self.session = open_session(path, session_options, threads, provider, profile_prefix)
+        if isinstance(path, str | Path):
+            path = open_session(path, session_options, threads, provider)
+        self.session: onnxruntime.InferenceSession = path
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
 
