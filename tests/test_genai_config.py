@@ -24,26 +24,22 @@ CONFIG: dict[str, Any] = {
 
 def decoder(layers: int = 2, rows: int = 4096, operator: str = "GroupQueryAttention", heads: int | str = 2) -> ir.Model:
     """The signature of an exported decoder, with one node per layer that reads the cache."""
-    caches = ", ".join(
-        f'float[batch_size, {heads}, past_sequence_length, 8] "past_key_values.{i}.{kind}"'
-        for i in range(layers)
-        for kind in ("key", "value")
-    )
-    presents = ", ".join(
-        f'float[batch_size, {heads}, total_sequence_length, 8] "present.{i}.{kind}"'
-        for i in range(layers)
-        for kind in ("key", "value")
-    )
+
+    def values(prefix: str, length: str) -> list[str]:
+        shape = f"float[batch_size, {heads}, {length}, 8]"
+        return [f'{shape} "{prefix}.{i}.{kind}"' for i in range(layers) for kind in ("key", "value")]
+
+    inputs = ", ".join(["int64[batch_size, sequence_length] input_ids", *values("past_key_values", "past_length")])
+    outputs = ", ".join(["float[batch_size, sequence_length, 50] logits", *values("present", "total_sequence_length")])
     nodes = "\n".join(
-        f'h{i + 1}, "present.{i}.key", "present.{i}.value" = com.microsoft.{operator} <num_heads = 4, kv_num_heads = 2> '
-        f'(h{i}, h{i}, h{i}, "past_key_values.{i}.key", "past_key_values.{i}.value", lengths, total, cos_cache, sin_cache)'
+        f'h{i + 1}, "present.{i}.key", "present.{i}.value" = com.microsoft.{operator} <num_heads = 4, kv_num_heads = 2>'
+        f'(h{i}, h{i}, h{i}, "past_key_values.{i}.key", "past_key_values.{i}.value", lengths, total, cosines, sines)'
         for i in range(layers)
     )
     return ir.from_onnx_text(
         f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-        g (int64[batch_size, sequence_length] input_ids, int64[batch_size, total_sequence_length] attention_mask,
-           float[{rows}, 4] cos_cache, float[{rows}, 4] sin_cache, int32[batch_size] lengths, int32 total, {caches})
-        => (float[batch_size, sequence_length, 50] logits, {presents}) {{
+        g ({inputs}, int64[batch_size, total_sequence_length] attention_mask, float[{rows}, 4] cosines,
+           float[{rows}, 4] sines, int32[batch_size] lengths, int32 total) => ({outputs}) {{
             h0 = Cast <to = 1> (input_ids)
             {nodes}
             logits = Identity (h{layers})

@@ -1,6 +1,6 @@
 """Make GGUF files with llama.cpp's own quantizer. usage: llama_cpp_quantize.py IN.gguf OUT.gguf FORMAT
 
-FORMAT: F32, Q4_0, Q4_1, Q4_K_M, Q8_0. A quantized input may be dequantized to F32 first; the others are then made from it.
+FORMAT: F32, Q4_0, Q4_1, Q4_K_M, Q8_0. A quantized file is dequantized to F32 first; the others are made from that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a benchmark talks to a contender: JSON lines over pipes, so that contenders in different environments can take turns.
+"""How a benchmark talks to a contender: JSON lines over pipes, so that different environments can take turns.
 
 A worker is a script started as `python worker.py ARGUMENTS`. It loads its model, writes `{"load_s": seconds, ...}` and
 then answers one request per line until its input closes. Standard library only: this file runs in every environment.

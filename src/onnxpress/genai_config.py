@@ -11,7 +11,7 @@ with padding and shared caches were checked with version 0.18:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ MODEL_TYPES = frozenset(
     "chatglm ernie4_5 gemma gemma2 gemma3_text gptoss granite internlm2 llama mistral nemotron olmo phi phi3 phi3small "
     "phimoe qwen2 qwen3 smollm3".split()
 )
-"""Decoders that onnxruntime-genai knows by the name transformers gives them. `gpt2` is missing on purpose: under that name
-the runtime wants keys and values in one tensor."""
+"""Decoders that onnxruntime-genai knows by the name transformers gives them. `gpt2` is missing on purpose: under that
+name the runtime wants keys and values in one tensor."""
 
 GENERIC_TYPE = "decoder"
 """What it calls any other decoder with the usual inputs and outputs."""
@@ -46,7 +46,6 @@ _LEVELS = {
     "disable": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
     "extended": "ORT_ENABLE_EXTENDED",
-    "layout": "ORT_ENABLE_LAYOUT",
     "all": "ORT_ENABLE_ALL",
 }
 
@@ -60,8 +59,8 @@ def write_genai_config(
 ) -> Path | None:
     """Write `folder`/genai_config.json for the decoder `model`, stored at `filename` relative to `folder`.
 
-    Reads generation_config.json, tokenizer_config.json and tokenizer.json from `folder` where they are. Returns None, and
-    writes nothing, if onnxruntime-genai cannot run such a graph (see `genai_config`).
+    Reads generation_config.json, tokenizer_config.json and tokenizer.json from `folder` where they are. Returns None,
+    and writes nothing, if onnxruntime-genai cannot run such a graph (see `genai_config`).
     """
     generation = _read(folder / "generation_config.json")
     content = genai_config(model, filename, config, generation, _turn_end(folder), session_options)
@@ -83,7 +82,8 @@ def genai_config(
     """The content of genai_config.json.
 
     config, generation: config.json and generation_config.json of the checkpoint. turn_end: the token that the tokenizer
-    calls the end, which chat models write after each turn and some configurations forget. session_options: as in profiles.
+    calls the end, which chat models write after each turn and some configurations forget. session_options: as in
+    profiles.
 
     None for what the runtime has no place for: graphs without `input_ids`, logits or a cache, caches whose heads
     differ between layers, models without an end token.
@@ -137,37 +137,35 @@ def genai_config(
 
 
 def _cache_shapes(inputs: Mapping[str | None, ir.Value]) -> list[tuple[int, int]]:
-    """(kv_heads, head_dim) of each layer's keys and values, in order; empty if a layer is missing or has free dimensions."""
+    """(kv_heads, head_dim) of each layer's cache, in order; empty if a layer is missing or has free dimensions."""
     shapes: list[tuple[int, int]] = []
     while (key := inputs.get(_LAYER_NAMES["past_key_names"] % len(shapes))) is not None:
         value = inputs.get(_LAYER_NAMES["past_value_names"] % len(shapes))
         if key.shape is None or value is None or value.shape is None:
             return []
         heads, width = key.shape[1], key.shape[3]
-        if (value.shape[1], value.shape[3]) != (heads, width) or not (
-            isinstance(heads, int) and isinstance(width, int)
-        ):
+        if not (isinstance(heads, int) and isinstance(width, int)):
+            return []
+        if (value.shape[1], value.shape[3]) != (heads, width):
             return []
         shapes.append((heads, width))
     caches = sum(1 for name in inputs if name is not None and name.startswith("past"))
     return shapes if caches == 2 * len(shapes) else []
 
 
-def _shares_buffer(inputs: Any) -> bool:
+def _shares_buffer(inputs: Iterable[ir.Value]) -> bool:
     """Whether every cache is read by GroupQueryAttention alone: it writes present into the memory of past."""
-    readers = [
-        node.op_type for value in inputs if value.name.startswith("past_key_values.") for node, _ in value.uses()
-    ]
-    return bool(readers) and all(reader == "GroupQueryAttention" for reader in readers)
+    caches = [value for value in inputs if value.name is not None and value.name.startswith("past_key_values.")]
+    return all(node.op_type == "GroupQueryAttention" for value in caches for node, _ in value.uses())
 
 
 def _context_length(model: ir.Model, config: Mapping[str, Any]) -> int:
     """Tokens that the model takes: what config.json says, or fewer if the graph's rotary tables end earlier."""
     lengths = [int(config[name]) for name in _CONTEXT_NAMES if config.get(name)][:1]
     for node in model.graph:
-        if node.op_type == "GroupQueryAttention" and len(node.inputs) > 7 and (table := node.inputs[7]) is not None:
-            if table.shape is not None and isinstance(rows := table.shape[0], int):
-                lengths.append(rows)
+        table = node.inputs[7] if node.op_type == "GroupQueryAttention" and len(node.inputs) > 7 else None
+        if table is not None and table.shape is not None and isinstance(rows := table.shape[0], int):
+            lengths.append(rows)
     return min(lengths, default=MAX_LENGTH)
 
 
@@ -190,12 +188,12 @@ def _turn_end(folder: Path) -> int | None:
 def _session_options(options: Mapping[str, str]) -> dict[str, Any]:
     """A profile's options as onnxruntime-genai writes them: attributes typed, configuration entries as strings.
 
-    `enable_mem_reuse` has no place there and is left out.
+    `enable_mem_reuse` has no place there and is left out; nor has the level `layout`, which is nearest to all.
     """
     typed: dict[str, Any] = {}
     for name, value in options.items():
         if name == "graph_optimization_level":
-            typed[name] = _LEVELS[value]
+            typed[name] = _LEVELS.get(value, "ORT_ENABLE_ALL")
         elif "." in name:
             typed[name] = str(value)
         elif name in ("enable_cpu_mem_arena", "enable_mem_pattern"):
