@@ -9,7 +9,9 @@ from onnxpress.optimizers.base import Pass
 
 PASSES: dict[str, str] = {
     "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
+    "float16": "onnxpress.optimizers.float16:Float16",
     "fuse-skip-norm": "onnxpress.optimizers.fuse_skip_norm:FuseSkipNorm",
+    "last-logits": "onnxpress.optimizers.last_logits:LastLogits",
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
 }
 

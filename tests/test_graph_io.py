@@ -202,6 +202,10 @@ def test_copies_share_weights_but_not_nodes() -> None:
     model = graph_of(w=ir.tensor(ramp(4, 4)))
     copy = copy_graph(model)
     copy.graph.initializers["w"].const_value = None
+    copy.graph.outputs[0].dtype = ir.DataType.INT8
+    copy.graph.outputs[0].shape[0] = 7
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
+    assert model.graph.outputs[0].shape == [4, 4]
     assert model.graph.initializers["w"].const_value is not None
     assert copy_graph(model).graph.initializers["w"].const_value is model.graph.initializers["w"].const_value
 

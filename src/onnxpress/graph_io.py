@@ -40,7 +40,13 @@ IN_FLIGHT_BYTES = 512 * 2**20
 
 def copy_graph(model: ir.Model) -> ir.Model:
     """A copy whose nodes and values can be edited apart from the original; weights are shared and stay lazy."""
-    return model.clone()
+    copy = model.clone()
+    for graph in copy.graphs():
+        values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+        for value in values:  # the clone shares types, which `value.dtype = ...` edits in place
+            if isinstance(value.type, ir.TensorType):
+                value.type = ir.TensorType(value.type.dtype)
+    return copy
 
 
 def save_graph(
