@@ -99,8 +99,8 @@ def _download(repository: str, commit: str, patterns: list[str]) -> Path:
 def _weights_pattern(repository: str, names: Iterable[str], allow_pickle: bool) -> str:
     """The files to fetch for weights: safetensors, or pickles if allowed."""
     top = [name for name in names if "/" not in name]
-    if any(name.endswith(".safetensors") for name in top):
-        return "*.safetensors"
+    if any(re.fullmatch(r"model.*\.safetensors", name) for name in top):
+        return "model*.safetensors"
     if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in top):
         if allow_pickle:
             return "pytorch_model*.bin"

@@ -88,7 +88,7 @@ class CatalogEntry(_Strict):
     sources: list[Annotated[HubSource | PypiSource, Field(discriminator="kind")]] = Field(min_length=1)
     pooling: Pooling | None = None
     recipes: dict[str, str] = {}
-    """Default recipe by profile (`default`: all others), where the profile's own default for the task is not the best."""
+    """Default recipe by profile (`default`: all others), where the profile's own default is not the best."""
 
     def recipe_for(self, profile: str) -> str | None:
         """The recipe that this model wants on a profile, or None for the profile's own default."""
