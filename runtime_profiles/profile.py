@@ -82,6 +82,14 @@ class Profile(BaseModel):
         check_session_options(options)
         return options
 
+    @property
+    def saturates(self) -> bool:
+        """Whether products of unsigned with signed bytes overflow: x86 without VNNI, unless a session option helps."""
+        if self.host is None or not {"x86_64", "amd64"}.intersection(self.host.architecture):
+            return False
+        vnni = all(any("vnni" in flag for flag in flags) for flags in self.host.flags)
+        return not vnni and self.session_options.get("session.x64quantprecision") != "1"
+
     def recipe_for(self, task: str) -> str:
         """The default recipe for one of optimum's task names; `text-generation-with-past` counts as its base task."""
         for name in (task, task.removesuffix("-with-past"), "default"):

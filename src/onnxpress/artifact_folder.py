@@ -30,15 +30,6 @@ SINGLE_FILE_BYTES = 64 * 2**20
 """Up to here weights stay in the .onnx file; more go beside it, where sessions map them instead of reading them."""
 
 _TRANSFORMERS_JS_DTYPES = {"": "fp32", "_fp16": "fp16", "_quantized": "q8", "_q4": "q4", "_q4f16": "q4f16"}
-_FORMAT_INPUTS: dict[str, tuple[int, ...]] = {
-    "MatMulNBits": (2, 3, 4),
-    "GatherBlockQuantized": (2, 3),
-    "DequantizeLinear": (1, 2),
-    "MatMulInteger": (2, 3),
-    "DynamicQuantizeMatMul": (2, 3),
-    "MatMulIntegerToFloat": (2, 3, 4, 5),
-}
-"""Inputs that say how another input is quantized."""
 _ONE_BYTE = (ir.DataType.INT8, ir.DataType.UINT8)
 _HALF_BYTE = (ir.DataType.INT4, ir.DataType.UINT4)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -155,15 +146,6 @@ def weight_format(value: ir.Value) -> str | None:
     if dtype in _FLOATS:
         return "float32" if dtype == ir.DataType.FLOAT else "float16"
     return None
-
-
-def parameter_count(value: ir.Value) -> int:
-    """Elements of a weight, unpacked; 0 for what only belongs to another weight's format (scales, zero points)."""
-    tensor = value.const_value
-    if tensor is None or any(index in _FORMAT_INPUTS.get(node.op_type, ()) for node, index in value.uses()):
-        return 0
-    packed = 2 if weight_format(value) == "4-bit" and tensor.dtype in _ONE_BYTE else 1
-    return int(tensor.size) * packed
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone (`onnxpress list models | head`): not an error of ours, and stdout must not be flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        _trace(state)
+        return _fail(f"this needs {error.name}, which is not installed", "pip install 'onnxpress[export]'", 1)
     except MemoryError:
         _trace(state)
         return _fail("not enough memory", "close other programs, or take a machine with more", 1)

@@ -15,7 +15,7 @@ class Gates:
     """Limits, None where there is none."""
 
     max_loss: float | None = None
-    """A fraction: see `loss`."""
+    """The rise of perplexity (decoders) or 1 - the mean cosine (the others), as a fraction."""
     max_size: float | None = None
     """Bytes of the graphs with their weights."""
     max_latency: float | None = None
@@ -27,11 +27,11 @@ class Gates:
     def need_benchmark(self) -> bool:
         return self.max_latency is not None or self.max_memory is not None
 
-    def check(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[GateRecord]:
+    def check(self, after: Mapping[str, float]) -> list[GateRecord]:
         """Hold the measured values to every limit that is set."""
         latency = after.get("decode_ms_per_token", after.get("latency_ms"))
         rows = (
-            ("max_loss", self.max_loss, loss(before, after)),
+            ("max_loss", self.max_loss, after.get("loss")),
             ("max_size_bytes", self.max_size, after.get("size_bytes")),
             ("max_latency_ms", self.max_latency, latency),
             ("max_memory_bytes", self.max_memory, after.get("peak_rss_bytes")),
@@ -49,18 +49,6 @@ class Gates:
         ]
 
 
-def loss(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-    """What quality costs, as one fraction: the rise of perplexity for decoders, 1 - the worst cosine for the others.
-
-    None where neither was measured. An artifact that happens to be better than the reference has a loss of 0.
-    """
-    if "perplexity" in before and "perplexity" in after:
-        return max(0.0, after["perplexity"] / before["perplexity"] - 1)
-    if "cosine_min" in after:
-        return max(0.0, 1 - after["cosine_min"])
-    return None
-
-
 def require(gates: Sequence[GateRecord], before: Mapping[str, float], steps: Sequence[Step]) -> None:
     """Raise GateFailedError naming every gate that failed and what each pass cost."""
     failed = [gate for gate in gates if not gate.passed]
@@ -75,18 +63,21 @@ def require(gates: Sequence[GateRecord], before: Mapping[str, float], steps: Seq
 
 
 def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
-    """`quantize-blocks +0.40% loss -71% size`, for each step that was measured."""
+    """`quantize-blocks +0.0031 KL -71% size`, for each step that changed the quality or the size."""
     lines = []
-    last_loss, last_size = 0.0, before.get("size_bytes")
+    last, last_size = 0.0, before.get("size_bytes")
     for step in steps:
         parts = []
-        now = loss(before, step.metrics)
-        if now is not None and abs(now - last_loss) >= 5e-5:
-            parts.append(f"{now - last_loss:+.2%} loss")
-            last_loss = now
+        if "kl" in step.metrics:
+            unit, now = "KL", step.metrics["kl"]
+        else:
+            unit, now = "1-cosine", 1 - step.metrics.get("cosine_mean", 1 - last)
+        if abs(now - last) >= 5e-5:
+            parts.append(f"{now - last:+.4f} {unit}")
+            last = now
         size = step.metrics.get("size_bytes")
-        if size is not None and last_size is not None:
-            if abs(size / last_size - 1) >= 5e-3:
+        if size is not None:
+            if last_size and abs(size / last_size - 1) >= 5e-3:
                 parts.append(f"{size / last_size - 1:+.0%} size")
             last_size = size
         if parts:

@@ -40,6 +40,11 @@ class Progress:
             self._bars.stop()
             self._bars = None
 
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(text, style="dim", markup=False)
+
     @contextmanager
     def stage(self, title: str) -> Iterator[Update]:
         """A bar that is shown, pulsing until the first update, while the block runs."""

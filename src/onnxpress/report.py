@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxpress.gates import costs, loss
+from onnxpress.gates import costs
 
 if TYPE_CHECKING:
-    from onnxpress.inspection import Inspection
+    from onnxpress.inspection import Port
+    from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
 
 Row = tuple[str, str, str]
@@ -22,6 +23,7 @@ Row = tuple[str, str, str]
 _LABELS = {
     "size_bytes": "size",
     "perplexity": "perplexity",
+    "loss": "loss",
     "kl": "KL to the reference",
     "top1_agreement": "top-1 agreement",
     "cosine_mean": "cosine, mean",
@@ -34,6 +36,7 @@ _LABELS = {
     "peak_rss_bytes": "peak memory",
 }
 _WIDTH = 110
+_CACHE = ("past_key_values.", "present")
 
 
 def print_json(value: Any) -> None:
@@ -65,7 +68,7 @@ def amount(key: str, value: float | None) -> str:
         return "–"
     if key.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if key.startswith("top1"):
+    if key == "loss" or key.startswith("top1"):
         return f"{value:.2%}"
     if key.endswith("tokens_per_s"):
         return f"{value:,.0f} tokens/s"
@@ -107,9 +110,6 @@ def print_build(result: BuildResult) -> None:
     spent = costs(record.before, result.steps)
     if spent:
         console.print("[bold]cost by pass[/]  " + escape(" · ".join(spent)))
-    total = loss(record.before, record.metrics)
-    if total is not None:
-        console.print(f"[bold]loss[/]  {total:.2%}")
     for gate in record.gates:
         console.print(f"[bold]gate[/]  {gate.name}: {gate.value:g} of {gate.limit:g}")
     for note in result.notes:
@@ -138,29 +138,40 @@ def print_benchmark(title: str, measured: Mapping[str, Any]) -> None:
             print_metrics(label(name), rows)
 
 
-def print_inspection(found: Inspection) -> None:
-    from onnxpress.inspection import summary
+def print_overview(found: Overview) -> None:
+    """Per graph: parameters, memory, operators, inputs and outputs; weights by layer and format; the warnings."""
+    from onnxpress.overview import CONTEXTS
 
     console = _console()
-    for graph in found.graphs:
-        head = _table(graph.file, "")
-        head.add_row("parameters", f"{graph.parameters:,}")
-        head.add_row("weights", f"{graph.weight_bytes / 1e6:.1f} MB")
-        if graph.cache_bytes_per_token:
-            head.add_row("cache", f"{graph.cache_bytes_per_token:,} bytes per token")
-            memory = ", ".join(f"{graph.memory_bytes(size) / 1e6:.0f} MB at {size:,}" for size in (512, 2048, 8192))
-            head.add_row("weights and cache", memory)
-        head.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in graph.opset.items()))
-        head.add_row("inputs", escape("\n".join(_collapsed(graph.inputs))))
-        head.add_row("outputs", escape("\n".join(_collapsed(graph.outputs))))
-        head.add_row("nodes", f"{graph.nodes}: {_counts(graph.operators)}")
+    for name, graph in found.graphs.items():
+        head = _table(name, "")
+        head.add_row("parameters", f"{graph.total.parameters:,}")
+        head.add_row("weights", _megabytes(graph.total.bytes))
+        if graph.kv_cache_bytes_per_token:
+            head.add_row("cache", f"{graph.kv_cache_bytes_per_token:,} bytes per token")
+            memory = (f"{_megabytes(graph.memory(size).total)} at {size:,}" for size in CONTEXTS)
+            head.add_row("memory by context", ", ".join(memory))
+        head.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in graph.opsets.items()))
+        head.add_row("inputs", escape("\n".join(_ports(graph.inputs))))
+        head.add_row("outputs", escape("\n".join(_ports(graph.outputs))))
+        head.add_row("nodes", f"{sum(graph.operators.values())}: {_counts(graph.operators)}")
         console.print(head)
         layers = _table("weights of", "parameters", "bytes", "formats")
-        for group in graph.groups:
-            layers.add_row(group.name, f"{group.parameters:,}", f"{group.nbytes:,}", summary(group.formats))
+        for layer in graph.layers:
+            formats = ", ".join(f"{form} {_megabytes(share.bytes)}" for form, share in layer.formats.items())
+            layers.add_row(layer.name, f"{layer.total.parameters:,}", f"{layer.total.bytes:,}", formats)
         console.print(layers)
     for warning in found.warnings:
         console.print(f"[yellow]warning[/]  {escape(warning)}")
+
+
+def print_trial(found: Mapping[str, Any]) -> None:
+    """What `run` has to add to the text that it streamed: speed, or the similarity of texts."""
+    console = Console(stderr=True, highlight=False)
+    if "texts" in found:
+        print_rows(found["texts"])
+    else:
+        console.print(f"\n[dim]{found['tokens']} tokens, {found['tokens_per_s']:.1f} per second[/]")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -203,11 +214,16 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _collapsed(values: Mapping[str, str]) -> list[str]:
-    """The cache's many inputs or outputs as one line."""
-    plain = [f"{name}: {kind}" for name, kind in values.items() if not name.startswith(("past_key_values.", "present"))]
-    cache = [kind for name, kind in values.items() if name.startswith(("past_key_values.", "present"))]
-    return [*plain, *([f"cache, {len(cache)} times {cache[0]}"] if cache else [])]
+def _ports(ports: Sequence[Port]) -> list[str]:
+    """Inputs or outputs as text, the cache's many as one line."""
+    text = {port.name: f"{port.dtype}[{', '.join(map(str, port.shape))}]" for port in ports}
+    cache = [kind for name, kind in text.items() if name.startswith(_CACHE)]
+    plain = [f"{name}: {kind}" for name, kind in text.items() if not name.startswith(_CACHE)]
+    return [*plain, *([f"cache: {len(cache)} times {cache[0]}"] if cache else [])]
+
+
+def _megabytes(value: int) -> str:
+    return f"{value / 1e6:,.1f} MB"
 
 
 def _finite(value: Any) -> Any:

@@ -18,14 +18,14 @@ _reporting = all_of(json_option, debug_option)
 @_reporting
 def inspect(model: str, profile: str, as_json: bool) -> None:
     """Say what is in an artifact or an ONNX file, and what the profile's target would object to."""
-    from onnxpress import inspection, report
+    from onnxpress import overview, report
     from onnxpress.runtime_profiles import profile as profiles
 
-    found = inspection.inspect(model, profiles.load(profile))
+    found = overview.inspect(model, profiles.load(profile))
     if as_json:
         report.print_json(found.to_dict())
     else:
-        report.print_inspection(found)
+        report.print_overview(found)
 
 
 @click.command(short_help="Text from a prompt (decoders) or the similarity of texts (encoders).")

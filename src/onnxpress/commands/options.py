@@ -92,7 +92,7 @@ gate_options = all_of(
         "--max-loss",
         type=FRACTION,
         metavar="1%",
-        help="Largest rise of perplexity (decoders) or drop of the worst cosine (encoders) against the reference.",
+        help="Largest rise of perplexity (decoders), or of 1 - mean cosine (encoders), against the reference.",
     ),
     click.option("--max-size", type=SIZE, metavar="60MB", help="Largest size of the graphs with their weights."),
     click.option("--max-latency", type=DURATION, metavar="10ms", help="Slowest token (decoders) or call, here."),

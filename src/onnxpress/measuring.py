@@ -1,0 +1,100 @@
+"""Measurements during a build: always against the same reference, on the same inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxpress.evaluation import Evaluation, evaluate
+from onnxpress.opening import ENCODER, Opened, open_model
+from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
+
+Update = Callable[[int, int], None]
+
+TIPPED_TOLERANCE = 0.1
+"""What an exact pass may change after a lossy one: rounding, reordered, tips a few quantized activations."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the user wants to be measured on; by default the reference writes text itself."""
+
+    text: Path | None = None
+    pairs: Path | None = None
+
+
+@dataclass
+class Meter:
+    """The reference graph, and what it computes for a few inputs."""
+
+    reference: Mapping[str, Path]
+    data: Data
+    threads: int | None
+    session_options: Mapping[str, str]
+    _expected: Reference | None = None
+
+    def check_export(self, checkpoint: Any, task: str) -> dict[str, float]:
+        """The exported graph against torch. Raises VerificationError."""
+        expected = Reference.of(checkpoint, task=task)
+        return verify_step(expected, self._open(self.reference), exact=True, what="the exported graph")
+
+    def check_step(
+        self, what: str, after: Mapping[str, Path], before: Mapping[str, Path], *, exact: bool, lossy: bool
+    ) -> dict[str, float]:
+        """What a pass changed: an exact one against the graph before it, a lossy one against the reference.
+
+        `lossy`: whether a pass before it was. Raises VerificationError.
+        """
+        if exact and lossy:
+            expected = Reference.of(self._open(before))
+            return verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
+        if self._expected is None:
+            self._expected = Reference.of(self._open(self.reference))
+        return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+
+    def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
+        """The figures that the artifact is judged by."""
+        self._expected = None  # its memory is better used elsewhere
+        return evaluate(
+            self._open(candidate),
+            open_model(main_graph(self.reference), threads=self.threads),
+            text=self.data.text,
+            pairs=self.data.pairs,
+            threads=self.threads,
+            progress=lambda what, done, total: update(done, total),
+        )
+
+    def _open(self, paths: Mapping[str, Path]) -> Opened:
+        return open_model(main_graph(paths), threads=self.threads, session_options=self.session_options)
+
+
+def main_graph(paths: Mapping[str, Path]) -> Path:
+    """The graph by which a model is opened."""
+    return next((path for stem, path in paths.items() if stem.startswith(ENCODER)), next(iter(paths.values())))
+
+
+def figures(found: Evaluation) -> dict[str, float]:
+    """An evaluation as flat numbers: the headline figures, the loss, and each mode's as `kl_decode` and the like."""
+    rows: dict[str, float] = {
+        key: float(value)
+        for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman")
+        if (value := getattr(found, key)) is not None
+    }
+    rows["loss"] = found.loss
+    for mode, values in found.modes.items():
+        rows |= {f"{key}_{mode}": values[key] for key in ("kl", "perplexity", "cosine_min") if key in values}
+    return rows
+
+
+def available_memory() -> int:
+    """Bytes that the system can hand out without swapping, as Linux says; elsewhere the physical memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
