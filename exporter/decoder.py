@@ -1,0 +1,115 @@
+"""A causal language model as a graph with a key-value cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onnxpress.errors import UnsupportedModelError
+from onnxpress.exporter import operators
+from onnxpress.exporter.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.template import Template, Traceable, build, on_meta
+
+
+class CachedDecoder(nn.Module):
+    """forward(input_ids [batch, length], attention_mask [batch, past + length], past) -> logits and the new cache."""
+
+    def __init__(self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...], last_logits: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.fusion = fusion
+        self.layers = layers
+        self.last_logits = last_logits
+        self.positions = "position_ids" in inspect.signature(model.forward).parameters
+        register_tables(self, fusion)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        fusion = self.fusion
+        # A client may hand over a cache longer than the past (one buffer for the whole text): only the mask tells how
+        # much of it is past. Without GroupQueryAttention the cache has to be exactly the past.
+        length = input_ids.shape[1]
+        total_length = attention_mask.shape[1] if fusion.fuse_attention else past[0][0].shape[2] + length
+        past_length = total_length - length
+        position_ids = operators.causal_positions(attention_mask, past_length)
+        total = torch.tensor(total_length, dtype=torch.int32)
+        cache = GraphCache(dict(zip(self.layers, past, strict=True)), past_length, total_length, fusion.fuse_attention)
+        fusion.begin(
+            self,
+            cache,
+            position_ids,
+            ((total - 1).expand(input_ids.shape[0]), total),
+            operators.cache_positions(attention_mask, past_length),
+        )
+        extra: dict[str, Any] = {"position_ids": position_ids} if self.positions else {}
+        if self.last_logits:
+            # the last attended token of each row: rows may be padded on either side
+            fresh = attention_mask[:, past_length:]
+            extra["logits_to_keep"] = (fresh * torch.arange(fresh.shape[1])).argmax(-1, keepdim=True)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        fusion.finish()
+        return (output.logits, *(state for layer in self.layers for state in cache.present[layer]))
+
+
+def signature(wrapper: CachedDecoder, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
+    """Example inputs, free dimensions and names; shapes: (kv_heads, head_dim) of each traced layer."""
+    batch, length, past_length = 2, 3, 5
+    dim = torch.export.Dim
+    b, s, p = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
+    state = {0: b, 2: p}
+    past = [
+        (torch.zeros(batch, heads, past_length, head_dim), torch.zeros(batch, heads, past_length, head_dim))
+        for heads, head_dim in shapes
+    ]
+    inputs = (
+        torch.zeros(batch, length, dtype=torch.int64),
+        torch.ones(batch, past_length + length, dtype=torch.int64),
+        past,
+    )
+    pairs = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+    return Traceable(
+        wrapper,
+        inputs,
+        ({0: b, 1: s}, {0: b, 1: dim.AUTO}, [(state, state)] * len(layers)),
+        ["input_ids", "attention_mask", *(f"past_key_values.{pair}" for pair in pairs)],
+        ["logits", *(f"present.{pair}" for pair in pairs)],
+    )
+
+
+def cache_shapes(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """(kv_heads, head_dim) of the keys of each layer of a model on the meta device, found by running it once."""
+    with torch.no_grad():
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+        output = model(input_ids=tokens, use_cache=True)
+    shapes = {}
+    for layer, states in enumerate(output.past_key_values.layers):
+        keys = getattr(states, "keys", None)
+        if keys is None or keys.dim() != 4:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps something other than keys and values in layer {layer}",
+                hint="state-space and linear-attention layers are not supported",
+            )
+        shapes[layer] = (int(keys.shape[1]), int(keys.shape[3]))
+    return shapes
+
+
+def export_decoder(
+    model_class: Any, config: Any, *, last_logits: bool, positions: int
+) -> Template:
+    """The graph of a causal language model with its cache, parameters unbound."""
+    shapes = cache_shapes(on_meta(model_class, config))
+
+    def wrap(model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> Traceable:
+        layers = layers or tuple(shapes)
+        wrapper = CachedDecoder(model, fusion, layers, last_logits).eval()
+        return signature(wrapper, layers, [shapes[layer] for layer in layers])
+
+    return build(lambda: on_meta(model_class, config), wrap, positions=positions)

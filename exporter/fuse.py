@@ -1,0 +1,368 @@
+"""While a model is traced, its attention, rotations, norms and products are written as fused operators.
+
+transformers lets one register an attention and a mask function by name; registering ours makes every architecture that
+uses that interface export fused, with no pattern matching. Masks stay transformers' own: whatever function of positions
+a model asks for (causal, sliding window, chunks) is evaluated into an additive bias, to which padding is added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from onnxpress.exporter import operators, recognise
+from onnxpress.exporter.rotary import APPLY, Rotary, Table
+
+IMPLEMENTATION = "onnxpress"
+"""The name under which our attention and mask functions are registered."""
+
+
+class Refused(Exception):
+    """Raised while tracing when a part cannot be fused as planned; the exporter traces again without that fusion."""
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(reason)
+        self.part = part
+        self.reason = reason
+
+
+@dataclass
+class Fusion:
+    """What is known while one model is traced."""
+
+    rotary: Rotary = field(default_factory=Rotary)
+    fuse_attention: bool = True
+    defer_rotary: bool = True
+    """Leave the rotation to GroupQueryAttention; otherwise write RotaryEmbedding nodes."""
+    tables: dict[tuple[int, str | None], tuple[Table, Tensor, Tensor]] = field(default_factory=dict)
+    """The rotary tables and their cos and sin as tensors of the traced module."""
+    position_ids: Tensor | None = None
+    cache_positions: Tensor | None = None
+    """Where GroupQueryAttention rotates the new tokens to, see `operators.cache_positions`."""
+    lengths: tuple[Tensor, Tensor] | None = None
+    cache: GraphCache | None = None
+    made: Counter[str] = field(default_factory=Counter)
+    """Fused operators written, by name."""
+    _angles: dict[int, tuple[Tensor, tuple[int, str | None], Any]] = field(default_factory=dict)
+    _rotated: dict[int, tuple[Tensor, Table, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def begin(
+        self,
+        owner: nn.Module,
+        cache: GraphCache | None,
+        position_ids: Tensor | None,
+        lengths: tuple[Tensor, Tensor] | None = None,
+        cache_positions: Tensor | None = None,
+    ) -> None:
+        """Called at the start of every traced forward, since a trace may run it more than once."""
+        self.cache, self.position_ids, self.lengths = cache, position_ids, lengths
+        self.cache_positions = cache_positions
+        self.made.clear()
+        self._angles.clear()
+        self._rotated.clear()
+        self.tables = {
+            which: (table, getattr(owner, table.buffer("cos")), getattr(owner, table.buffer("sin")))
+            for which, table in self.rotary.tables.items()
+        }
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **extra: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention interface: query [batch, heads, length, head_dim], key and value [batch, kv_heads,
+        kv_length, head_dim] -> [batch, length, heads, head_dim]."""
+        scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        softcap = extra.get("softcap")
+        if extra.get("s_aux") is not None:
+            raise Refused("attention", "it has attention sinks")
+        bias = attention_mask
+        if extra.get("position_bias") is not None:
+            bias = extra["position_bias"] if bias is None else bias + extra["position_bias"]
+        cached = self.cache.waiting(key) if self.cache is not None else None
+        if cached is not None:
+            return self._cached_attention(cached, query, key, value, bias, scale, softcap), None
+        if softcap is not None:
+            raise Refused("attention", "softcap without a cache")
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        if self.fuse_attention:
+            self.made["MultiHeadAttention"] += 1
+            return operators.multi_head_attention(query, key, value, _within(bias, query, key), scale), None
+        return _plain_attention(query, key, value, bias, scale), None
+
+    def _cached_attention(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        assert self.cache is not None and self.lengths is not None
+        if key.shape != value.shape:
+            raise Refused("attention", "key and value differ in head_dim")
+        head_dim = query.shape[-1]
+        rotation = self._rotated.pop(id(query), None)
+        if (rotation is None) != (self._rotated.pop(id(key), None) is None):
+            raise Refused("rotary", "query and key are not rotated alike")
+        attributes: dict[str, Any] = {"scale": scale}
+        if softcap is not None:
+            attributes["softcap"] = float(softcap)
+        rotary = None
+        if rotation is not None:
+            _, table, cos, sin, position_ids = rotation
+            if head_dim % 16 or (table.rotary_dim // 2) % 8:
+                raise Refused("rotary", "GroupQueryAttention rotates multiples of 16 only")
+            rotary = (cos, sin, position_ids)
+            attributes["rotary_interleaved"] = int(table.interleaved)
+        if head_dim % 8:
+            raise Refused("attention", f"GroupQueryAttention needs head_dim to be a multiple of 8, not {head_dim}")
+        output, *present = operators.group_query_attention(
+            query, key, value, self.cache.past[layer], self.lengths, rotary, bias, attributes
+        )
+        self.cache.present[layer] = (present[0], present[1])
+        self.made["GroupQueryAttention"] += 1
+        return output
+
+    def finish(self) -> None:
+        """Called at the end of every traced forward: whatever was left to the attention must have got there."""
+        if self.cache is not None and self.cache.unconsumed():
+            raise Refused("attention", "it does not use transformers' attention interface")
+        if self._rotated:
+            raise Refused("rotary", "rotated states do not reach the attention as they are")
+
+    def apply_rotary(self, original: Callable[..., Any], query: Tensor, key: Tensor, *angles: Any, **extra: Any) -> Any:
+        """In place of transformers' `apply_rotary_pos_emb(query, key, cos, sin, …)`."""
+        known = self._angles.get(id(angles[0])) if angles else None
+        if known is None or extra.get("unsqueeze_dim", 1) != 1 or len(angles) > 2:
+            return original(query, key, *angles, **extra)
+        _, which, position_ids = known
+        table, cos, sin = self.tables[which]
+        if self.defer_rotary and self.cache is not None:
+            # fresh views, so that states that reach the attention unchanged are told by identity
+            query, key = query.view_as(query), key.view_as(key)
+            if position_ids is not self.position_ids or self.cache_positions is None:
+                raise Refused("rotary", "rotated to positions of its own")
+            for states in (query, key):
+                self._rotated[id(states)] = (states, table, cos, sin, self.cache_positions)
+            return query, key
+        self.made["RotaryEmbedding"] += 2
+        rotate = lambda states: operators.rotary_embedding(  # noqa: E731
+            states, position_ids, cos, sin, interleaved=table.interleaved, rotary_dim=table.rotary_dim
+        )
+        return rotate(query), rotate(key)
+
+    def rotary_forward(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a rotary module's forward to remember which table its angles stand for."""
+
+        def forward(states: Tensor, position_ids: Tensor, *rest: Any, **extra: Any) -> Any:
+            cos, sin = original(states, position_ids, *rest, **extra)
+            layer_type = extra.get("layer_type", rest[0] if rest else None)
+            which = (id(module), layer_type)
+            if which in self.tables and position_ids.dim() == 2:
+                if position_ids.shape[0] == 1 and self.position_ids is not None:
+                    position_ids = self.position_ids
+                self._angles[id(cos)] = (cos, which, position_ids)
+            return cos, sin
+
+        return forward
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Tensor] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        use_vmap: bool = False,
+        device: Any = None,
+        **extra: Any,
+    ) -> Tensor | None:
+        """transformers' mask interface: the additive bias [1 or batch, 1, length, kv_length], or None for no mask."""
+        if use_vmap:
+            raise Refused("mask", "a mask function that is not index-based")
+        causal_inside = self.cache is not None and self.fuse_attention and mask_function is causal_mask_function
+        seen: Tensor | None = None
+        if mask_function is not bidirectional_mask_function and not causal_inside:
+            rows = torch.arange(q_length, device=device) + q_offset
+            columns = torch.arange(kv_length, device=device) + kv_offset
+            index = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+            seen = mask_function(index, index, rows[None, None, :, None], columns[None, None, None, :])
+        if attention_mask is not None:
+            padding = attention_mask[:, None, None, :].to(torch.bool)
+            seen = padding if seen is None else seen & padding
+        if seen is None:
+            return None
+        lowest = torch.finfo(torch.float32).min
+        bias = torch.where(seen, 0.0, lowest).to(torch.float32)
+        return bias.expand(-1, -1, q_length, -1)
+
+
+def register_tables(owner: nn.Module, fusion: Fusion) -> None:
+    """Make the rotary tables buffers of the traced module."""
+    for table in fusion.rotary.tables.values():
+        owner.register_buffer(table.buffer("cos"), table.cos)
+        owner.register_buffer(table.buffer("sin"), table.sin)
+
+
+class GraphCache(Cache):
+    """The key-value cache of a traced decoder.
+
+    For GroupQueryAttention new keys and values pass through: the operator appends them to the past itself. Otherwise they
+    are concatenated here.
+    """
+
+    def __init__(
+        self, past: dict[int, tuple[Tensor, Tensor]], past_length: Any, total_length: Any, fused: bool
+    ) -> None:
+        self.past = past
+        self.past_length = past_length
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+        self.total_length = total_length
+        self.fused = fused
+        self.layers = []
+        self._waiting: dict[int, tuple[Tensor, int]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **extra: Any) -> Any:
+        if self.fused:
+            self._waiting[id(key_states)] = (key_states, layer_idx)
+            return key_states, value_states
+        past_key, past_value = self.past[layer_idx]
+        present = (torch.cat((past_key, key_states), dim=2), torch.cat((past_value, value_states), dim=2))
+        self.present[layer_idx] = present
+        return present
+
+    def waiting(self, key_states: Tensor) -> int | None:
+        """The layer whose new keys these are, if the attention has to append them."""
+        found = self._waiting.pop(id(key_states), None)
+        return None if found is None else found[1]
+
+    def unconsumed(self) -> bool:
+        return bool(self._waiting)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.past_length
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.past_length
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> Any:
+        return self.total_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.past)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.past)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.past)
+
+
+def _within(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """MultiHeadAttention wants the bias in full length: [.., length, kv_length]."""
+    if bias is None or (bias.shape[-2] == query.shape[-2]):
+        return bias
+    return bias.expand(-1, -1, query.shape[-2], -1)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention in plain operators, for heads that no fused operator takes."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if bias is not None:
+        scores = scores + bias
+    weights = torch.softmax(scores, dim=-1)
+    return torch.matmul(weights, value).transpose(1, 2)
+
+
+@contextmanager
+def installed(fusion: Fusion, model: nn.Module) -> Iterator[None]:
+    """Put the fused forms in place for the time of one trace, and take every one of them out again."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                stack.enter_context(_forward(module, _linear_forward(module, transposed=False)))
+            elif type(module) is Conv1D:  # GPT-2's linear layer: weight [in, out]
+                stack.enter_context(_forward(module, _linear_forward(module, transposed=True)))
+            elif (norm := recognise.rms_norm(module)) is not None:
+                stack.enter_context(_forward(module, _norm_forward(fusion, module, norm)))
+        for module in fusion.rotary.modules:
+            stack.enter_context(_forward(module, fusion.rotary_forward(module, module.forward)))
+        for place, original in fusion.rotary.functions.items():
+            stack.enter_context(mock.patch.object(place, APPLY, _bound(fusion.apply_rotary, original)))
+        stack.enter_context(_registered(ALL_ATTENTION_FUNCTIONS, fusion.attention))
+        stack.enter_context(_registered(ALL_MASK_ATTENTION_FUNCTIONS, fusion.mask))
+        yield
+
+
+@contextmanager
+def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
+    interface.register(IMPLEMENTATION, function)
+    try:
+        yield
+    finally:
+        interface._global_mapping.pop(IMPLEMENTATION, None)
+
+
+def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **extra: replacement(original, *arguments, **extra)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Override one module's forward; `vars` and not `setattr`, so that the class keeps its own."""
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
+def _linear_forward(module: nn.Module, *, transposed: bool) -> Callable[[Tensor], Tensor]:
+    def forward(states: Tensor) -> Tensor:
+        return operators.linear(states, module.weight, module.bias, transposed=transposed)
+
+    return forward
+
+
+def _norm_forward(fusion: Fusion, module: nn.Module, norm: recognise.RMSNorm) -> Callable[[Tensor], Tensor]:
+    def forward(states: Tensor) -> Tensor:
+        fusion.made["SimplifiedLayerNormalization"] += 1
+        weight = module.weight if norm.offset == 0 else module.weight + norm.offset
+        return operators.rms_norm(states, weight, norm.epsilon)
+
+    return forward
