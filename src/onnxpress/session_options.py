@@ -13,7 +13,8 @@ import onnxruntime
 
 from .errors import UsageError
 
-CONFIG_KEYS = frozenset("""
+CONFIG_KEYS = frozenset(
+    """
     ep.context_embed_mode ep.context_enable ep.context_file_path ep.context_model_external_initializers_file_name
     ep.context_node_name_prefix ep.dynamic.qnn_htp_performance_mode ep.dynamic.workload_type
     ep.enable_weightless_ep_context_nodes ep.share_ep_contexts ep.stop_share_ep_contexts
@@ -40,7 +41,8 @@ CONFIG_KEYS = frozenset("""
     session.strict_shape_type_inference session.use_device_allocator_for_initializers session.use_env_allocators
     session.use_memory_mapped_ort_model session.use_ort_model_bytes_directly
     session.use_ort_model_bytes_for_initializers session.x64quantprecision
-""".split())
+""".split()
+)
 
 _LEVELS = onnxruntime.GraphOptimizationLevel
 OPTIMIZATION_LEVELS = {

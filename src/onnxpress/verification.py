@@ -139,7 +139,7 @@ def verify_step(
     """
     opened = open_model(after)
     if opened.kind != reference.kind:
-        raise VerificationError(f"{what} has kind {opened.kind}, the reference {reference.name} has kind {reference.kind}")
+        raise VerificationError(f"{what} has kind {opened.kind}, its reference {reference.name} kind {reference.kind}")
     try:
         run = {"decoder": _decoder, "encoder": _encoder, "encoder-decoder": _translator}.get(reference.kind, _graph)
         metrics = run(reference, opened)

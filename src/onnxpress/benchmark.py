@@ -1,0 +1,222 @@
+"""Speed and memory of a graph, measured in a process of its own so that the peak is the model's.
+
+`peak_rss_bytes` is the kernel's high-water mark of that process (VmHWM): Python and onnxruntime (about 50 MB), the
+weights as far as they are mapped or copied, the cache and the arena. `getrusage` would not do: its figure survives
+`exec` and includes the parent.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import OnnxpressError, SourceNotFoundError
+from .opening import find_graphs, main_graph, open_model, random_feeds
+from .operator_profile import OperatorTime, operator_times
+from .runtime import EncoderDecoderSession, EncoderSession
+from .session_options import check_session_options
+
+ENCODER_TOKENS = 128
+DECODE_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a model needs to run on this machine; a figure is None where it does not apply."""
+
+    kind: str
+    size_bytes: int
+    """Of the graph's files, external data included."""
+    load_s: float
+    peak_rss_bytes: int
+    threads: int | None
+    prefill_tokens_per_s: float | None = None
+    """Best of the repeats, on a prompt of `prompt` tokens, batch 1."""
+    prompt: int | None = None
+    decode_ms_per_token: Mapping[str, float] = field(default_factory=dict)
+    """Median, by number of tokens in the cache."""
+    latency_ms: float | None = None
+    """Median of one run of an encoder (128 tokens, batch 1) or of any other graph."""
+    operators: Sequence[OperatorTime] = ()
+    """Where the time goes, if asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, {}, ())}
+
+
+def benchmark(
+    what: str | Path,
+    *,
+    prompt: int = 512,
+    context: Sequence[int] = (16, 256, 512),
+    threads: int | None = None,
+    repeats: int = 3,
+    session_options: Mapping[str, str] | None = None,
+    profile: bool = False,
+    timeout: float | None = 1800,
+) -> Benchmark:
+    """Measure an artifact folder or an ONNX file in a fresh Python process.
+
+    `session_options` replace those of the artifact. `profile` adds a pass under onnxruntime's profiler, after the
+    figures were taken. Raises the errors of opening the model, as the child met them.
+    """
+    if session_options is not None:
+        check_session_options(session_options)
+    path = Path(what)
+    if not path.exists():
+        raise SourceNotFoundError(f"no such file or folder: {path}")
+    request = {
+        "path": str(path.absolute()),
+        "prompt": prompt,
+        "context": list(context),
+        "threads": threads,
+        "repeats": repeats,
+        "session_options": session_options if session_options is None else dict(session_options),
+        "profile": profile,
+    }
+    command = [sys.executable, "-m", "onnxpress.benchmark", json.dumps(request)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OnnxpressError(f"the benchmark of {path} did not end in {timeout:.0f} s") from error
+    try:
+        answer = json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise OnnxpressError(f"the benchmark of {path} ended early: {reason}") from error
+    if "error" in answer:
+        from . import errors
+
+        raise getattr(errors, answer["error"])(answer["message"], hint=answer["hint"])
+    answer["operators"] = [OperatorTime(**row) for row in answer["operators"]]
+    return Benchmark(**answer)
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a graph and its external data, or of all graphs of a folder."""
+    graphs = find_graphs(path) if path.is_dir() else [path]
+    files = {file for graph in graphs for file in (graph, *graph.parent.glob(f"{graph.name}[._]data*"))}
+    return sum(file.stat().st_size for file in files)
+
+
+def peak_rss_bytes() -> int:
+    """High-water mark of this process's resident memory, from /proc (or getrusage where there is none)."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The child's work: everything in `Benchmark` for one request."""
+    path = Path(request["path"])
+    options = {"threads": request["threads"], "session_options": request["session_options"]}
+    start = time.perf_counter()
+    opened = open_model(path, **options)
+    result: dict[str, Any] = {"kind": opened.kind, "load_s": time.perf_counter() - start, "threads": request["threads"]}
+    work, figures = _work(opened.kind, opened.model, opened.config, request)
+    result |= figures
+    result |= {"peak_rss_bytes": peak_rss_bytes(), "size_bytes": size_bytes(path), "operators": []}
+    if request["profile"]:
+        del opened, work
+        with tempfile.TemporaryDirectory() as folder:
+            graph = main_graph(find_graphs(path), path) if path.is_dir() else path
+            profiled = open_model(graph, **options, profile_prefix=f"{folder}/profile")
+            _work(profiled.kind, profiled.model, profiled.config, {**request, "repeats": 1})[0]()
+            result["operators"] = [asdict(row) for row in operator_times(Path(profiled.model.session.end_profiling()))]
+    return result
+
+
+def _work(
+    kind: str, model: Any, config: Mapping[str, Any], request: Mapping[str, Any]
+) -> tuple[Callable[[], object], dict[str, Any]]:
+    """(one run of the model, its figures)."""
+    repeats = max(1, request["repeats"])
+    if kind == "decoder":
+        return _decoder_work(model, request["prompt"], request["context"], repeats)
+    if isinstance(model, EncoderDecoderSession):
+        feeds = random_feeds(model.encoder, config)
+        start = np.array([[int(config.get("decoder_start_token_id") or 0)]])
+
+        def translate() -> None:
+            model.encode(feeds)
+            model.prefill(start)
+
+        latency = [seconds(translate) for _ in range(repeats + 1)][1:]
+        steps = [seconds(lambda: model.decode(start)) for _ in range(DECODE_STEPS)]
+        return translate, {
+            "latency_ms": 1e3 * float(np.median(latency)),
+            "decode_ms_per_token": {"1": 1e3 * float(np.median(steps))},
+        }
+    assert isinstance(model, EncoderSession)
+    feeds = random_feeds(model, config)
+    if kind == "encoder":
+        ids = np.random.default_rng(0).integers(0, int(config.get("vocab_size", 16)), (1, ENCODER_TOKENS))
+
+        def run() -> object:
+            return model.encode(ids)
+    else:
+
+        def run() -> object:
+            return model.run(feeds)
+
+    run()
+    times = [seconds(run) for _ in range(repeats * 10)]
+    return run, {"latency_ms": 1e3 * float(np.median(times))}
+
+
+def _decoder_work(
+    model: Any, prompt: int, context: Sequence[int], repeats: int
+) -> tuple[Callable[[], object], dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, model.vocabulary, (1, max(prompt, *context, 1)))
+    model.prefill(ids[:, :prompt])
+    prefill = [seconds(lambda: model.prefill(ids[:, :prompt])) for _ in range(repeats)]
+    decode: dict[str, float] = {}
+    for tokens in context:
+        model.prefill(ids[:, :tokens])
+        times = []
+        for step in range(DECODE_STEPS):
+            token = generator.integers(0, model.vocabulary, (1, 1))
+            elapsed = seconds(lambda token=token: model.decode(token))  # type: ignore[misc]
+            times += [elapsed] * (step >= 2)  # the first steps still warm the caches up
+        decode[str(tokens)] = 1e3 * float(np.median(times))
+
+    def run() -> None:
+        model.prefill(ids[:, :prompt])
+        for _ in range(DECODE_STEPS):
+            model.decode(ids[:, :1])
+
+    return run, {"prefill_tokens_per_s": prompt / min(prefill), "prompt": prompt, "decode_ms_per_token": decode}
+
+
+def main() -> None:
+    try:
+        answer = measure(json.loads(sys.argv[1]))
+    except OnnxpressError as error:
+        answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
