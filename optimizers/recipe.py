@@ -10,7 +10,7 @@
     name = "quantize-blocks"
     optional = true          # matching nothing is fine; otherwise it is an error
     bits = 8                 # everything else is an argument of the pass's constructor
-    block_size = "auto"      # taken from the profile: [auto.quantize-blocks] block_size
+    block_size = "auto"      # the profile's value, as if it were left out: [auto.quantize-blocks] block_size
 
 Unknown passes and options raise UsageError with the nearest name; option values are checked against the annotations of
 the constructor.
@@ -47,17 +47,12 @@ class PassSpec:
     optional: bool = False
 
     def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> PassSpec:
-        """The same with every `auto` replaced by the profile's value; `auto` is the profile's table of that name.
+        """The same with the profile's value for every option that is left out or says `auto`.
 
-        Where the profile has no value the option is left out: the constructor's default holds.
+        `auto` is the profile's table of that name. Where it has no value the constructor's default holds.
         """
-        preferred = auto.get(self.name, {})
-        options = {
-            key: preferred.get(key) if value == AUTO else value
-            for key, value in self.options.items()
-            if value != AUTO or key in preferred
-        }
-        return PassSpec(self.name, options, self.optional)
+        own = {key: value for key, value in self.options.items() if value != AUTO}
+        return PassSpec(self.name, {**auto.get(self.name, {}), **own}, self.optional)
 
     def build(self) -> Pass:
         """The pass itself. Raises UsageError for an unknown pass, an unknown option or a value of the wrong type."""

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxpress.benchmark import benchmark
 from onnxpress.evaluation import Evaluation, evaluate
 from onnxpress.opening import ENCODER, Opened, open_model
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
 
 Update = Callable[[int, int], None]
 
+CONTEXT = 256
+"""Tokens in the cache at which decoding is reported."""
 TIPPED_TOLERANCE = 0.1
 """What an exact pass may change after a lossy one: rounding, reordered, tips a few quantized activations."""
 
@@ -86,6 +89,20 @@ def figures(found: Evaluation) -> dict[str, float]:
     rows["loss"] = found.loss
     for mode, values in found.modes.items():
         rows |= {f"{key}_{mode}": values[key] for key in ("kl", "perplexity", "cosine_min") if key in values}
+    return rows
+
+
+def speed(paths: Mapping[str, Path], threads: int | None, session_options: Mapping[str, str]) -> dict[str, float]:
+    """Speed and memory of a graph on this machine, as flat numbers; decoding is at the context nearest to 256."""
+    found = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
+    rows = {
+        key: float(found[key])
+        for key in ("prefill_tokens_per_s", "latency_ms", "load_s", "peak_rss_bytes")
+        if key in found
+    }
+    if decode := found.get("decode_ms_per_token"):
+        context = min(decode, key=lambda tokens: abs(int(tokens) - CONTEXT))
+        rows["decode_ms_per_token"] = float(decode[context])
     return rows
 
 

@@ -448,6 +448,23 @@ def evaluate(
     return found.to_dict()
 
 
+def benchmark(
+    folder: Path,
+    *,
+    profile: str | None = None,
+    operators: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Speed and memory of an artifact or an ONNX file, with the session options of `profile` or of the artifact."""
+    from onnxpress.benchmark import benchmark as measure
+
+    progress = progress or Progress(enabled=False)
+    options = dict(profiles.load(profile).session_options) if profile else None
+    with progress.stage("measuring speed and memory"):
+        return measure(folder, threads=threads, session_options=options, profile=operators).to_dict()
+
+
 def verify(folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Check the files of an artifact and replay its golden outputs. Raises VerificationError where either fails."""
     progress = progress or Progress(enabled=False)

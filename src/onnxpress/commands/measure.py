@@ -12,7 +12,6 @@ from onnxpress.commands.options import (
     data_options,
     debug_option,
     json_option,
-    profile_option,
     source_options,
     threads_option,
 )
@@ -41,7 +40,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
 @click.command(short_help="Speed and memory on this machine.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@profile_option
+@click.option("-p", "--profile", metavar="NAME", help="Session options to use. [default: the artifact's own]")
 @click.option("--operators", is_flag=True, help="Also show where the time goes, by operator.")
 @_common
 def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
