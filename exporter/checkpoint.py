@@ -205,9 +205,8 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not path.is_file():
         return None
     try:
-        modules = {
-            str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in json.loads(path.read_text())
-        }
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is not a list of modules: {error}", hint="fetch it again") from error
     if "Pooling" not in modules or not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
@@ -218,7 +217,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not (folder / place / "config.json").is_file():
         return None
     chosen = list(_pooling_modes(read_json(folder / place / "config.json")))
-    if len(chosen) != 1:
+    if len(chosen) != 1 or chosen[0] is None:
         return None
     return Pooling(mode=chosen[0], normalize="Normalize" in modules)
 

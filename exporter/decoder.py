@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -62,9 +63,7 @@ class CachedDecoder(nn.Module):
 def signature(wrapper: CachedDecoder, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
     """Example inputs, free dimensions and names; shapes: (kv_heads, head_dim) of each traced layer."""
     batch, length, past_length = 2, 3, 5
-    dim = torch.export.Dim
-    b, s, p = dim("batch_size"), dim("sequence_length"), dim("past_sequence_length")
-    state = {0: b, 2: p}
+    state = {0: "batch_size", 2: "past_sequence_length"}
     past = [
         (torch.zeros(batch, heads, past_length, head_dim), torch.zeros(batch, heads, past_length, head_dim))
         for heads, head_dim in shapes
@@ -78,7 +77,11 @@ def signature(wrapper: CachedDecoder, layers: tuple[int, ...], shapes: list[tupl
     return Traceable(
         wrapper,
         inputs,
-        ({0: b, 1: s}, {0: b, 1: dim.AUTO}, [(state, state)] * len(layers)),
+        (
+            {0: "batch_size", 1: "sequence_length"},
+            {0: "batch_size", 1: "total_sequence_length"},
+            [(state, state)] * len(layers),
+        ),
         ["input_ids", "attention_mask", *(f"past_key_values.{pair}" for pair in pairs)],
         ["logits", *(f"present.{pair}" for pair in pairs)],
     )
@@ -112,4 +115,8 @@ def export_decoder(
         wrapper = CachedDecoder(model, fusion, layers, last_logits).eval()
         return signature(wrapper, layers, [shapes[layer] for layer in layers])
 
-    return build(lambda: on_meta(model_class, config), wrap, positions=positions)
+    template = build(lambda: on_meta(model_class, config), wrap, positions=positions)
+    for output in template.graph.graph.outputs[1:]:
+        assert output.shape is not None
+        output.shape = ir.Shape([*output.shape[:2], "total_sequence_length", output.shape[3]])
+    return template

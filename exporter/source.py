@@ -54,7 +54,7 @@ def resolve(
             say(f"{model} is the catalog's; for the folder of that name write ./{model}")
         return finder.from_catalog(find_entry(model))
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return finder.from_path(path, model)
     if not model or re.search(r"[/\\~]|^\.|\.(gguf|onnx|safetensors)$", model):
         is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None

@@ -14,6 +14,9 @@ import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from onnxpress.errors import UnsupportedModelError
 
 OPSET = 21
 IR_VERSION = 10
@@ -32,11 +35,14 @@ def trace(
 ) -> ir.Model:
     """Trace `wrapper` (a module that holds the model as `.model`) and tidy up what comes out.
 
+    dynamic_shapes: shaped as `inputs`; for each tensor the names of its free dimensions by axis.
+
     Parameters of the model are initializers without values, named as in the model's state_dict; every other tensor (rotary
     tables, constants) has its value. Nothing is folded that depends on a parameter: while tracing they have no values.
     """
     with _quiet(), torch.no_grad():
-        exported = torch.export.export(wrapper, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        free = tree_map_only(str, lambda _: torch.export.Dim.AUTO, dynamic_shapes)
+        exported = torch.export.export(wrapper, inputs, dynamic_shapes=free, strict=False)
         program = torch.onnx.export(
             exported,
             args=(),
@@ -49,6 +55,7 @@ def trace(
         )
     assert program is not None
     model = program.model
+    _name_dimensions(model, dynamic_shapes)
     parameters = _release_parameters(model, {name for name, _ in wrapper.named_parameters(remove_duplicate=False)})
     _use_first_source_of_dimensions(model)
     model.graph.inputs.extend(parameters)  # an input is nothing that can be folded
@@ -63,6 +70,32 @@ def trace(
     _note_modules(model)
     model.ir_version = IR_VERSION
     return model
+
+
+def _name_dimensions(model: ir.Model, dynamic_shapes: tuple[Any, ...]) -> None:
+    """Give torch's symbols (s17, s70) the names that were asked for, everywhere in the graph."""
+    axes = tree_leaves(dynamic_shapes, is_leaf=lambda entry: isinstance(entry, dict) and all(isinstance(k, int) for k in entry))
+    names: dict[str, str] = {}
+    for graph_input, wanted in zip(model.graph.inputs, axes, strict=True):
+        for axis, name in wanted.items():
+            dimension = graph_input.shape[axis] if graph_input.shape is not None else None
+            if not isinstance(dimension, ir.SymbolicDim) or dimension.value is None:
+                raise UnsupportedModelError(f"the model only takes {graph_input.name} with {name} = {dimension}")
+            if str(dimension.value).isidentifier():
+                names.setdefault(str(dimension.value), name)
+
+    def renamed(dimension: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dimension, int) or dimension.value is None:
+            return dimension
+        return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(dimension.value)))
+
+    values = {value for node in model.graph for value in node.outputs} | set(model.graph.inputs)
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dimension) for dimension in value.shape])
+    for graph_input, wanted in zip(model.graph.inputs, axes, strict=True):
+        assert graph_input.shape is not None
+        graph_input.shape = ir.Shape([wanted.get(axis, dim) for axis, dim in enumerate(graph_input.shape)])
 
 
 @contextmanager

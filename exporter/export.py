@@ -1,0 +1,117 @@
+"""Checkpoint to artifact: the graphs of a model, its weights bound but not read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import onnx_ir as ir
+import transformers
+
+from onnxpress.artifact import Artifact
+from onnxpress.errors import UsageError
+from onnxpress.exporter import binding, lowering, rotary, tasks
+from onnxpress.exporter.checkpoint import Checkpoint
+from onnxpress.exporter.decoder import export_decoder
+from onnxpress.exporter.encoder import OUTPUTS, export_encoder
+from onnxpress.exporter.encoder_decoder import export_encoder_decoder
+from onnxpress.exporter.template import Template, on_meta
+from onnxpress.exporter.weights import TensorSource
+
+DEFAULT_POSITIONS = 2048
+"""Length of rotary tables where the config names no limit."""
+
+
+def export(
+    checkpoint: Checkpoint,
+    *,
+    task: str | None = None,
+    logits: Literal["all", "last"] = "all",
+    context_length: int | None = None,
+) -> Artifact:
+    """Export a checkpoint to float32 graphs with lazy weights.
+
+    Args:
+        task: optimum's task name; by default what the checkpoint says.
+        logits: of all positions, or of each row's last attended token (generation needs no more).
+        context_length: positions that rotary tables serve; by default the model's own limit.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be exported, or not for this task.
+        CorruptFileError: the checkpoint lacks parameters or has them in other shapes.
+        UsageError: unknown task; a context longer than the model's.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+    )
+    task = (task or checkpoint.task or tasks.infer_task(config)).removesuffix("-with-past")
+    model_class = tasks.model_class(config, task)
+    limit, reason = rotary.context_limit(config, context_length)
+    if context_length is not None and limit is not None and context_length > limit:
+        raise UsageError(
+            f"--context-length {context_length} is more than the {limit} positions that the model serves", hint=reason
+        )
+    positions = limit or context_length or DEFAULT_POSITIONS
+    if task == "text-generation":
+        templates = {
+            "model": export_decoder(model_class, config, last_logits=logits == "last", positions=positions)
+        }
+    elif config.is_encoder_decoder:
+        templates = export_encoder_decoder(model_class, config, positions=positions)
+    elif task in OUTPUTS:
+        pooling = checkpoint.pooling if task == "feature-extraction" else None
+        templates = {
+            "model": export_encoder(model_class, config, task=task, pooling=pooling, positions=positions)
+        }
+    else:
+        raise UsageError(f"a {config.model_type!r} model cannot serve {task!r}")
+    model = on_meta(model_class, config)
+    needed = {name for made in templates.values() for name in _unbound(made.graph)}
+    sources = binding.bind(model, checkpoint.tensors, optional=_others(model, needed))
+    return Artifact(
+        task=task,
+        graphs={stem: _finished(made, sources) for stem, made in templates.items()},
+        config=dict(checkpoint.config),
+        files=dict(checkpoint.files),
+        source=checkpoint.source,
+        export=_described(templates, limit, reason),
+    )
+
+
+def _unbound(graph: ir.Model) -> list[str]:
+    return [name for name, value in graph.graph.initializers.items() if value.const_value is None]
+
+
+def _others(model: Any, needed: set[str]) -> list[str]:
+    """Patterns of parameters that no graph uses, so that a checkpoint may lack them (a pooler, another task's head)."""
+    return [f"^{re.escape(name)}$" for name in model.state_dict() if name not in needed]
+
+
+def _finished(template: Template, sources: Mapping[str, TensorSource]) -> ir.Model:
+    lowering.bind(template.graph, sources)
+    template.graph.producer_name = "onnxpress"
+    return template.graph
+
+
+def _described(templates: Mapping[str, Template], limit: int | None, reason: str | None) -> dict[str, Any]:
+    """What artifact.json says of the export."""
+    methods = [made.method for made in templates.values()]
+    operators: Counter[str] = Counter()
+    given_up: dict[str, str] = {}
+    for made in templates.values():
+        operators.update(made.operators)
+        given_up.update(made.plan.given_up)
+    described: dict[str, Any] = {
+        "method": methods[-1],
+        "operators": sorted(operators),
+        "traced_layers": {stem: f"{made.traced_layers} of {made.depth}" for stem, made in templates.items()},
+    }
+    if given_up:
+        described["not_fused"] = given_up
+    if limit is not None:
+        described["context_length"] = limit
+    if reason is not None:
+        described["context_limit"] = reason
+    return described
