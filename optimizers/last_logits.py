@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -15,10 +16,10 @@ _POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip"}
 
 
 class LastLogits(Pass):
-    """Cut the head's input [batch, sequence, hidden] to its last position: `logits` becomes [batch, 1, vocabulary].
+    """Cut the head's input [batch, sequence, hidden] to the newest token: `logits` becomes [batch, 1, vocabulary].
 
-    With left padding, which is what decoders get, the last position is each row's newest token. Changes the signature:
-    the sequence dimension of `logits` is 1.
+    That is the last one of a row that `attention_mask` attends to, so rows may be padded on either side; without such
+    an input it is the last one. Changes the signature: the sequence dimension of `logits` is 1.
     """
 
     name: ClassVar[str] = "last-logits"
@@ -41,20 +42,59 @@ class LastLogits(Pass):
             return report.skip(f"no product with a constant matrix makes {self.output}")
         hidden = head.inputs[0]
         assert hidden is not None
-        last = ir.Value(name=f"{hidden.name}_last", type=hidden.type)
+        inputs = {value.name: value for value in model.graph.inputs}
+        builder = _Builder(model, head, f"{self.name}/{self.output}")
+        if "input_ids" in inputs and "attention_mask" in inputs:
+            last = builder.newest(hidden, inputs["input_ids"], inputs["attention_mask"])
+        else:
+            last = builder.add("Slice", [hidden, *map(builder.constant, ([-1], [END], [1]))])
+        last.type = hidden.type
         if hidden.shape is not None and len(hidden.shape) == 3:
             last.shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
-        bounds = [_constant(model, f"{hidden.name}_{name}", value) for name, value in _BOUNDS.items()]
-        model.graph.insert_before(
-            head, ir.Node("", "Slice", [hidden, *bounds], outputs=[last], name=f"{self.name}/{self.output}")
-        )
         head.replace_input_with(0, last)
         _forget_shapes(head, logits)
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
         report.match(f"{head.op_type} of {self.output}")
 
 
-_BOUNDS = {"starts": [-1], "ends": [np.iinfo(np.int64).max], "axes": [1], "steps": [1]}
+END = np.iinfo(np.int64).max
+
+
+@dataclass
+class _Builder:
+    """Adds nodes before `place`, their names beginning with `prefix`."""
+
+    model: ir.Model
+    place: ir.Node
+    prefix: str
+    count: int = 0
+
+    def newest(self, hidden: ir.Value, ids: ir.Value, mask: ir.Value) -> ir.Value:
+        """`hidden` [batch, sequence, n] at the last attended of the new tokens: [batch, 1, n]."""
+        length = self.add("Shape", [ids], start=1, end=2)
+        fresh = self.add("Slice", [mask, self.add("Neg", [length]), self.constant([END]), self.constant([1])])
+        zero, one = self.constant(0), self.constant(1)
+        places = self.add("Range", [zero, self.add("Squeeze", [length]), one])
+        newest = self.add("ArgMax", [self.add("Mul", [fresh, places])], axis=1, keepdims=1)
+        return self.add("GatherND", [hidden, self.add("Unsqueeze", [newest, self.constant([2])])], batch_dims=1)
+
+    def add(self, operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        self.count += 1
+        name = f"{self.prefix}/{operator}_{self.count}"
+        output = ir.Value(name=name)
+        given = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        self.model.graph.insert_before(self.place, ir.Node("", operator, inputs, given, outputs=[output], name=name))
+        return output
+
+    def constant(self, value: int | list[int]) -> ir.Value:
+        self.count += 1
+        name = f"{self.prefix}/constant_{self.count}"
+        array = np.array(value, np.int64)
+        kind = ir.TensorType(ir.DataType.INT64)
+        tensor = ir.tensor(array, name=name)
+        constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+        self.model.graph.register_initializer(constant)
+        return constant
 
 
 def _head(logits: ir.Value) -> ir.Node | None:
@@ -68,15 +108,6 @@ def _head(logits: ir.Value) -> ir.Node | None:
             return None
         value = varying[0]
     return None
-
-
-def _constant(model: ir.Model, name: str, value: list[int]) -> ir.Value:
-    tensor = ir.tensor(np.array(value, np.int64), name=name)
-    constant = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-    )
-    model.graph.register_initializer(constant)
-    return constant
 
 
 def _forget_shapes(first: ir.Node, logits: ir.Value) -> None:

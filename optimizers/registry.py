@@ -14,6 +14,9 @@ PASSES: dict[str, str] = {
     "fuse-skip-norm": "onnxpress.optimizers.fuse_skip_norm:FuseSkipNorm",
     "last-logits": "onnxpress.optimizers.last_logits:LastLogits",
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
+    "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
+    "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
+    "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
 }
 
 

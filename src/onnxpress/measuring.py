@@ -95,7 +95,7 @@ def figures(found: Evaluation) -> dict[str, float]:
 def speed(paths: Mapping[str, Path], threads: int | None, session_options: Mapping[str, str]) -> dict[str, float]:
     """Speed and memory of a graph on this machine, as flat numbers; decoding is at the context nearest to 256."""
     found = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
-    rows = {
+    rows: dict[str, float] = {
         key: float(found[key])
         for key in ("prefill_tokens_per_s", "latency_ms", "load_s", "peak_rss_bytes")
         if key in found

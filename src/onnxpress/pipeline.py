@@ -23,6 +23,7 @@ from onnxpress.artifact import Artifact, Step
 from onnxpress.errors import NothingMatchedError, OnnxpressError, UsageError, VerificationError
 from onnxpress.gates import Gates, require
 from onnxpress.genai_config import write_genai_config
+from onnxpress.golden import replay_golden, write_golden
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.manifest import Manifest, StepRecord
 from onnxpress.measuring import Data, Meter, available_memory
@@ -290,8 +291,6 @@ class _Run:
                 after |= measuring.speed(paths, self.threads, self.profile.session_options)
         checked = gates.check(after)
         require(checked, before, self.steps)
-        with self.progress.stage("recording golden outputs"):
-            measuring.record_golden(result, paths)
         record = Manifest(
             name=default_output(name).name.removesuffix("-onnx"),
             task=self.artifact.task,
@@ -313,6 +312,9 @@ class _Run:
                 name_inside = paths[stem].relative_to(result).as_posix()
                 write_genai_config(result, model, name_inside, self.artifact.config, self.profile.session_options)
         artifact_folder.write_card(result, record, before_after(record.before, record.metrics))
+        (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
+        with self.progress.stage("recording golden outputs"):
+            write_golden(result, threads=self.threads)
         with self.progress.stage("hashing"):
             record = record.model_copy(update={"files": manifest.hash_files(result)})
         (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")
@@ -472,7 +474,7 @@ def verify(folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
     with progress.stage("hashing"):
         manifest.check_files(folder, record.files)
     with progress.stage("replaying golden outputs"):
-        replayed = measuring.replay_golden(folder)
+        replayed = replay_golden(folder)
     return {"files": len(record.files), **replayed}
 
 

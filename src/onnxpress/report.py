@@ -24,7 +24,7 @@ _LABELS = {
     "size_bytes": "size",
     "perplexity": "perplexity",
     "loss": "loss",
-    "kl": "KL to the reference",
+    "kl": "KL to the reference, worst mode",
     "top1_agreement": "top-1 agreement",
     "cosine_mean": "cosine, mean",
     "cosine_min": "cosine, worst",
@@ -47,7 +47,7 @@ def print_json(value: Any) -> None:
 def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[Row]:
     """(measure, before, after) for everything that was measured, in the order of `_LABELS`, the rest after it."""
     keys = [key for key in _LABELS if key in before or key in after]
-    keys += sorted(key for key in after if key not in _LABELS and key.startswith(("kl_", "top1_", "perplexity_")))
+    keys += [key for key in ("kl_prefill", "kl_decode", "kl_padded") if key in after]
     rows = []
     for key in keys:
         change = ""
@@ -59,6 +59,8 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> lis
 
 
 def label(key: str) -> str:
+    if key.startswith("kl_"):
+        return f"KL, {key.removeprefix('kl_')}"
     return _LABELS.get(key, key.replace("_", " "))
 
 
@@ -167,11 +169,12 @@ def print_overview(found: Overview) -> None:
 
 def print_trial(found: Mapping[str, Any]) -> None:
     """What `run` has to add to the text that it streamed: speed, or the similarity of texts."""
-    console = Console(stderr=True, highlight=False)
     if "texts" in found:
-        print_rows(found["texts"])
-    else:
-        console.print(f"\n[dim]{found['tokens']} tokens, {found['tokens_per_s']:.1f} per second[/]")
+        print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in found["texts"]])
+        return
+    print(flush=True)
+    speed = f"{found['pieces']} pieces of text, {found['pieces_per_s']:.1f} per second with the prompt"
+    Console(stderr=True, highlight=False).print(f"[dim]{speed}[/]")
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:

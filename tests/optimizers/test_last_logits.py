@@ -47,6 +47,27 @@ def test_the_last_position_is_kept_as_it_was(graph: Make, run: Run, text: str, e
     np.testing.assert_allclose(last, everything[:, -1:], atol=1e-6)
 
 
+MASKED = PLAIN.replace("] ids", "] input_ids, int64[batch_size, total] attention_mask").replace(
+    "table, ids", "table, input_ids"
+)
+MASKS = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 0, 0]], np.int64)
+
+
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_the_newest_attended_token_of_each_row(graph: Make, run: Run, length: int) -> None:
+    """Rows padded left, right and with a hole; the mask also covers the past."""
+    model = graph(MASKED, table=TABLE, head=HEAD)
+    feeds = {"input_ids": generator.integers(0, 10, (4, length)), "attention_mask": MASKS}
+    (everything,) = run(model, feeds)
+    LastLogits()(model)
+    (last,) = run(model, feeds)
+    assert last.shape == (4, 1, 16)
+    for row in range(4):
+        fresh = np.flatnonzero(MASKS[row, -length:])
+        if len(fresh):
+            np.testing.assert_allclose(last[row, 0], everything[row, fresh[-1]], atol=1e-6)
+
+
 def test_a_second_run_finds_nothing(graph: Make) -> None:
     model = graph(PLAIN, table=TABLE, head=HEAD)
     LastLogits()(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -
     if as_json:
         report.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))
     else:
-        report.print_trial(trial.run(folder, prompts, on_text=lambda text: click.echo(text, nl=False), **options))
+        report.print_trial(trial.run(folder, prompts, on_text=_stream, **options))
 
 
 @click.command(short_help="Check the hashes of an artifact's files and replay its golden outputs.")
@@ -79,6 +80,11 @@ def list_(what: str, architectures: bool, as_json: bool) -> None:
         report.print_json(rows)
     else:
         report.print_rows(rows)
+
+
+def _stream(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
 
 
 COMMANDS: tuple[click.Command, ...] = (inspect, run, verify, list_)
