@@ -20,7 +20,9 @@ from onnxpress.optimizers.matching import drop_unused_weights, only_reader, prod
 from onnxpress.tensors import FileTensor, concrete_shape
 
 SMALL = 1024
-"""Elements up to which a constant is read, compared or computed here."""
+"""Elements up to which a constant is read or computed here."""
+DUPLICATE = 16
+"""Elements up to which equal constants become one: shapes and scalars, but not biases, which would lose their names."""
 
 
 class CleanUp(Pass):
@@ -46,7 +48,7 @@ class CleanUp(Pass):
             ("folded constants", self._fold),
             ("identities", common.IdentityEliminationPass()),
             ("lifted constants", common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
-            ("duplicate constants", common.DeduplicateInitializersPass(size_limit=SMALL)),
+            ("duplicate constants", common.DeduplicateInitializersPass(size_limit=DUPLICATE)),
             ("common subexpressions", common.CommonSubexpressionEliminationPass()),
             ("dead code", common.RemoveUnusedNodesPass()),
         ]

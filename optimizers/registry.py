@@ -10,6 +10,7 @@ from onnxpress.optimizers.base import Pass
 PASSES: dict[str, str] = {
     "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
     "float16": "onnxpress.optimizers.float16:Float16",
+    "fuse-foreign": "onnxpress.optimizers.fuse_foreign:FuseForeign",
     "fuse-gelu": "onnxpress.optimizers.fuse_gelu:FuseGelu",
     "fuse-skip-norm": "onnxpress.optimizers.fuse_skip_norm:FuseSkipNorm",
     "last-logits": "onnxpress.optimizers.last_logits:LastLogits",

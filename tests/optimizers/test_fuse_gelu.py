@@ -8,7 +8,8 @@ import pytest
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 
 CONSTANTS = """<float r2 = {1.4142135}, float r = {0.70710677}, float one = {1.0}, float half = {0.5},
-    float[1, 1, 1] cube = {1.0}, float three = {3.0}, float c = {0.044715}, float p = {0.7978846}, float alpha = {1.702}>"""
+    float[1, 1, 1] cube = {1.0}, float three = {3.0},
+    float c = {0.044715}, float p = {0.7978846}, float alpha = {1.702}>"""
 ERF = [
     "a = Div(x, r2) e = Erf(a) s = Add(e, one) m = Mul(x, s) y = Mul(m, half)",
     "a = Mul(x, r) e = Erf(a) s = Add(one, e) m = Mul(s, half) y = Mul(x, m)",

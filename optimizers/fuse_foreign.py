@@ -1,0 +1,96 @@
+"""Fused operators in graphs that others exported.
+
+onnxscript's fusions for onnxruntime find rotary embeddings and attention (they know what torch's current exporter
+writes); rules of our own find normalisations, activations and the attention that torch's older exporter spells out.
+Nothing here packs or folds a large weight. Fusions that slow a CPU down are left out: biases in Gelu, skip
+normalisations (a pass of their own), and the packed Attention operator, whose products could not be quantized.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.rewriter.ort_fusions import (
+    cos_sin_cache,
+    gqa,
+    mha,
+    mha_scale,
+    rms_normalization,
+    rotary_embedding,
+    sdpa,
+    sdpa_via_mha,
+    shape_optimization,
+)
+
+from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fuse_attention import fuse_attention
+from onnxpress.optimizers.fuse_gelu import FuseGelu
+from onnxpress.optimizers.fuse_norm import fuse_norms
+from onnxpress.optimizers.matching import MICROSOFT
+
+_RULES: list[Callable[[ir.Model], object]] = [
+    rms_normalization.fuse_rms_normalization,
+    rotary_embedding.fuse_rotary_embedding,
+    cos_sin_cache.fuse_cos_sin_cache,
+    rotary_embedding.fuse_partial_rotary_embedding,
+    lambda model: sdpa.fuse_sdpa(model, apply_shape_inference=True),
+    gqa.fuse_gqa,
+    mha.fuse_mha1,
+    mha.fuse_mha2,
+    mha_scale.fuse_mha_scale,
+    sdpa_via_mha.replace_sdpa_by_mha,
+]
+"""onnxscript's, in the order in which one builds on another."""
+
+
+class FuseForeign(Pass):
+    """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them.
+
+    Does not modify the model's signature. Reports per operator what was fused, and what is left that looks as if it
+    could have been.
+    """
+
+    name: ClassVar[str] = "fuse-foreign"
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        before = _fused_operators(model)
+        CleanUp()(model)
+        common.ShapeInferencePass()(model)
+        shape_optimization.rules.apply_to_model(model)
+        CleanUp()(model)
+        found = Report()
+        fuse_norms(model, found)
+        for rule in _RULES:
+            rule(model)
+        common.InlinePass()(model)  # what a rule found for another that found nothing in the end
+        fuse_attention(model, found)
+        FuseGelu().apply(model, found)
+        CleanUp()(model)
+        report.skipped.update(found.skipped)
+        report.matched.update(_fused_operators(model) - before)
+        _report_leftovers(model, report)
+
+
+def _fused_operators(model: ir.Model) -> Counter[str]:
+    """The fused operators in a graph."""
+    return Counter(
+        node.op_type
+        for graph in model.graphs()
+        for node in graph
+        if node.domain == MICROSOFT or node.op_type in ("SimplifiedLayerNormalization", "LayerNormalization", "Gelu")
+    )
+
+
+def _report_leftovers(model: ir.Model, report: Report) -> None:
+    """Operators that fused graphs do not have."""
+    for graph in model.graphs():
+        for node in graph:
+            if node.op_type in ("Sin", "Cos"):
+                report.skip(f"rotary embedding in an unknown form ({node.op_type} left)")
+            elif node.op_type == "ReduceMean":
+                report.skip("normalisation in an unknown form (ReduceMean left)")
