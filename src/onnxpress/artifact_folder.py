@@ -55,8 +55,17 @@ def write_companions(artifact: Artifact, folder: Path) -> None:
         target = folder / _inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    _inline_chat_template(folder)
     if artifact.config:
         write_json(folder / "config.json", {**artifact.config, "transformers.js_config": _transformers_js(folder)})
+
+
+def _inline_chat_template(folder: Path) -> None:
+    """Repeat chat_template.jinja in tokenizer_config.json, the only place where transformers.js looks for it."""
+    template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        write_json(settings, {**content, "chat_template": template.read_text(encoding="utf-8")})
 
 
 def write_json(path: Path, value: Any) -> None:
