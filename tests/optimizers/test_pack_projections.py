@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
+from onnxpress.errors import UsageError
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.tensors import RowTensor, concatenate
 
@@ -90,7 +91,7 @@ def test_a_key_that_is_read_elsewhere_needs_a_split(
     graph: Any, check: Any, rng: np.random.Generator, feeds: Any
 ) -> None:
     model = without_identities(graph(attention(False, extra="z = Exp(k)"), **weights(rng, False)))
-    done = check(PackProjections(), model, feeds, tolerance=1e-3)
+    done = check(PackProjections("all"), model, feeds, tolerance=1e-3)
     assert done.result.report.matched == {"packed products": 1}
     assert "q0, k0, v0 = Split[axis=-1]" in done.listing
 
@@ -115,7 +116,7 @@ def gate_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
 def test_gate_and_up(graph: Any, check: Any, rng: np.random.Generator) -> None:
     feeds = {name: rng.standard_normal((2, 3, 16), dtype=np.float32) for name in "he"}
     done = check(
-        PackProjections(),
+        PackProjections("all"),
         graph(mlp(), **gate_up(rng)),
         feeds,
         golden="""
@@ -125,7 +126,7 @@ def test_gate_and_up(graph: Any, check: Any, rng: np.random.Generator) -> None:
             y = Mul(s, b)
         """,  # noqa: E501
     )
-    assert not PackProjections("attention")(graph(mlp(), **gate_up(rng))).modified
+    assert not PackProjections()(graph(mlp(), **gate_up(rng))).modified
     assert done.result.report.matched == {"packed products": 1}
 
 
@@ -138,15 +139,15 @@ def test_outputs_of_the_graph_keep_their_names(graph: Any, check: Any, rng: np.r
         a=rng.standard_normal((4, 3), dtype=np.float32),
         b=rng.standard_normal((4, 5), dtype=np.float32),
     )
-    done = check(PackProjections(), model, {"x": np.ones((2, 4), np.float32)})
+    done = check(PackProjections("all"), model, {"x": np.ones((2, 4), np.float32)})
     assert list(done.model.graph.initializers) == ["a_b", "a_b.MatMul.output.widths"]
 
 
 def test_different_inputs_and_modules_stay_apart(graph: Any, rng: np.random.Generator) -> None:
-    assert not PackProjections()(graph(mlp("h, e"), **gate_up(rng))).modified
+    assert not PackProjections("all")(graph(mlp("h, e"), **gate_up(rng))).modified
     model = graph(mlp(), **gate_up(rng))
     model.graph.initializers["model.layers.0.mlp.up_proj.weight"].name = "model.layers.0.self_attn.up_proj.weight"
-    assert not PackProjections()(model).modified
+    assert not PackProjections("all")(model).modified
 
 
 def test_a_shared_weight_is_left_alone(graph: Any, rng: np.random.Generator) -> None:
@@ -154,7 +155,7 @@ def test_a_shared_weight_is_left_alone(graph: Any, rng: np.random.Generator) -> 
     gate = model.graph.initializers["model.layers.0.mlp.gate_proj.weight"]
     extra = ir.node("Exp", [gate])
     model.graph.append(extra)
-    assert PackProjections()(model).report.skipped == {"weight is shared with another node": 1}
+    assert PackProjections("all")(model).report.skipped == {"weight is shared with another node": 1}
 
 
 def test_lazy_weights_stay_lazy(graph: Any) -> None:
@@ -164,7 +165,7 @@ def test_lazy_weights_stay_lazy(graph: Any) -> None:
     names = [f"{LAYER}mlp__{x}_proj__weight" for x in ("gate", "up")]
     tensors = {name: RowTensor(never, ir.DataType.FLOAT, (16, 24)) for name in names}
     model = graph(mlp(), **tensors)
-    assert PackProjections()(model).modified
+    assert PackProjections("all")(model).modified
     packed = model.graph.initializers["model.layers.0.mlp.gate_up_proj.weight"].const_value
     assert isinstance(packed, RowTensor)
     assert list(packed.shape) == [16, 48]
@@ -179,3 +180,8 @@ def test_concatenate(rng: np.random.Generator, rowwise: bool) -> None:
     whole = concatenate(tensors, axis=1)
     assert isinstance(whole, RowTensor) == rowwise
     np.testing.assert_array_equal(whole.numpy(), np.concatenate(arrays, 1))
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(UsageError, match="none of"):
+        PackProjections("everything")
