@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from onnxpress.exporter.weights import map_file
 
 _LOCAL_SETTINGS = ("name_or_path", "is_local", "local_files_only")
 """Of tokenizer_config.json: where this machine found the file."""
+
+_EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "qwen2moe": {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+}
+"""Sizes of experts that transformers does not take over, by architecture: metadata key to config key."""
 
 _LLAMA3_ORIGINAL_POSITIONS = 8192
 """Of every Llama 3.x; the file holds only the resulting factors, which are compared."""
@@ -65,6 +75,8 @@ def read_config(header: Header) -> Any:
     _complete(header, values)
     model_type = values.pop("model_type")
     config = AutoConfig.for_model(model_type, **values)
+    if isinstance(config.pad_token_id, int) and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None  # the default of another vocabulary
     if not config.architectures:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -121,8 +133,12 @@ def _complete(header: Header, config: dict[str, Any]) -> None:
     config["vocab_size"] = embedding.shape[0]
     arch = header.architecture
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if (head_dim := header.metadata.get(f"{arch}.attention.key_length")) is not None:
+    head_dim = header.metadata.get(f"{arch}.attention.key_length")
+    if head_dim is not None and arch in ("llama", "mistral", "qwen2", "qwen3"):
         config["head_dim"] = head_dim
+    for key, name in _EXPERTS.get(arch, {}).items():
+        if (size := header.metadata.get(f"{arch}.{key}")) is not None:
+            config[name] = size
     if arch in ("gemma2", "gemma3") and isinstance(heads, int) and isinstance(width, int):
         largest = {"gemma2": 46, "gemma3": 62}[arch]  # the 27B models scale by width per head, the others by head_dim
         config["query_pre_attn_scalar"] = (
