@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.calibrate import CalibratedPass
 from onnxpress.optimizers.channels import WeightType, quantize_channels
 from onnxpress.optimizers.linear import (
     MICROSOFT,
@@ -18,6 +19,7 @@ from onnxpress.optimizers.linear import (
     drop_unused,
     find_linears,
     read_matrix,
+    read_rows,
     replace,
     selected,
 )
@@ -29,7 +31,7 @@ TINY = 1e-30
 """Smallest row scale: a row of zeros stays zeros instead of 0 / 0."""
 
 
-class QuantizeDynamic(Pass):
+class QuantizeDynamic(CalibratedPass):
     """Replace products with a constant matrix by integer ones.
 
     per_tensor   one range for all tokens: DynamicQuantizeMatMul, a single node; products that read the same activation
@@ -48,6 +50,7 @@ class QuantizeDynamic(Pass):
         activations: Activations = "per_tensor",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        max_error: float | None = None,
         min_features: int = 32,
         saturates: bool = False,
     ) -> None:
@@ -56,6 +59,8 @@ class QuantizeDynamic(Pass):
             weight_type: `int8` is fast and right where the CPU has VNNI or ARM's dot products; elsewhere on x86 it
                 saturates and destroys the output. `uint8` is right everywhere.
             include, exclude: patterns of weight names; products with other weights are left alone.
+            max_error: leave alone the products of an activation that this quantizes worse: |q(x)·W − x·W|² / |x·W|²,
+                averaged over the tokens of sample inputs. quantize-blocks may take them afterwards.
             min_features: products with fewer inputs or outputs are left alone.
             saturates: what the profile knows about its CPU: uint8 · int8 products overflow 16 bits.
         """
@@ -64,7 +69,12 @@ class QuantizeDynamic(Pass):
         self.weight_type = weight_type
         self.activations = activations
         self.include, self.exclude = tuple(include), tuple(exclude)
+        self.max_error = max_error
         self.min_features = min_features
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.max_error is not None
 
     def apply(self, model: ir.Model, report: Report) -> None:
         groups: dict[ir.Value, list[Linear]] = {}
@@ -75,11 +85,39 @@ class QuantizeDynamic(Pass):
                 report.skip("small")
             else:
                 groups.setdefault(linear.activation, []).append(linear)
+        for activation in self._too_coarse(model, groups):
+            report.skip(f"error above {self.max_error:g}", len(groups.pop(activation)))
         for linears in groups.values():
             quantize_siblings(linears, self.weight_type, self.activations)
             report.match(f"{self.weight_type} products, activations {self.activations}", len(linears))
         if report.matched:
             model.opset_imports.setdefault(MICROSOFT, 1)
+
+    def _too_coarse(self, model: ir.Model, groups: Mapping[ir.Value, Sequence[Linear]]) -> list[ir.Value]:
+        """Activations whose quantization costs their products more than `max_error`."""
+        if self.max_error is None or not groups:
+            return []
+        errors: dict[ir.Value, list[float]] = {activation: [] for activation in groups}
+        for found in self.observe(model, list(groups)):
+            for activation, linears in groups.items():
+                x = found[str(activation.name)]
+                difference = quantize_activation(x, self.activations) - x
+                weights = [read_rows(linear).T for linear in linears]
+                spoiled = sum(np.square(difference @ weight).sum(axis=1) for weight in weights)
+                whole = sum(np.square(x @ weight).sum(axis=1) for weight in weights)
+                errors[activation].append(float(np.mean(spoiled / np.maximum(whole, TINY))))
+        return [activation for activation, values in errors.items() if np.mean(values) > self.max_error]
+
+
+def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:
+    """What the kernels make of an activation [tokens, features]: rounded to 8 bits and back."""
+    if activations == "per_token":
+        scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / np.float32(127)
+        return np.asarray(np.rint(x / scale) * scale, dtype=np.float32)
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    step = np.float32((high - low) / 255 or 1)
+    zero_point = np.rint(-low / step)
+    return np.asarray((np.clip(np.rint(x / step) + zero_point, 0, 255) - zero_point) * step, dtype=np.float32)
 
 
 def quantize_siblings(linears: Sequence[Linear], weight_type: WeightType, activations: Activations) -> None:
