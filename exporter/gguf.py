@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ class GgufTensor(TensorSource):
             )
         return np.ascontiguousarray(values, dtype=np.float32)
 
+    @property
+    def reads_rows(self) -> bool:
+        single = len(self._parts) == 1 and self._parts[0].shape == self.shape and len(self.shape) > 1
+        return single and self._row_order is not None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if not self.reads_rows or self._row_order is None:
+            return super().rows(start, stop)
+        (part,) = self._parts
+        return self._dequantize(part, self._row_order[start:stop])
+
     def blocks(self) -> Blocks | None:
         """The quantized blocks themselves, for whoever can use them as they are.
 
@@ -73,16 +85,18 @@ class GgufTensor(TensorSource):
         (part,) = self._parts
         if part.type.name in ("F32", "F16", "BF16", "F64") or part.shape != self.shape:
             return None
-        order = self._row_order(part)
-        if order is None:
+        if self._row_order is None:
             return None
-        data = self._raw(part)
-        in_place = bool((order == np.arange(len(order))).all())
-        return Blocks(part.type.name, data if in_place else data[order], (self.shape[0], self.shape[1]))
+        return Blocks(part.type.name, self._raw(part, self._row_order), (self.shape[0], self.shape[1]))
 
-    def _row_order(self, part: TensorInfo) -> np.ndarray | None:
-        """Which row of the file becomes each row of the parameter: the undoing applied to row numbers."""
-        rows = np.arange(part.shape[0], dtype=np.float64).reshape(-1, 1)
+    @cached_property
+    def _row_order(self) -> np.ndarray | None:
+        """Which row of the file becomes each row of the parameter: the undoing applied to row numbers.
+
+        None where the undoing is something else than a reordering of rows.
+        """
+        part = self._parts[0]
+        rows = np.arange(part.shape[0], dtype=np.float64).reshape(-1, *(1 for _ in part.shape[1:]))
         try:
             order = self._undo(self.name, {part.name: rows})
         except (ValueError, IndexError):  # it needs whole rows: not a permutation of them
@@ -91,14 +105,20 @@ class GgufTensor(TensorSource):
             return None
         return order.reshape(-1).astype(np.int64)
 
-    def _raw(self, part: TensorInfo) -> np.ndarray:
+    def _raw(self, part: TensorInfo, order: np.ndarray | None = None) -> np.ndarray:
+        """Bytes of a tensor of the file, uint8 [rows, …, bytes per row]; only the rows in `order`, if given."""
         block, block_bytes = GGML_QUANT_SIZES[part.type]
         row_bytes = part.shape[-1] // block * block_bytes
-        return map_file(self._path, part.offset, part.nbytes).reshape(*part.shape[:-1], row_bytes)
+        raw = map_file(self._path, part.offset, part.nbytes).reshape(*part.shape[:-1], row_bytes)
+        if order is None:
+            return raw
+        in_place = order.size == 0 or bool((np.diff(order) == 1).all())
+        return raw[order[0] : order[-1] + 1] if in_place and order.size else raw[order]
 
-    def _dequantize(self, part: TensorInfo) -> np.ndarray:
+    def _dequantize(self, part: TensorInfo, order: np.ndarray | None = None) -> np.ndarray:
+        shape = part.shape if order is None else (len(order), *part.shape[1:])
         try:
-            return np.asarray(dequantize(self._raw(part), part.type)).reshape(part.shape)
+            return np.asarray(dequantize(self._raw(part, order), part.type)).reshape(shape)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"{self._path}: tensor {part.name} is stored as {part.type.name}, which cannot be read",

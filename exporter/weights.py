@@ -66,6 +66,15 @@ class TensorSource(ABC):
     def numpy(self) -> np.ndarray:
         """The values, of `shape` and `dtype` (bfloat16, float8: ml_dtypes'); possibly a read-only view of a file."""
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether `rows` costs only the rows asked for."""
+        return False
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """`numpy()[start:stop]` along the leading axis."""
+        return self.numpy()[start:stop]
+
     def __repr__(self) -> str:
         shape = ",".join(map(str, self.shape))
         return f"{type(self).__name__}({self.name}: {self.dtype}[{shape}])"
@@ -83,6 +92,10 @@ class FileTensor(TensorSource):
         self.path = path
         self.offset = offset
         """Bytes from the start of the file."""
+
+    @property
+    def reads_rows(self) -> bool:  # a mapping costs what is touched of it
+        return True
 
     def numpy(self) -> np.ndarray:
         dtype = self.dtype.numpy()

@@ -168,6 +168,16 @@ def test_no_blocks_for_floats_and_changed_values(tmp_path: Path) -> None:
         assert tensor.blocks() is None
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    tensors = checkpoint(MODELS[name](tmp_path / "tiny.gguf")).tensors
+    for tensor in tensors.values():
+        whole = tensor.numpy()
+        for start, stop in ((0, len(whole)), (3, 17), (5, 5)):
+            np.testing.assert_array_equal(tensor.rows(start, stop), whole[start:stop], err_msg=tensor.name)
+        assert tensor.reads_rows == (len(tensor.shape) > 1), tensor.name
+
+
 def test_experts_are_read_one_parameter_at_a_time(tmp_path: Path) -> None:
     """Gate and up projections of all experts are two tensors in the file and one parameter."""
     path = qwen2_moe(tmp_path / "tiny.gguf")
