@@ -72,8 +72,10 @@ class GgufTensor(TensorSource):
     def rows(self, start: int, stop: int) -> np.ndarray:
         if not self.reads_rows or self._row_order is None:
             return super().rows(start, stop)
-        (part,) = self._parts
-        return self._dequantize(part, self._row_order[start:stop])
+        order = self._row_order[start:stop]
+        if not order.size:  # which gguf cannot dequantize
+            return np.empty((0, *self.shape[1:]), np.float32)
+        return self._dequantize(self._parts[0], order)
 
     def blocks(self) -> Blocks | None:
         """The quantized blocks themselves, for whoever can use them as they are.
@@ -112,8 +114,8 @@ class GgufTensor(TensorSource):
         raw = map_file(self._path, part.offset, part.nbytes).reshape(*part.shape[:-1], row_bytes)
         if order is None:
             return raw
-        in_place = order.size == 0 or bool((np.diff(order) == 1).all())
-        return raw[order[0] : order[-1] + 1] if in_place and order.size else raw[order]
+        in_place = bool((np.diff(order) == 1).all())
+        return raw[order[0] : order[-1] + 1] if in_place else raw[order]
 
     def _dequantize(self, part: TensorInfo, order: np.ndarray | None = None) -> np.ndarray:
         shape = part.shape if order is None else (len(order), *part.shape[1:])
