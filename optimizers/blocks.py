@@ -4,16 +4,16 @@
 
 Three kinds of zero point:
 
-none      symmetric: the zero point is 2^(bits−1). The weight of largest magnitude, with its sign, becomes code 0, as in
-          GGUF's Q4_0: a Q4_0 tensor is found again exactly.
+none      symmetric: the zero point is 2^(bits−1). Of 4-bit codes the weight of largest magnitude, with its sign, gets
+          code 0, as in GGUF's Q4_0; 8-bit codes span ±127, as in Q8_0. Tensors of either are found again exactly.
 integer   asymmetric: the zero point is itself a code, so 0.0 is always exact.
 float     asymmetric with the zero point that fits best (HQQ, Badri & Shaji 2023). A Q4_1 tensor is found again to
           rounding. onnxruntime's CPU kernel expands such weights on every call, which is why no CPU recipe uses it.
 
-Error bounds, s being the scale that rounding starts from (largest magnitude / 2^(bits−1), or range / (2^bits − 1)):
-symmetric |w − ŵ| ≤ s, since the largest weight of the other sign may need the code that does not exist, and s/2 for all
-others; integer zero points ≤ s, half for the code and half for the zero point; float ≤ s/2. The scale search and the
-refinement of zero points only ever lower a block's squared error.
+Error bounds, s being the scale that rounding starts from (largest magnitude / 8 or / 127, or range / (2^bits − 1)):
+8-bit symmetric |w − ŵ| ≤ s/2; 4-bit symmetric ≤ s/2, and ≤ s for weights beyond 7.5 s of the other sign, whose code
+does not exist; integer zero points ≤ s, half for the code and half for the zero point; float ≤ s/2. The search for
+scales and the fit of zero points only ever lower a block's squared error.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _quantize(weights: Floats, format: BlockFormat) -> Blocks:
             candidate = _round(weights, np.float32(factor) * scales, zero_points, format)
             candidate = _round(weights, _fit_scales(weights, candidate), zero_points, format)
             best, error = _better(weights, best, error, candidate)
-        if format.zero_points != "none":
+        if format.zero_points == "float":
             best, error = _better(weights, best, error, _fit_zero_points(weights, best, format))
     return best
 
@@ -119,6 +119,9 @@ def _quantize(weights: Floats, format: BlockFormat) -> Blocks:
 def _full_range(weights: Floats, format: BlockFormat) -> tuple[Floats, Floats]:
     """Scales and zero points that reach the largest weights."""
     if format.zero_points == "none":
+        if format.bits == 8:
+            scales = np.abs(weights).max(axis=1) / np.float32(format.middle - 1)
+            return scales, np.full(len(weights), format.middle, np.float32)
         rows = np.arange(len(weights))
         largest = weights[rows, np.abs(weights).argmax(axis=1)]
         return largest / np.float32(-format.middle), np.full(len(weights), format.middle, np.float32)
@@ -152,7 +155,7 @@ def _fit_scales(weights: Floats, blocks: Blocks) -> Floats:
     centred = blocks.codes - blocks.zero_points[:, None]
     square = np.einsum("ij,ij->i", centred, centred)
     product = np.einsum("ij,ij->i", weights, centred)
-    return np.divide(product, square, out=blocks.scales.copy(), where=square > 0)
+    return np.asarray(np.divide(product, square, out=blocks.scales.copy(), where=square > 0), dtype=np.float32)
 
 
 def _fit_zero_points(weights: Floats, blocks: Blocks, format: BlockFormat, rounds: int = 10) -> Blocks:
@@ -167,9 +170,7 @@ def _fit_zero_points(weights: Floats, blocks: Blocks, format: BlockFormat, round
             magnitude - np.power(magnitude + np.float32(1e-8), exponent - 1) / np.float32(beta), 0
         )
         zero_points = np.mean(current.codes - (weights - shrunk) * inverse[:, None], axis=1, dtype=np.float32)
-        if format.zero_points == "integer":
-            zero_points = np.clip(np.rint(zero_points), 0, format.top)
-        current = _round(weights, blocks.scales, zero_points, format)
+        current = _round(weights, blocks.scales, np.asarray(zero_points), format)
         beta *= 1.01
     return current
 
@@ -190,8 +191,7 @@ def _better(weights: Floats, best: Blocks, error: Floats, candidate: Blocks) -> 
 
 def split_rows(weights: Floats, block_size: int) -> Floats:
     """[rows, columns] -> [rows · ⌈columns / block_size⌉, block_size], each row padded with zeros to whole blocks."""
-    rows, columns = weights.shape
-    padding = -columns % block_size
+    padding = -weights.shape[1] % block_size
     if padding:
         weights = np.pad(weights, ((0, 0), (0, padding)))
     return np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, block_size)

@@ -5,8 +5,8 @@
 int8    symmetric in −127 … 127, zero point 0: |w − ŵ| ≤ scale / 2, scale = largest magnitude / 127.
 uint8   asymmetric in 0 … 255: |w − ŵ| ≤ scale, half for the code and half for the zero point, scale = range / 255.
 
-x86 without VNNI multiplies uint8 activations with int8 weights in saturating 16-bit arithmetic and silently destroys the
-result; uint8 weights are right everywhere.
+x86 without VNNI multiplies uint8 activations with int8 weights in saturating 16-bit arithmetic and silently destroys
+the result; uint8 weights are right everywhere.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def quantize_channels(weights: NDArray[np.float32], weight_type: WeightType) -> 
         weights: [K, N] float32, finite.
 
     Returns:
-        codes [K, N], scales [N] float32, zero points [N]; codes and zero points in `weight_type`. A column of zeros gets
-        scale 1, since kernels divide by it.
+        codes [K, N], scales [N] float32, zero points [N]; codes and zero points in `weight_type`. A column of zeros
+        gets scale 1.
     """
     low, high = np.minimum(weights.min(axis=0), 0), np.maximum(weights.max(axis=0), 0)
     if weight_type == "int8":

@@ -1,9 +1,9 @@
 """Products with a constant matrix, however they are written: what quantization passes look for.
 
-    MatMul(x, W)                     W [in, out]
-    MatMul(x, Transpose(W))          W [out, in], as in a head tied to its embedding
-    Gemm(x, W[, b], transB=0|1)      alpha = beta = 1, transA = 0, b [out]
-    FusedMatMul(x, W, transB=0|1)    com.microsoft, alpha = 1
+MatMul(x, W)                     W [in, out]
+MatMul(x, Transpose(W))          W [out, in], as in a head tied to its embedding
+Gemm(x, W[, b], transB=0|1)      alpha = beta = 1, transA = 0, b [out]
+FusedMatMul(x, W, transB=0|1)    com.microsoft, alpha = 1
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir
         if name not in graph.initializers:
             tensor.name = name
             graph.register_initializer(
-                ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+                ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
             )
         values.append(graph.initializers[name])
     return values
@@ -165,7 +165,7 @@ def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
         if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
     if not value.uses() and not value.is_graph_output() and value.name in graph.initializers:
-        del graph.initializers[value.name]
+        del graph.initializers[str(value.name)]
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

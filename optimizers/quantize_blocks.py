@@ -123,7 +123,8 @@ def block_initializers(graph: ir.Graph, weight: ir.Value, format: BlockFormat, *
         transpose: the weight is stored [in, out], so that blocks run down its columns.
     """
     tensor, name = weight.const_value, weight.name
-    assert tensor is not None and name is not None
+    assert tensor is not None
+    assert name is not None
     shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
     outputs, features = reversed(shape) if transpose else shape
     count = -(-features // format.block_size)

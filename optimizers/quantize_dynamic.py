@@ -65,7 +65,7 @@ class QuantizeDynamic(CalibratedPass):
             saturates: what the profile knows about its CPU: uint8 · int8 products overflow 16 bits.
         """
         if weight_type == "int8" and saturates:
-            raise ValueError("int8 weights overflow on this target's CPU and destroy the output; use weight_type = uint8")
+            raise ValueError("int8 weights overflow on this target's CPU and destroy the output; use uint8")
         self.weight_type = weight_type
         self.activations = activations
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -157,12 +157,12 @@ def _per_token(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.V
     """Codes, their constant scale and zero point, and max|x| of each row [..., 1]."""
     axes, tiny, step, middle = (
         _constant(graph, f"per_token.{name}", array)
-        for name, array in {
-            "axes": np.array([-1], np.int64),
-            "tiny": np.array(TINY, np.float32),
-            "step": np.array(1 / 127, np.float32),
-            "zero_point": np.array(128, np.uint8),
-        }.items()
+        for name, array in (
+            ("axes", np.array([-1], np.int64)),
+            ("tiny", np.array(TINY, np.float32)),
+            ("step", np.array(1 / 127, np.float32)),
+            ("zero_point", np.array(128, np.uint8)),
+        )
     )
     magnitude = ir.node("Abs", [first.activation])
     largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
@@ -173,7 +173,7 @@ def _per_token(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.V
     return codes.outputs[0], step, middle, row_scale.outputs[0]
 
 
-def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     return add_initializers(graph, [name], [ir.tensor(array)])[0]
 
 

@@ -1,4 +1,4 @@
-"""quantize-embedding: lookup tables in blocks, read by com.microsoft.GatherBlockQuantized and shared with a tied head."""
+"""quantize-embedding: lookup tables in blocks, read by GatherBlockQuantized and shared with a tied head."""
 
 from __future__ import annotations
 
@@ -73,10 +73,8 @@ class QuantizeEmbedding(Pass):
         rows, columns = shape_of(table)
         if columns % self.format.block_size:
             raise UnsupportedModelError(
-                f"quantize-embedding: blocks of {self.format.block_size} do not divide the {columns} columns of {table.name}.",
-                hint=f"use a block_size that does, such as {columns & -columns}"
-                if columns & -columns >= 16
-                else "exclude this table",
+                f"quantize-embedding: {table.name} has {columns} columns, no multiple of blocks of {self.format.block_size}.",
+                hint="exclude it" if columns % 16 else f"use block_size = {min(columns & -columns, 128)}",
             )
         operands = block_initializers(graph, table, self.format, transpose=False)
         heads = [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]
@@ -104,7 +102,7 @@ class QuantizeEmbedding(Pass):
                 replace(node, gather)
                 report.match(f"GatherBlockQuantized {self.format.bits} bits, blocks of {self.format.block_size}")
         if not table.uses() and not table.is_graph_output() and table.name in graph.initializers:
-            del graph.initializers[table.name]
+            del graph.initializers[str(table.name)]
         if not operands[0].uses():  # no head: only the flat form is read
             del graph.initializers[str(operands[0].name)]
 

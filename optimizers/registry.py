@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
+    "smooth": "onnxpress.optimizers.smooth:Smooth",
 }
 
 

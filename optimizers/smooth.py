@@ -1,10 +1,12 @@
-"""smooth: move outlier channels from activations into weights, where 8 bits can hold them (SmoothQuant, Xiao et al. 2023).
+"""smooth: move outlier channels from activations into weights, where 8 bits can hold them.
+
+SmoothQuant (Xiao et al. 2023):
 
     x · W = (x / s) · (s W)     with s[k] = max|x[:, k]|^α / max|W[k, :]|^(1−α)
 
-1 / s goes into the gain (and bias) of the norm that computes x, s into the weights: no node is added and the outputs stay
-the same. It is what lets one range serve a whole prompt: on SmolLM2-135M per-tensor dynamic int8 of q/k/v and gate/up
-loses 2.4% and 2.2% perplexity without it and 0.2% together with it.
+1 / s goes into the gain (and bias) of the norm that computes x, s into the weights: no node is added and the outputs
+stay the same. It is what lets one range serve a whole prompt: per-tensor dynamic int8 of q/k/v and gate/up costs
+SmolLM2-135M a KL divergence of 0.06 without it and 0.008 with it.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def smoothing_factors(activation_peaks: Floats, weight_peaks: Floats, strength: 
         np.maximum(peaks, FLOOR * peaks.max() or 1).astype(np.float64) for peaks in (activation_peaks, weight_peaks)
     )
     logarithm = strength * np.log(activation) - (1 - strength) * np.log(weight)
-    return np.exp(logarithm - logarithm.mean()).astype(np.float32)
+    return np.asarray(np.exp(logarithm - logarithm.mean()), dtype=np.float32)
 
 
 def _sites(graph: ir.Graph, report: Report) -> Sequence[tuple[ir.Node, list[Linear]]]:
@@ -129,12 +131,13 @@ def _row_peaks(linear: Linear) -> Floats:
 def _divide(norm: ir.Node, position: int, factors: Floats) -> None:
     """Divide a gain or bias by s; one that other norms use is left to them."""
     value = norm.inputs[position]
-    assert value is not None and value.const_value is not None and norm.graph is not None
+    assert value is not None
+    assert value.const_value is not None
+    assert isinstance(norm.graph, ir.Graph)
     array = value.const_value.numpy() / factors
     if len(value.uses()) == 1 and not value.is_graph_output():
         value.const_value = ir.tensor(array, name=value.name)
         return
-    assert isinstance(norm.graph, ir.Graph)
     name = f"{value.name}.{norm.outputs[0].name}"
     own = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=value.shape, type=value.type)
     norm.graph.register_initializer(own)

@@ -20,15 +20,17 @@ import onnx_ir as ir
 
 from onnxpress import artifact_folder, manifest, measuring, overview
 from onnxpress.artifact import Artifact, Step
+from onnxpress.calibration import sample_feeds
 from onnxpress.errors import NothingMatchedError, OnnxpressError, UsageError, VerificationError
 from onnxpress.gates import Gates, require
 from onnxpress.genai_config import write_genai_config
 from onnxpress.golden import replay_golden, write_golden
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.manifest import Manifest, StepRecord
-from onnxpress.measuring import Data, Meter, available_memory
+from onnxpress.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.calibrate import CalibratedPass, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.progress import Progress
@@ -40,6 +42,9 @@ from onnxpress.staging import Staging, check_target, replacing
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
     from onnxpress.exporter.onnx_source import OnnxSource
+
+
+ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def export(
         )
     with replacing(output) as stage:
         artifact, step, checkpoint = _exported(source, task, logits or "all", context_length, progress)
-        run = _Run(stage, artifact, profiles.load("cpu"), Data(), threads, progress)
+        run = _Run(stage, artifact, ANY_TARGET, Data(), threads, progress)
         run.begin(step, checkpoint)
         record = run.package(model, None, Gates(), benchmark=False)
     return BuildResult(output, record, run.steps, tuple(run.notes))
@@ -213,6 +218,8 @@ class _Run:
     """Whether the artifact's decoder is to compute the last position's logits only."""
     lossy: bool = False
     """Whether a pass before was not exact."""
+    samples: Sequence[Feeds] = ()
+    """Inputs for passes that look at activations."""
     _meter: Meter | None = None
 
     @property
@@ -246,6 +253,9 @@ class _Run:
         graphs = {stem: load_graph(path) for stem, path in self.current.items()}
         matched: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
+        if isinstance(one, CalibratedPass) and one.needs_samples:
+            with self.progress.stage("sampling inputs"):
+                self.samples = one.samples = self.samples or sample_feeds(main_graph(self.reference), self.threads)
         with self.progress.stage(spec.name):
             for model in graphs.values():
                 report = _run_pass(one, model)
