@@ -16,7 +16,16 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding
 
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import drop_unused_weights, only_reader, producer, same_shape, weight
+from onnxpress.optimizers.matching import (
+    add_weight,
+    constant,
+    drop_unused_weights,
+    only_reader,
+    producer,
+    same_shape,
+    scalar,
+    weight,
+)
 from onnxpress.tensors import FileTensor, concrete_shape
 
 SMALL = 1024
@@ -44,6 +53,7 @@ class CleanUp(Pass):
             _share_weights(graph, report)
             _transpose_weights(graph, report)
             _drop_reshapes(graph, report)
+            _fold_sizes(graph, report)
         steps: list[tuple[str, Callable[[ir.Model], object]]] = [
             ("folded constants", self._fold),
             ("identities", common.IdentityEliminationPass()),
@@ -143,3 +153,27 @@ def _drop_reshapes(graph: ir.Graph, report: Report) -> None:
                 graph.remove(node, safe=True)
                 report.match("reshapes")
                 break
+
+
+def _fold_sizes(graph: ir.Graph, report: Report) -> None:
+    """A dimension that is read from a shape, and known: Gather(Shape(x), i)."""
+    for node in list(graph):
+        if node.op_type != "Gather" or node.domain or node.outputs[0].is_graph_output():
+            continue
+        shape = producer(node.inputs[0], "Shape")
+        index = scalar(node.inputs[1])
+        if shape is None or index is None or shape.inputs[0] is None or shape.inputs[0].shape is None:
+            continue
+        dimensions = list(shape.inputs[0].shape)[slice(shape.attributes.get_int("start", 0), _end(shape))]
+        size = dimensions[int(index)] if -len(dimensions) <= index < len(dimensions) else None
+        indices = constant(node.inputs[1])
+        if isinstance(size, int) and indices is not None:
+            tensor = ir.tensor(np.full(concrete_shape(indices), size, np.int64))
+            node.outputs[0].replace_all_uses_with(add_weight(graph, f"{node.outputs[0].name}.size", tensor))
+            graph.remove(node, safe=True)
+            report.match("known sizes")
+
+
+def _end(shape: ir.Node) -> int | None:
+    end = shape.attributes.get("end")
+    return end.as_int() if end is not None else None

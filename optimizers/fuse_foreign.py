@@ -1,9 +1,9 @@
 """Fused operators in graphs that others exported.
 
-onnxscript's fusions for onnxruntime find rotary embeddings and attention (they know what torch's current exporter
-writes); rules of our own find normalisations, activations and the attention that torch's older exporter spells out.
-Nothing here packs or folds a large weight. Fusions that slow a CPU down are left out: biases in Gelu, skip
-normalisations (a pass of their own), and the packed Attention operator, whose products could not be quantized.
+onnxscript's fusions for onnxruntime know what torch's current exporter writes; rules of our own find normalisations,
+rotary embeddings, activations, and attention as torch's older exporter writes it. Nothing here packs or folds a large
+weight. Fusions that slow a CPU down are left out: biases in Gelu, skip normalisations (a pass of their own), and the
+packed Attention operator, whose products could not be quantized.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
+from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
 
 _RULES: list[Callable[[ir.Model], object]] = [
@@ -68,6 +69,7 @@ class FuseForeign(Pass):
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
+        fuse_rotary(model, found)
         fuse_attention(model, found)
         FuseGelu().apply(model, found)
         CleanUp()(model)
@@ -90,7 +92,5 @@ def _report_leftovers(model: ir.Model, report: Report) -> None:
     """Operators that fused graphs do not have."""
     for graph in model.graphs():
         for node in graph:
-            if node.op_type in ("Sin", "Cos"):
-                report.skip(f"rotary embedding in an unknown form ({node.op_type} left)")
-            elif node.op_type == "ReduceMean":
+            if node.op_type == "ReduceMean":
                 report.skip("normalisation in an unknown form (ReduceMean left)")

@@ -128,3 +128,22 @@ def test_reshapes_there_and_back(graph: Any, check: Any, rng: np.random.Generato
         """,
     )
     assert done.result.report.matched["reshapes"] == 1
+
+
+def test_sizes_that_are_known_are_folded(graph: Any, check: Any) -> None:
+    model = graph(
+        """g (float[B, S, 6] x) => (int64 y, int64 z) <int64 two = {2}, int64 one = {1}> {
+            shape = Shape(x)
+            size = Gather(shape, two)
+            y = Div(size, two)
+            rest = Shape<start=1>(x)
+            unknown = Gather(shape, one)
+            last = Gather(rest, one)
+            z = Mul(last, unknown)
+        }"""
+    )
+    done = check(CleanUp(), model, {"x": np.zeros((2, 3, 6), np.float32)})
+    assert "Div" not in done.listing
+    assert "unknown = Gather" in done.listing
+    assert "last = Gather" not in done.listing
+    assert done.result.report.matched["known sizes"] == 2

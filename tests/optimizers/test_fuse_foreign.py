@@ -17,6 +17,7 @@ from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_norm import fuse_norms
+from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.tensors import FileTensor
 
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
@@ -104,13 +105,18 @@ def test_bert_agrees_with_the_optimizer_of_onnxruntime(exported: Any, run: Any, 
 @pytest.mark.slow
 def test_llama_from_the_current_exporter(exported: Any, run: Any) -> None:
     report, _ = check_export(exported("llama", "sdpa", dynamo=True), run)
-    assert report.matched == {"SimplifiedLayerNormalization": 5, "MultiHeadAttention": 2, "QuickGelu": 2}
-    assert any("rotary" in reason for reason in report.skipped)
+    assert report.matched == {
+        "SimplifiedLayerNormalization": 5,
+        "RotaryEmbedding": 4,
+        "MultiHeadAttention": 2,
+        "QuickGelu": 2,
+    }
+    assert not report.skipped
 
 
 def test_llama_from_the_older_exporter(exported: Any, run: Any) -> None:
     report, _ = check_export(exported("llama", "eager", dynamo=False), run)
-    assert report.matched == {"SimplifiedLayerNormalization": 5, "QuickGelu": 2}
+    assert report.matched == {"SimplifiedLayerNormalization": 5, "RotaryEmbedding": 4, "QuickGelu": 2}
     assert report.skipped["attention: queries, keys or values are not split by Reshape and Transpose"] == 2
 
 
@@ -265,3 +271,61 @@ def test_attention_near_misses(graph: Any, reason: str) -> None:
     fuse_attention(missed, report := Report())
     assert not report.matched
     assert report.skipped == {f"attention: {reason}": 1}
+
+
+# Rotary embeddings written by hand.
+
+ROTARY = """
+    f = MatMul(column, frequency) ff = Concat<axis=-1>(f, f)
+    c = Cos(ff) s = Sin(ff) cs = Mul(c, scale) ss = Mul(s, scale) cu = Unsqueeze(cs, one) su = Unsqueeze(ss, one)
+    x1 = Slice(x, zero, half, last) x2 = Slice(x, half, size, last)
+    n = Neg(x2) r = Concat<axis=-1>(n, x1) a = Mul(x, cu) b = Mul(r, su) y = Add(a, b)
+"""
+
+
+def rotary_graph(graph: Any, body: str = ROTARY, batch: str = "B") -> ir.Model:
+    model: ir.Model = graph(
+        f"""g (float[B, 2, S, 8] x, float[{batch}, S, 1] column, float[1, 4] frequency) => (float[B, 2, S, 8] y)
+        <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] half = {{4}}, int64[1] size = {{9223372036854775807}},
+         int64[1] last = {{3}}, float scale = {{1.25}}> {{ {body} }}""",
+        frequency=np.array([[1, 0.3, 0.1, 0.01]], np.float32),
+    )
+    common.ShapeInferencePass()(model)
+    return model
+
+
+@pytest.mark.parametrize("batch", ["1", "B"])
+def test_rotary(graph: Any, run: Any, rng: np.random.Generator, batch: str) -> None:
+    """Positions of left-padded rows differ, and each row keeps its own."""
+    model = rotary_graph(graph, batch=batch)
+    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])[: 1 if batch == "1" else 2]
+    feeds = {
+        "x": rng.standard_normal((2, 2, 5, 8), dtype=np.float32),
+        "column": positions[..., None].astype(np.float32),
+    }
+    want = run(model, feeds)[0]
+    fuse_rotary(model, report := Report())
+    CleanUp()(model)
+    assert report.matched == {"RotaryEmbedding": 1}
+    assert "Slice" not in {node.op_type for node in model.graph}
+    np.testing.assert_allclose(run(model, feeds)[0], want, atol=1e-5)
+
+
+ROTARY_NEAR_MISSES = {
+    "halves are not constant slices of one value": ("Slice(x, zero, half", "Slice(x, one, half"),
+    "cosine and sine are not of the same doubled angles": ("Mul(s, scale)", "Neg(s)"),
+    "no product of the same value with the cosine": ("a = Mul(x, cu)", "xx = Abs(x) a = Mul(xx, cu)"),
+    "no product with the sine and sum with the other part": ("y = Add(a, b)", "y = Sub(a, b)"),
+}
+
+
+@pytest.mark.parametrize("reason", ROTARY_NEAR_MISSES)
+def test_rotary_near_misses(graph: Any, reason: str) -> None:
+    fuse_rotary(rotary_graph(graph, ROTARY.replace(*ROTARY_NEAR_MISSES[reason])), report := Report())
+    assert not report.matched
+    assert report.skipped == {f"rotary embedding: {reason}": 1}
+
+
+def test_rotary_with_angles_of_an_unknown_batch(graph: Any) -> None:
+    fuse_rotary(rotary_graph(graph, batch="N"), report := Report())
+    assert report.skipped == {"rotary embedding: batch of the angles is not known": 1}
