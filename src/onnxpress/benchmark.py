@@ -155,8 +155,9 @@ def _work(
     if kind == "decoder":
         # No further than the model's positions go: one with few is measured on a shorter prompt.
         limit = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
-        context = sorted({min(tokens, max(1, limit - DECODE_STEPS)) for tokens in request["context"]})
-        return _decoder_work(model, min(request["prompt"], limit), context, repeats)
+        room = max(1, limit - DECODE_STEPS)
+        context = sorted({min(tokens, room) for tokens in request["context"]})
+        return _decoder_work(model, min(request["prompt"], room), context, repeats)
     if isinstance(model, EncoderDecoderSession):
         feeds = random_feeds(model.encoder, config)
         start = np.array([[int(config.get("decoder_start_token_id") or 0)]])

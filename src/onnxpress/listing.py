@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from onnxpress.errors import UsageError
@@ -29,7 +30,7 @@ def passes() -> list[Row]:
     for name in sorted(registry.PASSES):
         cls = registry.load(name)
         options = {
-            key: f"{inspect.formatannotation(parameter.annotation).replace('typing.', '')}"
+            key: re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(parameter.annotation))
             + ("" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}")
             for key, parameter in recipe.parameters(cls).items()
         }
