@@ -63,10 +63,10 @@ def bound_tensor(source: TensorSource, name: str, *, transposed: bool = False) -
         return array
 
     def rows(start: int, stop: int) -> np.ndarray:
-        array = source.numpy()
-        return cast(array[:, start:stop]).T if transposed else cast(array[start:stop])
+        return cast(source.numpy()[:, start:stop]).T if transposed else cast(source.rows(start, stop))
 
-    if isinstance(source, FileTensor) and shape:  # a mapped file: reading a few rows costs a few rows
+    mapped = isinstance(source, FileTensor)  # of a mapped file, a few columns too cost little
+    if shape and (mapped or (source.reads_rows and not transposed)):
         return RowTensor(rows, dtype, shape, name=name)
     evaluate = lambda: ir.Tensor(np.ascontiguousarray(cast(source.numpy()).T if transposed else cast(source.numpy())))  # noqa: E731
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)

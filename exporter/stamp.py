@@ -11,6 +11,7 @@ layer of its kind; the values that cross a layer's edge are told apart by where 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -81,7 +82,8 @@ def _partition(template: ir.Model, path: str, chosen: tuple[int, ...]) -> dict[i
     for node in template.graph:
         sources = [value for value in node.inputs if value is not None]
         below = [place[producer] for value in sources if (producer := value.producer()) is not None]
-        own = {index for value in sources if (index := layer_of_name(value.name)) is not None}
+        # the shape of a cache is the same in every layer
+        own = {index for value in sources if (index := layer_of_name(value.name)) is not None and node.op_type != "Shape"}
         if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
             raise CannotStamp(f"{node.op_type} has a subgraph")
         scope = layer_of_name(node.metadata_props.get(MODULE))
@@ -175,13 +177,14 @@ class _Stamper:
             if not self._layer_numbered(value.name):
                 values[value] = _fresh(value, value.name or "")
         inputs = list(values.values())
+        caches: dict[str, ir.Value] = {}
         outputs: dict[str, ir.Value] = {}
         nodes: list[ir.Node] = []
         initializers: dict[str, ir.Value] = {}
 
         def take(layer: _Layer, mapping: dict[ir.Value, ir.Value], old: int | None, new: int | None) -> None:
             for node in layer.nodes:
-                copied = self._copy(node, mapping, old, new, inputs, initializers)
+                copied = self._copy(node, mapping, old, new, caches, initializers)
                 nodes.append(copied)
 
         take(self.layers[PROLOGUE], values, None, None)
@@ -204,7 +207,9 @@ class _Stamper:
         for value in graph.outputs:
             if not self._layer_numbered(value.name):
                 outputs[value.name or ""] = values[value]
-        ordered = [name for name in self._output_order(graph) if name in outputs]
+        inputs += [caches[name] for name in self._numbered(graph.inputs) if name in caches]
+        ordered = [value.name or "" for value in graph.outputs if not self._layer_numbered(value.name)]
+        ordered += [name for name in self._numbered(graph.outputs) if name in outputs]
         for name, value in outputs.items():
             value.name = name
         stamped = ir.Graph(
@@ -245,17 +250,11 @@ class _Stamper:
     def _layer_numbered(self, name: str | None) -> bool:
         return re.match(r"^(past_key_values|present)\.\d+\.", name or "") is not None
 
-    def _output_order(self, graph: ir.Graph) -> list[str]:
-        """The outputs of the template, with those of one layer repeated for every layer."""
-        order: list[str] = []
-        for value in graph.outputs:
-            name = value.name or ""
-            if not self._layer_numbered(name):
-                order.append(name)
-        parts = [re.sub(r"^present\.\d+\.", "", v.name or "") for v in graph.outputs if self._layer_numbered(v.name)]
-        for index in range(self.stack.depth):
-            order += [f"present.{index}.{part}" for part in dict.fromkeys(parts)]
-        return order
+    def _numbered(self, values: Sequence[ir.Value]) -> list[str]:
+        """The names of cache inputs or outputs for every layer, in the order of the template's."""
+        names = [value.name or "" for value in values if self._layer_numbered(value.name)]
+        parts = dict.fromkeys(tuple(re.split(r"\.\d+\.", name, maxsplit=1)) for name in names)
+        return [f"{kind}.{index}.{part}" for index in range(self.stack.depth) for kind, part in parts]
 
     def _copy(
         self,
@@ -263,7 +262,7 @@ class _Stamper:
         mapping: dict[ir.Value, ir.Value],
         old: int | None,
         new: int | None,
-        inputs: list[ir.Value],
+        caches: dict[str, ir.Value],
         initializers: dict[str, ir.Value],
     ) -> ir.Node:
         def resolved(value: ir.Value | None) -> ir.Value | None:
@@ -275,12 +274,12 @@ class _Stamper:
                     initializers[name] = _fresh(value, name)
                 return initializers[name]
             if value.is_graph_input() and self._layer_numbered(value.name):
-                if old is None or new is None:
-                    raise CannotStamp(f"{node.op_type} outside the layers reads the cache of one layer")
-                if value not in mapping:
-                    mapping[value] = _fresh(value, _renumber(value.name or "", old, new))
-                    inputs.append(mapping[value])
-                return mapping[value]
+                name = value.name or ""
+                if old is not None and new is not None:
+                    name = _renumber(name, old, new)
+                if name not in caches:
+                    caches[name] = _fresh(value, name)
+                return caches[name]
             return mapping[value]
 
         outputs = []

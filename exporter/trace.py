@@ -56,7 +56,7 @@ def trace(
     assert program is not None
     model = program.model
     _name_dimensions(model, dynamic_shapes)
-    parameters = _release_parameters(model, {name for name, _ in wrapper.named_parameters(remove_duplicate=False)})
+    parameters = _release_parameters(model, set(wrapper.state_dict()))
     _use_first_source_of_dimensions(model)
     model.graph.inputs.extend(parameters)  # an input is nothing that can be folded
     onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=4096)
@@ -115,7 +115,7 @@ def _release_parameters(model: ir.Model, names: set[str]) -> list[ir.Value]:
     """Take the parameters out of the initializers, strip the wrapper's prefix and forget their (uninitialised) values."""
     released = []
     for value in list(model.graph.initializers.values()):
-        if value.name not in names:
+        if value.name not in names or not value.name.startswith("model."):
             continue
         model.graph.initializers.pop(value.name)
         value.const_value = None
