@@ -48,7 +48,7 @@ class TorchReference:
             raise BadInputError(f"{self.folder} has no config.json", hint="give a checkpoint folder, or an ONNX file")
         config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
         self.config: Mapping[str, Any] = config.to_dict()
-        task = (task or _task(config)).removesuffix("-with-past")
+        task = (task or getattr(checkpoint, "task", None) or _task(config)).removesuffix("-with-past")
         if task not in AUTO_CLASSES:
             raise UnsupportedModelError(f"cannot run a checkpoint for the task {task!r}")
         auto = getattr(transformers, AUTO_CLASSES[task])

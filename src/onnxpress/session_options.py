@@ -2,6 +2,10 @@
 
 Two kinds live in one mapping, as in profiles: configuration entries of onnxruntime's header
 (`onnxruntime_session_options_config_keys.h`, dotted names) and the attributes of `SessionOptions` below.
+
+onnxruntime's defaults are the best found for the CPU. Peak RSS of a 4-bit SmolLM2-135M (182 MB, 113 of them an fp32
+head, logits of all 512 positions): 520 MB; 407 with `session.disable_prepacking`, which makes 4-bit kernels five times
+slower; 550 with `enable_cpu_mem_arena` off; 516 to 520 with memory patterns, spinning, or graph optimizations changed.
 """
 
 from __future__ import annotations
