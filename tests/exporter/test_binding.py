@@ -79,6 +79,30 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     "wav2vec2": wav2vec2,
 }
 
+NO_GROUPS = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
+PADDED = {**BERT, "pad_token_id": 0}
+TOWER = {key: value for key, value in BERT.items() if key != "vocab_size"}
+PIXELS = {**TOWER, "image_size": 32, "patch_size": 16}
+MORE: dict[type[t.PreTrainedModel], dict[str, Any]] = {
+    t.Gemma2ForCausalLM: {**DECODER, "head_dim": 8},
+    t.Phi3ForCausalLM: {**DECODER, "pad_token_id": 0, "eos_token_id": 1},
+    t.GPTNeoXForCausalLM: NO_GROUPS,
+    t.OPTForCausalLM: {**BERT, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    t.BloomForCausalLM: {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    t.FalconForCausalLM: BERT,
+    t.StableLmForCausalLM: DECODER,
+    t.RobertaForMaskedLM: PADDED,
+    t.DistilBertModel: {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    t.MPNetModel: PADDED,
+    t.ElectraModel: {**PADDED, "embedding_size": 16},
+    t.AlbertModel: {**PADDED, "embedding_size": 16},
+    t.DebertaV2ForMaskedLM: PADDED,
+    t.NomicBertModel: PADDED,
+    t.ViTModel: PIXELS,
+    t.CLIPModel: {"text_config": {**BERT, "eos_token_id": 2}, "vision_config": PIXELS, "projection_dim": 16},
+}
+"""Architectures with names, ties or buffers of their own."""
+
 
 def randomised(model: t.PreTrainedModel) -> t.PreTrainedModel:
     """Norms start as ones and biases as zeros, which would hide a mix-up."""
@@ -122,6 +146,14 @@ def test_every_key_equals_from_pretrained(name: str, tmp_path: Path) -> None:
     tensors = save(model, tmp_path, max_shard_size="40KB")
     binding = bind(on_meta(type(model), model.config), tensors)
     assert_same(binding, type(model).from_pretrained(tmp_path))
+    assert binding.unused == []
+
+
+@pytest.mark.parametrize("model_class", MORE, ids=lambda model_class: model_class.__name__)
+def test_more_architectures(model_class: type[t.PreTrainedModel], tmp_path: Path) -> None:
+    model = randomised(model_class(model_class.config_class(**MORE[model_class])))
+    binding = bind(on_meta(model_class, model.config), save(model, tmp_path))
+    assert_same(binding, model_class.from_pretrained(tmp_path))
     assert binding.unused == []
 
 
