@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
+from onnxpress.tensors import concrete_shape
 
 MICROSOFT = "com.microsoft"
 
@@ -141,7 +142,7 @@ def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir
         if name not in graph.initializers:
             tensor.name = name
             graph.register_initializer(
-                ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+                ir.Value(name=name, const_value=tensor, shape=ir.Shape(concrete_shape(tensor)), type=ir.TensorType(tensor.dtype))
             )
         values.append(graph.initializers[name])
     return values
