@@ -124,7 +124,7 @@ def load(folder: Path) -> Artifact:
 
 
 def suffix(model: ir.Model) -> str:
-    """The ending that transformers.js gives the format in which most of the weight bytes are stored."""
+    """The ending that transformers.js gives the format of most parameters."""
     formats = weight_formats(model)
     main = max(formats, key=lambda name: formats[name], default="float32")
     if main == "4-bit":
@@ -133,12 +133,13 @@ def suffix(model: ir.Model) -> str:
 
 
 def weight_formats(model: ir.Model) -> Counter[str]:
-    """Bytes of the weights by `weight_format`."""
+    """Parameters by `weight_format`."""
     formats: Counter[str] = Counter()
     for graph in model.graphs():
         for value in graph.initializers.values():
             if (name := weight_format(value)) and value.const_value is not None:
-                formats[name] += value.const_value.nbytes
+                packed = 2 if name == "4-bit" and value.const_value.dtype in _ONE_BYTE else 1
+                formats[name] += value.const_value.size * packed
     return formats
 
 

