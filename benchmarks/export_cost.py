@@ -1,6 +1,6 @@
 """What an export costs: wall time and peak memory, from a checkpoint on disk to a saved float32 graph with a cache.
 
-    python benchmarks/export_cost.py            SmolLM2-135M, against onnxruntime-genai's builder, optimum-onnx, transformers
+    python benchmarks/export_cost.py            SmolLM2-135M, against onnxruntime-genai, optimum-onnx, transformers
     python benchmarks/export_cost.py --large    also random 3B (24 layers) and 7B (48 layers) checkpoints in bfloat16,
                                                 against copying their files; needs 60 GB of disk (--scale shrinks them)
 
