@@ -32,6 +32,13 @@ def bind(model: ir.Model, sources: Mapping[str, TensorSource]) -> None:
         if first is not value:  # tied parameters are one initializer
             value.replace_all_uses_with(first)
             graph.initializers.pop(value.name or "")
+    canonical: dict[TensorSource, str] = {}
+    for name, source in sources.items():
+        canonical.setdefault(source, name)
+    for source, value in shared.items():  # the embedding's name rather than the head's
+        graph.initializers.pop(value.name or "")
+        value.name = canonical[source]
+        graph.initializers.add(value)
     turned = {value for value in shared.values() if _only_linear(value)}
     for source, value in shared.items():
         tensor = bound_tensor(source, value.name or "", transposed=value in turned)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from onnxpress.errors import UsageError
+from onnxpress.progress import Progress
 
 Row = dict[str, Any]
 
@@ -75,4 +76,17 @@ def models() -> list[Row]:
 def architectures() -> list[Row]:
     from onnxpress.exporter import architectures as exporter
 
-    return [dict(row) for row in exporter.table()]
+    with Progress() as progress, progress.stage("trying architectures") as update:
+        rows = list(exporter.table(progress=lambda done, total, name: update(done, total)))
+    return [
+        {
+            "architecture": row.architecture,
+            "task": row.task,
+            "method": row.method,
+            "operators": ", ".join(row.operators),
+            "traced layers": row.traced_layers,
+            "not fused": row.error or "; ".join(row.not_fused.values()),
+            "difference": max(row.differences.values(), default=None),
+        }
+        for row in rows
+    ]
