@@ -29,7 +29,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import MICROSOFT, only_reader, same_shape, scalar, use_microsoft_operators
+from onnxpress.optimizers.matching import (
+    MICROSOFT,
+    drop_unused_weights,
+    only_reader,
+    same_shape,
+    scalar,
+    use_microsoft_operators,
+)
 
 Curve = NDArray[np.float64]
 POINTS: Curve = np.linspace(-4, 4, 17)
@@ -149,7 +156,7 @@ def _remove_unread(graph: ir.Graph, root: ir.Node) -> None:
         node = stack.pop()
         if node.graph is not graph or any(value.uses() or value.is_graph_output() for value in node.outputs):
             continue
-        stack += [
-            before for before in node.predecessors() if before.op_type in _EVALUATE or before.op_type == "Constant"
-        ]
+        stack += [before for before in node.predecessors() if before.op_type in (*_EVALUATE, "Constant")]
+        inputs = list(node.inputs)
         graph.remove(node, safe=True)
+        drop_unused_weights(graph, inputs)

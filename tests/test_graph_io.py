@@ -399,6 +399,15 @@ def test_inline_data_that_contradicts_the_shape(tmp_path: Path, dims: list[int])
         load_graph(path)
 
 
+@pytest.mark.parametrize("data_type", [onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING, 999])
+def test_external_data_of_no_usable_type(saved: Path, data_type: int) -> None:
+    model = onnx.load(saved, load_external_data=False)
+    model.graph.initializer[0].data_type = data_type
+    saved.write_bytes(model.SerializeToString())
+    with pytest.raises((CorruptFileError, UnsupportedModelError), match="'w'"):
+        load_graph(saved)
+
+
 def test_typed_fields_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     save_graph(graph_of(w=ir.tensor(ramp(2, 2))), path)

@@ -29,8 +29,11 @@ def load_graph(path: Path | str) -> ir.Model:
     path = Path(path)
     proto = _read_proto(path)
     for tensor in _tensors(proto.graph):
+        dtype = _data_type(tensor, path)
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            _check_inline(tensor, path)
+            _check_inline(tensor, dtype, path)
+        elif dtype == ir.DataType.STRING:
+            raise CorruptFileError(f"{path}: {tensor.name!r} has strings as external data.")
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir promises no exception type for malformed protos
@@ -98,9 +101,8 @@ _TYPED_FIELDS = {
 }
 
 
-def _check_inline(tensor: onnx.TensorProto, path: Path) -> None:
+def _check_inline(tensor: onnx.TensorProto, dtype: ir.DataType, path: Path) -> None:
     """The number of bytes or elements in the tensor must be what its shape announces."""
-    dtype = _data_type(tensor, path)
     if any(dimension < 0 for dimension in tensor.dims):
         raise CorruptFileError(f"{path}: {tensor.name!r} has the shape {list(tensor.dims)}.")
     count = math.prod(tensor.dims)

@@ -190,7 +190,8 @@ def _write_tensor(file: _Temporary, offset: int, tensor: ir.TensorProtocol, nbyt
         _expect(tensor, len(data := tensor.tobytes()), nbytes)
         file.write(memoryview(data), offset)
     elif isinstance(tensor, FileTensor):
-        for start in range(0, nbytes, SLAB_BYTES):
+        copied = file.copy_from(tensor.path, tensor.offset, offset, nbytes)
+        for start in range(copied, nbytes, SLAB_BYTES):
             file.write(tensor.read(start, min(SLAB_BYTES, nbytes - start)).data, offset + start)
     elif isinstance(tensor, RowTensor) and len(tensor.shape) > 0:
         count = concrete_shape(tensor)[0]
@@ -290,6 +291,17 @@ class _Temporary:
             while data:
                 written = os.pwrite(self._file, data, offset)
                 data, offset = data[written:], offset + written
+
+    def copy_from(self, source: Path, start: int, offset: int, length: int) -> int:
+        """Let the kernel copy bytes of a file; returns how many it did, which may be none."""
+        done = 0
+        with contextlib.suppress(OSError), source.open("rb", buffering=0) as file:  # what is left is read and written
+            while hasattr(os, "copy_file_range") and done < length:
+                count = os.copy_file_range(file.fileno(), self._file, length - done, start + done, offset + done)
+                if count == 0:
+                    break
+                done += count
+        return done
 
     def commit(self) -> None:
         with self._errors():

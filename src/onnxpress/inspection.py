@@ -22,6 +22,8 @@ _NAMES = {
 }
 _DYNAMIC = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QAttention"}
 _EMBEDDING = ("embed", "wte", "wpe", "word_embeddings", "position_embeddings")
+_TABLES = ("cos_cache", "sin_cache")
+"""Computed from the configuration: constants, not parameters."""
 _HEAD = ("lm_head", "embed_out", "output_projection")
 
 
@@ -174,7 +176,7 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
         if node.op_type == "DequantizeLinear":
             form = f"{tensor.dtype.name.lower() if use.idx == 0 else 'integer'} dequantized"
             return (form, tensor.size) if use.idx == 0 else ("scales", 0)
-    if tensor.dtype in _NAMES:
+    if tensor.dtype in _NAMES and tensor.size > 1 and not (value.name or "").endswith(_TABLES):
         return _NAMES[tensor.dtype], tensor.size
     return "constants", 0
 

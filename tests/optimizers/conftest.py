@@ -60,6 +60,29 @@ def list_nodes(model: ir.Model) -> str:
     return "\n".join(lines)
 
 
+def assert_well_formed(model: ir.Model) -> None:
+    """What must hold for any graph: names are unique, values are defined before they are read, operator sets known."""
+    for graph in model.graphs():
+        known = {*graph.inputs, *graph.initializers.values()}
+        for node in graph:
+            for value in node.inputs:
+                assert value is None or value in known or value.graph is not graph, (
+                    f"{value} is read before it is defined"
+                )
+            known.update(node.outputs)
+        assert all(value in known for value in graph.outputs)
+        names = [value.name for value in known if value.name]
+        assert len(names) == len(set(names)), "two values have one name"
+        domains = {node.domain for node in graph}
+        assert domains <= set(model.opset_imports), f"operator set of {domains} is not declared"
+
+
+def unread_weights(model: ir.Model) -> set[str]:
+    return {
+        name for name, value in model.graph.initializers.items() if not value.uses() and not value.is_graph_output()
+    }
+
+
 @dataclass
 class Checked:
     """What came of a pass."""
@@ -87,6 +110,8 @@ def check_pass(
     copy = model.clone()
     result = optimizer(copy)
     assert isinstance(result, PassResult)
+    assert_well_formed(copy)
+    assert unread_weights(copy) <= unread_weights(model), "the pass leaves weights behind that nothing reads"
     listing = list_nodes(copy)
     if golden is not None:
         assert listing == "\n".join(line.strip() for line in golden.strip().splitlines())

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx_ir.passes import common
 
 from onnxpress.errors import UsageError
@@ -185,3 +187,24 @@ def test_concatenate(rng: np.random.Generator, rowwise: bool) -> None:
 def test_unknown_option() -> None:
     with pytest.raises(UsageError, match="none of"):
         PackProjections("everything")
+
+
+@given(widths=st.lists(st.integers(1, 9), min_size=2, max_size=4), bias=st.booleans(), depth=st.integers(1, 7))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_siblings(
+    graph: Any, check: Any, rng: np.random.Generator, widths: list[int], bias: bool, depth: int
+) -> None:
+    weights = {f"m__w{i}__weight": rng.standard_normal((depth, n), dtype=np.float32) for i, n in enumerate(widths)}
+    if bias:
+        weights |= {f"m__w{i}__bias": rng.standard_normal(n, dtype=np.float32) for i, n in enumerate(widths)}
+    declared = ", ".join(f"float[{', '.join(map(str, w.shape))}] {name}" for name, w in weights.items())
+    outputs = ", ".join(f"float[B, {n}] y{i}" for i, n in enumerate(widths))
+    body = " ".join(
+        f"p{i} = MatMul(x, m__w{i}__weight) y{i} = Add(p{i}, m__w{i}__bias)"
+        if bias
+        else f"y{i} = MatMul(x, m__w{i}__weight)"
+        for i in range(len(widths))
+    )
+    model = graph(f"g (float[B, {depth}] x, {declared}) => ({outputs}) {{ {body} }}", **weights)
+    done = check(PackProjections("all"), model, {"x": rng.standard_normal((3, depth), dtype=np.float32)})
+    assert done.result.report.matched == {"packed products": 1}
