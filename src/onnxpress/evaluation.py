@@ -46,11 +46,18 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """What was lost, as a share: growth of perplexity (the worse of prompt and decoding), or 1 - mean cosine."""
+        """What was lost, as a share: growth of perplexity in the worst mode, or 1 - mean cosine.
+
+        On text of the reference's own, perplexity grows by exp(KL) on average, and KL needs far fewer tokens to settle:
+        with a KL of 0.01, growth over 128 decoded tokens has an error of 1.2%. So growth is taken on the prompt, and
+        a mode that diverges more than the prompt adds its excess of KL.
+        """
         if self.cosine_mean is not None:
             return 1 - self.cosine_mean
-        grown = [m["perplexity"] / m["reference_perplexity"] - 1 for m in self.modes.values() if "perplexity" in m]
-        return max(grown, default=0.0)
+        if self.perplexity is None or self.reference_perplexity is None:
+            return 0.0
+        excess = max((mode["kl"] - self.modes["prefill"]["kl"] for mode in self.modes.values()), default=0.0)
+        return float(self.perplexity / self.reference_perplexity * np.exp(excess) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, figures that do not apply left out."""
@@ -259,17 +266,21 @@ def _rank_pairs(
     if tokenizer is None:
         raise BadInputError("neither model has a tokenizer.json to read pairs with")
     rows = read_pairs(path)
+    tokens = [[tokenizer.encode(sentence).ids[:window] for sentence in (row.first, row.second)] for row in rows]
+    # Rows of like length together: less padding to compute, the same cosines.
+    order = sorted(range(len(rows)), key=lambda i: max(map(len, tokens[i])))
     found = []
     for number, opened in enumerate((candidate, reference)):
-        scores = []
+        scores = np.zeros(len(rows))
         for i in range(0, len(rows), 16):
-            group = rows[i : i + 16]
-            ids, mask = pad([tokenizer.encode(s).ids[:window] for row in group for s in (row.first, row.second)])
+            group = order[i : i + 16]
+            ids, mask = pad([sentence for row in group for sentence in tokens[row]])
             vectors = pool({name: opened.model.encode(ids, mask)[name]}, mask)
-            scores.extend(cosine(vectors[0::2], vectors[1::2]).tolist())
+            scores[group] = cosine(vectors[0::2], vectors[1::2])
             if progress:
                 progress("ranking pairs", number * len(rows) + min(i + 16, len(rows)), 2 * len(rows))
-        found.append(spearman(np.array(scores), np.array([row.score for row in rows])))
+        require_finite(scores, "cosines of pairs")
+        found.append(spearman(scores, np.array([row.score for row in rows])))
     return found[0], found[1]
 
 

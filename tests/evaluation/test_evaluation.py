@@ -71,6 +71,7 @@ def test_a_graph_that_is_wrong_only_when_padded_is_found(make_decoder: Make, tmp
     assert found.modes["decode"]["kl"] < 1e-8
     assert found.modes["padded"]["kl"] > 1e-3
     assert found.kl == found.modes["padded"]["kl"]
+    assert found.loss == pytest.approx(np.exp(found.kl) - 1, abs=1e-4)
 
 
 def test_not_a_number_is_an_error_that_says_where(make_decoder: Make) -> None:
