@@ -51,6 +51,8 @@ class BlockFormat:
             raise ValueError(f"block_size must be a power of two and at least 16, not {self.block_size}")
         if self.zero_points not in get_args(ZeroPoints):
             raise ValueError(f"zero_points must be one of {', '.join(get_args(ZeroPoints))}, not {self.zero_points!r}")
+        if self.bits == 8 and self.zero_points == "float":
+            raise ValueError("8-bit blocks take no float zero_points: no CPU kernel runs them")
 
     @property
     def top(self) -> int:
