@@ -10,10 +10,13 @@ Fused is not faster on a CPU. onnxruntime 1.31, x86 with AVX-512, hidden size 57
 operator over that of the two that it replaces:
 
     tokens                              1      128    512
-    SkipSimplifiedLayerNormalization    1.1    1.7    1.4
-    SkipLayerNormalization              1.8    3.9    3.7
+    SkipSimplifiedLayerNormalization    1.1    1.8    1.4
+    SkipLayerNormalization              1.6    4.5    3.6
 
-so that CPU recipes leave this pass out. It is for targets whose fused kernels save memory traffic (CUDA, WebGPU).
+so that CPU recipes leave this pass out: it is for targets whose fused kernels save memory traffic (CUDA, WebGPU).
+onnxruntime fuses LayerNormalization so itself when it loads a graph; with its session entry
+optimization.disable_specified_optimizers = "SkipLayerNormFusion;BiasGeluFusion" all-MiniLM-L6-v2 in float32 takes 0.87
+times as long at 128 tokens.
 """
 
 from __future__ import annotations
