@@ -25,8 +25,8 @@ from .texts import Ids, Progress, file_windows, load_tokenizer, pad, read_pairs,
 class Evaluation:
     """A candidate measured against a reference; a figure is None where it does not apply.
 
-    The headline figures are those of the worst mode (highest `kl`, lowest agreement and cosine), except the
-    perplexities, which are of the prompt. Divergences are in nats per token.
+    The headline agreement and cosine are those of the worst mode, the perplexities those of the prompt. `kl`, in nats
+    per token, is that of the prompt plus what the worst mode adds to the same tokens without a cache or padding.
     """
 
     kind: str
@@ -48,16 +48,15 @@ class Evaluation:
     def loss(self) -> float:
         """What was lost, as a share: growth of perplexity in the worst mode, or 1 - mean cosine.
 
-        On text of the reference's own, perplexity grows by exp(KL) on average, and KL needs far fewer tokens to settle:
-        with a KL of 0.01, growth over 128 decoded tokens has an error of 1.2%. So growth is taken on the prompt, and
-        a mode that diverges more than the prompt adds its excess of KL.
+        Growth is taken on the prompt; what a mode adds to the KL counts as exp(KL), its average effect on perplexity
+        (growth over 128 decoded tokens would have an error of 1.2% at a KL of 0.01).
         """
         if self.cosine_mean is not None:
             return 1 - self.cosine_mean
-        if self.perplexity is None or self.reference_perplexity is None:
+        if self.perplexity is None or self.reference_perplexity is None or self.kl is None:
             return 0.0
-        excess = max((mode["kl"] - self.modes["prefill"]["kl"] for mode in self.modes.values()), default=0.0)
-        return float(self.perplexity / self.reference_perplexity * np.exp(excess) - 1)
+        added = max(0.0, self.kl - self.modes["prefill"]["kl"])
+        return float(self.perplexity / self.reference_perplexity * np.exp(added) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, figures that do not apply left out."""
@@ -144,6 +143,7 @@ def _evaluate_decoders(
 ) -> Evaluation:
     last_only = candidate.model.last_only or reference.model.last_only
     prefill, decode, padded = Divergence(), Divergence(), Divergence()
+    uncached, unpadded = Divergence(), Divergence()
     decoded = min(len(pieces), 2)
     total = len(pieces) + decoded + 1
 
@@ -162,22 +162,28 @@ def _evaluate_decoders(
         expected = probes.cached(reference.model, ids, start, steps)
         found = probes.cached(candidate.model, ids, start, steps)
         decode.add(expected, found, ids[0, start + 1 : start + 1 + steps])
+        if not last_only:
+            uncached.add(expected, probes.prompt(candidate.model, ids, np.arange(start, start + steps)))
         tell(len(pieces) + i + 1)
     rows = padded_rows(pieces)
     steps = 3 if min(map(len, rows)) > 3 else 0
     expected_rows = probes.alone(reference.model, rows, steps)
     for one, other in probes.match_ends(expected_rows, probes.padded(candidate.model, rows, steps)):
         padded.add(one, other)
+    for one, other in probes.match_ends(expected_rows, probes.alone(candidate.model, rows, steps)):
+        unpadded.add(one, other)
     tell(total)
 
     modes = {"prefill": prefill, "decode": decode, "padded": padded}
+    plain = {"decode": uncached if uncached.tokens else prefill, "padded": unpadded}
+    excess = max((modes[name].kl - plain[name].kl for name in plain if modes[name].tokens), default=0.0)
     return Evaluation(
         kind="decoder",
         text=source,
         tokens=prefill.tokens,
         perplexity=prefill.perplexity,
         reference_perplexity=prefill.reference_perplexity,
-        kl=max(mode.kl for mode in modes.values() if mode.tokens),
+        kl=prefill.kl + max(0.0, excess),
         top1_agreement=min(mode.top1_agreement for mode in modes.values() if mode.tokens),
         modes={name: mode.figures() for name, mode in modes.items() if mode.tokens},
     )

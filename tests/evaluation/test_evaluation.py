@@ -41,7 +41,7 @@ def test_noise_costs_more_the_louder_it_is_in_every_mode(make_decoder: Make) -> 
     little, much = (evaluate(make_decoder(noise=noise), reference, **SMALL) for noise in (0.01, 0.1))
     for mode in ("prefill", "decode", "padded"):
         assert 0 < little.modes[mode]["kl"] < much.modes[mode]["kl"]
-    assert much.kl == max(mode["kl"] for mode in much.modes.values())
+    assert much.kl == pytest.approx(much.modes["prefill"]["kl"], rel=1e-3)  # neither cache nor padding adds to it
 
 
 def test_a_graph_with_the_last_logits_only_is_measured_on_a_sample(make_decoder: Make) -> None:
@@ -70,7 +70,7 @@ def test_a_graph_that_is_wrong_only_when_padded_is_found(make_decoder: Make, tmp
     assert found.modes["prefill"]["kl"] < 1e-8
     assert found.modes["decode"]["kl"] < 1e-8
     assert found.modes["padded"]["kl"] > 1e-3
-    assert found.kl == found.modes["padded"]["kl"]
+    assert found.kl == pytest.approx(found.modes["padded"]["kl"], rel=1e-4)
     assert found.loss == pytest.approx(np.exp(found.kl) - 1, abs=1e-4)
 
 
