@@ -63,6 +63,7 @@ def _tapped(model: ir.Model, names: Sequence[str]) -> Iterator[Path]:
     """A file with only what `names` need, these being its outputs. Weights that lie in one folder stay there."""
     copy = copy_graph(model)
     inside = {str(value.name): value for node in copy.graph for value in node.outputs}
+    inside |= {str(value.name): value for value in copy.graph.inputs}
     copy.graph.outputs[:] = [inside[name] for name in names]
     for value in copy.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)

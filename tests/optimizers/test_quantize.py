@@ -1,0 +1,255 @@
+"""quantize-blocks, quantize-embedding, quantize-dynamic and smooth on small graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
+from onnxpress.graph_io import save_graph
+from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
+from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
+from onnxpress.optimizers.smooth import Smooth, smoothing_factors
+
+Graph = Callable[..., ir.Model]
+Check = Callable[..., Any]
+Run = Callable[..., list[np.ndarray]]
+
+SIBLINGS = """g (float[B, S, 64] x, float[64, 96] a__weight, float[64, 32] b__weight)
+    => (float[B, S, 96] y, float[B, S, 32] z) { y = MatMul(x, a__weight)  z = MatMul(x, b__weight) }"""
+# fmt: off
+FORMS = {
+    "MatMul": ("y = MatMul(x, w)", False),
+    "Transpose": ("t = Transpose<perm = [1, 0]>(w)  y = MatMul(x, t)", True),
+    "Gemm": ("y = Gemm<transB = 1>(x, w, b)", True),
+    "FusedMatMul": ("y = com.microsoft.FusedMatMul<transB = 1>(x, w)", True),
+}
+# fmt: on
+
+
+@pytest.fixture
+def siblings(graph: Graph, rng: np.random.Generator) -> ir.Model:
+    return graph(
+        SIBLINGS,
+        a__weight=rng.standard_normal((64, 96), dtype=np.float32),
+        b__weight=rng.standard_normal((64, 32), dtype=np.float32),
+    )
+
+
+@pytest.fixture
+def x(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"x": rng.standard_normal((2, 5, 64), dtype=np.float32)}
+
+
+def product(graph: Graph, form: str, rng: np.random.Generator) -> ir.Model:
+    body, transposed = FORMS[form]
+    shape = (48, 64) if transposed else (64, 48)
+    text = f"g (float[M, 64] x, float[{shape[0]}, {shape[1]}] w, float[48] b) => (float[M, 48] y) {{ {body} }}"
+    weights = {"w": rng.standard_normal(shape, dtype=np.float32), "b": rng.standard_normal(48, dtype=np.float32)}
+    return graph(text, **weights)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "optimizer", [QuantizeBlocks(8, 32), QuantizeDynamic("uint8"), QuantizeDynamic("uint8", "per_token")]
+)
+def test_every_way_to_write_a_product(
+    graph: Graph, run: Run, rng: np.random.Generator, form: str, optimizer: QuantizeBlocks | QuantizeDynamic
+) -> None:
+    model = product(graph, form, rng)
+    feeds = {"x": rng.standard_normal((7, 64), dtype=np.float32)}
+    (expected,) = run(model, feeds)
+    assert sum(optimizer(model).report.matched.values()) == 1  # type: ignore[attr-defined]
+    (found,) = run(model, feeds)
+    # 8-bit weights and activations: relative rounding errors of about 2^-8 each, averaged over 64 products.
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    assert "w" not in model.graph.initializers
+
+
+def test_blocks_golden(check: Check, siblings: ir.Model, x: dict[str, np.ndarray]) -> None:
+    found = check(
+        QuantizeBlocks(4, 32, "integer", overrides={"b.*": {"bits": 8, "zero_points": "none"}}),
+        siblings,
+        x,
+        golden="""
+        y = MatMulNBits[K=64, N=96, accuracy_level=4, bits=4, block_size=32](x, a.weight.q4b32, a.weight.scales, \
+a.weight.zero_points)
+        z = MatMulNBits[K=64, N=32, accuracy_level=4, bits=8, block_size=32](x, b.weight.q8b32, b.weight.scales)
+        """,
+        tolerance=5,
+    )
+    assert found.result.report.matched == {
+        "MatMulNBits 4 bits, blocks of 32": 1,
+        "MatMulNBits 8 bits, blocks of 32": 1,
+    }
+
+
+def test_siblings_share_one_quantization(check: Check, siblings: ir.Model, x: dict[str, np.ndarray]) -> None:
+    found = check(QuantizeDynamic("uint8"), siblings, x, tolerance=1)
+    assert [node.op_type for node in found.model.graph] == ["DynamicQuantizeLinear", *["MatMulIntegerToFloat"] * 2]
+    single = check(QuantizeDynamic("uint8", exclude=["b.*"]), siblings, x, tolerance=1)
+    assert [node.op_type for node in single.model.graph] == ["DynamicQuantizeMatMul", "MatMul"]
+
+
+def test_tokens_quantized_alone_or_together_agree(siblings: ir.Model, run: Run, x: dict[str, np.ndarray]) -> None:
+    """per_token: an outlier in one token leaves the others as they are, bit for bit; a zero token stays zero."""
+    QuantizeDynamic("uint8", "per_token")(siblings)
+    loud = x["x"].copy()
+    loud[0, 0] *= 1000
+    loud[1, 4] = 0
+    (alone, *_), (together, *_) = run(siblings, x), run(siblings, {"x": loud})
+    np.testing.assert_array_equal(alone[0, 1:], together[0, 1:])
+    np.testing.assert_array_equal(together[1, 4], 0)
+
+
+def test_activations_that_one_range_would_spoil_are_left_alone(siblings: ir.Model, x: dict[str, np.ndarray]) -> None:
+    loud = x["x"].copy()
+    loud[0, 0] *= 1000
+    for sample, left in ((x["x"], 0), (loud, 2)):
+        optimizer = QuantizeDynamic("uint8", max_error=1e-3)
+        optimizer.samples = [{"x": sample}]
+        report = optimizer(siblings.clone()).report  # type: ignore[attr-defined]
+        assert report.skipped.get("error above 0.001", 0) == left
+    with pytest.raises(UsageError, match="sample inputs"):
+        QuantizeDynamic("uint8", max_error=1e-3)(siblings)
+
+
+NEAR_MISSES = {
+    "weight is a graph input": "g (float[M, 64] x, float[64, 48] v) => (float[M, 48] y) { y = MatMul(x, v) }",
+    "small": "g (float[M, 64] x, float[64, 8] w) => (float[M, 8] y) { y = MatMul(x, w) }",
+    "MatMul: weight is not a matrix": (
+        "g (float[2, M, 64] x, float[2, 64, 48] w) => (float[2, M, 48] y) { y = MatMul(x, w) }"
+    ),
+    "excluded by name": "g (float[M, 64] x, float[64, 48] w) => (float[M, 48] y) { y = MatMul(x, w) }",
+    "": "g (float[M, 64] x, float[64, 48] w) => (float[M, 48] y) { y = Gemm<alpha = 0.5>(x, w) }",
+}
+
+
+@pytest.mark.parametrize("reason", NEAR_MISSES)
+@pytest.mark.parametrize("optimizer", [QuantizeBlocks, QuantizeDynamic])
+def test_what_is_left_alone(graph: Graph, listing: Callable[[ir.Model], str], optimizer: Any, reason: str) -> None:
+    text = NEAR_MISSES[reason]
+    shapes = {"small": (64, 8), "MatMul: weight is not a matrix": (2, 64, 48)}
+    weights = {} if "v)" in text else {"w": np.ones(shapes.get(reason, (64, 48)), np.float32)}
+    model = graph(text, **weights)
+    before = listing(model)
+    report = optimizer(**({"exclude": ["w"]} if reason.startswith("excluded") else {}))(model).report
+    assert not report.matched
+    assert listing(model) == before
+    if weights and reason:
+        assert report.skipped == {reason: 1}
+
+
+def test_a_tied_head_shares_the_table(graph: Graph, rng: np.random.Generator, tmp_path: Path) -> None:
+    """One table, read by a lookup and by a product: one copy in the file, and both agree with the dequantized table."""
+    table = rng.standard_normal((1100, 64), dtype=np.float32)
+    model = graph(
+        """g (int64[M] ids, float[1100, 64] wte) => (float[M, 64] e, float[M, 1100] logits) {
+            e = Gather<axis = 0>(wte, ids)
+            t = Transpose<perm = [1, 0]>(wte)
+            logits = MatMul(e, t)
+        }""",
+        wte=table,
+    )
+    report = QuantizeEmbedding(8, 32)(model).report  # type: ignore[attr-defined]
+    assert report.matched == {"GatherBlockQuantized 8 bits, blocks of 32": 1, "MatMulNBits sharing the table": 1}
+    assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "MatMulNBits"]
+    save_graph(model, tmp_path / "m.onnx", external_data="m.data")
+    assert (tmp_path / "m.data").stat().st_size < 1.2 * table.size  # 1.125 and a page
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    ids = np.array([0, 7, 1099])
+    found, logits = session.run(None, {"ids": ids})
+    np.testing.assert_allclose(found, table[ids], atol=np.abs(table).max() / 127 / 2 + 1e-6)
+    expected = table[ids] @ table.T
+    assert np.linalg.norm(logits - expected) < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_table_without_a_head(check: Check, graph: Graph, rng: np.random.Generator, bits: int) -> None:
+    table = rng.standard_normal((1100, 64), dtype=np.float32)
+    model = graph("g (int64[M] ids, float[1100, 64] wte) => (float[M, 64] e) { e = Gather(wte, ids) }", wte=table)
+    optimizer = QuantizeEmbedding(bits, 32, "integer")  # type: ignore[arg-type]
+    check(optimizer, model, {"ids": np.array([0, 1, 1099])}, tolerance=0.5 if bits == 4 else 0.03, relative=0)
+
+
+def test_embedding_refusals(graph: Graph) -> None:
+    text = "g (int64[M] ids, float[{0}, {1}] wte) => (float[M, {1}] e) {{ e = Gather(wte, ids) }}"
+    report = QuantizeEmbedding(8, 32)(graph(text.format(16, 64), wte=np.ones((16, 64), np.float32))).report  # type: ignore[attr-defined]
+    assert report.skipped == {"small table": 1}
+    with pytest.raises(UnsupportedModelError, match="do not divide 96") as caught:
+        QuantizeEmbedding(8, 64)(graph(text.format(1024, 96), wte=np.ones((1024, 96), np.float32)))
+    assert caught.value.hint == "use block_size = 32"
+
+
+def test_options_that_would_be_slow_or_wrong_are_refused() -> None:
+    for optimizer in (QuantizeBlocks, QuantizeEmbedding):
+        with pytest.raises(ValueError, match="accuracy_level"):
+            optimizer(8, accuracy_level=0)
+    with pytest.raises(ValueError, match="accuracy_level"):
+        QuantizeBlocks(4, accuracy_level=1, overrides={"*": {"bits": 8}})
+    with pytest.raises(ValueError, match="overflow"):
+        QuantizeDynamic("int8", saturates=True)
+
+
+def test_a_weight_that_is_not_finite_is_refused(siblings: ir.Model, tmp_path: Path) -> None:
+    siblings.graph.initializers["a.weight"].const_value = ir.tensor(np.full((64, 96), np.nan, np.float32))
+    QuantizeBlocks(8, 32)(siblings)
+    with pytest.raises(CorruptFileError, match=r"a\.weight"):
+        save_graph(siblings, tmp_path / "m.onnx", external_data="m.data")
+
+
+NORM = """g (float[B, S, 64] x, float[64] gain, float[64] bias, float[64, 96] a, float[64, 32] b)
+    => (float[B, S, 96] y, float[B, S, 32] z) <float[B, S, 64] n> {{
+        n = LayerNormalization(x, gain, bias)  y = MatMul(n, a)  z = MatMul({0}, b) }}"""
+
+
+def normed(graph: Graph, rng: np.random.Generator, second: str = "n") -> ir.Model:
+    gain = rng.uniform(0.5, 2, 64).astype(np.float32)
+    gain[5] = 60  # an outlier channel
+    shapes = {"bias": 64, "a": (64, 96), "b": (64, 32)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return graph(NORM.format(second), gain=gain, **weights)
+
+
+def test_smoothing_changes_nothing_but_makes_int8_better(
+    graph: Graph, run: Run, rng: np.random.Generator, x: dict[str, np.ndarray]
+) -> None:
+    plain = normed(graph, rng)
+    expected, _ = run(plain, x)
+    smoothed = plain.clone()
+    optimizer = Smooth()
+    optimizer.samples = [x]
+    assert optimizer(smoothed).report.matched == {"norm and its products": 1}  # type: ignore[attr-defined]
+    # Two float32 roundings more per factor: 64 terms, each within 3 units of 2^-24 of the largest product.
+    np.testing.assert_allclose(run(smoothed, x)[0], expected, rtol=1e-4, atol=1e-3)
+    errors = []
+    for model in (plain, smoothed):
+        QuantizeDynamic("uint8")(model)
+        errors.append(np.linalg.norm(run(model, x)[0] - expected))
+    assert errors[1] < errors[0] / 2
+
+
+def test_smoothing_needs_all_readers_to_be_products(graph: Graph, rng: np.random.Generator) -> None:
+    optimizer = Smooth()
+    model = normed(graph, rng, second="n")
+    model.graph.outputs.append(next(iter(model.graph)).outputs[0])
+    assert optimizer(model).report.skipped == {"norm feeds more than products": 1}  # type: ignore[attr-defined]
+    other = normed(graph, rng, second="x")
+    node = list(other.graph)[2]
+    node.replace_input_with(1, other.graph.initializers["b"])
+    list(other.graph)[1].replace_input_with(0, other.graph.inputs[0])
+    assert optimizer(other).report.skipped == {"norm feeds no product": 1}  # type: ignore[attr-defined]
+
+
+def test_smoothing_factors() -> None:
+    factors = smoothing_factors(np.array([1, 16, 0], np.float32), np.array([1, 1, 1], np.float32), 0.5)
+    assert np.isfinite(factors).all()
+    assert factors[1] / factors[0] == pytest.approx(4)
+    assert np.log(factors).sum() == pytest.approx(0, abs=1e-5)
