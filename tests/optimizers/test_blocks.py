@@ -61,7 +61,9 @@ def test_searching_never_makes_a_block_worse(data: st.DataObject, size: int, zer
 
 def test_searching_pays_on_normal_weights() -> None:
     w = np.random.default_rng(0).standard_normal((2000, 32)).astype(np.float32)
-    assert squared_error(w, BlockFormat(4, 32)).mean() < 0.95 * squared_error(w, BlockFormat(4, 32, search=False)).mean()
+    assert (
+        squared_error(w, BlockFormat(4, 32)).mean() < 0.95 * squared_error(w, BlockFormat(4, 32, search=False)).mean()
+    )
 
 
 @pytest.mark.parametrize(("bits", "low"), [(4, -8), (8, -127)])
