@@ -18,12 +18,11 @@ from onnxpress.exporter.template import Template, Traceable, build, on_meta
 class CachedDecoder(nn.Module):
     """forward(input_ids [batch, length], attention_mask [batch, past + length], past) -> logits and the new cache."""
 
-    def __init__(self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...], last_logits: bool) -> None:
+    def __init__(self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> None:
         super().__init__()
         self.model = model
         self.fusion = fusion
         self.layers = layers
-        self.last_logits = last_logits
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
         register_tables(self, fusion)
 
@@ -34,7 +33,8 @@ class CachedDecoder(nn.Module):
         length = input_ids.shape[1]
         total_length = attention_mask.shape[1] if fusion.fuse_attention else past[0][0].shape[2] + length
         past_length = total_length - length
-        position_ids = operators.causal_positions(attention_mask, past_length)
+        key_positions = operators.token_positions(attention_mask)
+        position_ids = key_positions[:, past_length:]
         total = torch.tensor(total_length, dtype=torch.int32)
         cache = GraphCache(dict(zip(self.layers, past, strict=True)), past_length, total_length, fusion.fuse_attention)
         fusion.begin(
@@ -42,13 +42,10 @@ class CachedDecoder(nn.Module):
             cache,
             position_ids,
             ((total - 1).expand(input_ids.shape[0]), total),
+            key_positions,
             operators.cache_positions(attention_mask, past_length),
         )
         extra: dict[str, Any] = {"position_ids": position_ids} if self.positions else {}
-        if self.last_logits:
-            # the last attended token of each row: rows may be padded on either side
-            fresh = attention_mask[:, past_length:]
-            extra["logits_to_keep"] = (fresh * torch.arange(fresh.shape[1])).argmax(-1, keepdim=True)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -104,15 +101,13 @@ def cache_shapes(model: nn.Module) -> dict[int, tuple[int, int]]:
     return shapes
 
 
-def export_decoder(
-    model_class: Any, config: Any, *, last_logits: bool, positions: int
-) -> Template:
+def export_decoder(model_class: Any, config: Any, *, positions: int) -> Template:
     """The graph of a causal language model with its cache, parameters unbound."""
     shapes = cache_shapes(on_meta(model_class, config))
 
     def wrap(model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> Traceable:
         layers = layers or tuple(shapes)
-        wrapper = CachedDecoder(model, fusion, layers, last_logits).eval()
+        wrapper = CachedDecoder(model, fusion, layers).eval()
         return signature(wrapper, layers, [shapes[layer] for layer in layers])
 
     template = build(lambda: on_meta(model_class, config), wrap, positions=positions)

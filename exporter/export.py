@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import transformers
@@ -28,14 +28,12 @@ def export(
     checkpoint: Checkpoint,
     *,
     task: str | None = None,
-    logits: Literal["all", "last"] = "all",
     context_length: int | None = None,
 ) -> Artifact:
     """Export a checkpoint to float32 graphs with lazy weights.
 
     Args:
         task: optimum's task name; by default what the checkpoint says.
-        logits: of all positions, or of each row's last attended token (generation needs no more).
         context_length: positions that rotary tables serve; by default the model's own limit.
 
     Raises:
@@ -55,9 +53,7 @@ def export(
         )
     positions = limit or context_length or DEFAULT_POSITIONS
     if task == "text-generation":
-        templates = {
-            "model": export_decoder(model_class, config, last_logits=logits == "last", positions=positions)
-        }
+        templates = {"model": export_decoder(model_class, config, positions=positions)}
     elif config.is_encoder_decoder:
         templates = export_encoder_decoder(model_class, config, positions=positions)
     elif task in OUTPUTS:

@@ -52,6 +52,8 @@ class Fusion:
     tables: dict[tuple[int, str | None], tuple[Table, Tensor, Tensor]] = field(default_factory=dict)
     """The rotary tables and their cos and sin as tensors of the traced module."""
     position_ids: Tensor | None = None
+    key_positions: Tensor | None = None
+    """Positions of all tokens, past and new [batch, total length]."""
     cache_positions: Tensor | None = None
     """Where GroupQueryAttention rotates the new tokens to, see `operators.cache_positions`."""
     lengths: tuple[Tensor, Tensor] | None = None
@@ -67,11 +69,12 @@ class Fusion:
         cache: GraphCache | None,
         position_ids: Tensor | None,
         lengths: tuple[Tensor, Tensor] | None = None,
+        key_positions: Tensor | None = None,
         cache_positions: Tensor | None = None,
     ) -> None:
         """Called at the start of every traced forward, since a trace may run it more than once."""
         self.cache, self.position_ids, self.lengths = cache, position_ids, lengths
-        self.cache_positions = cache_positions
+        self.key_positions, self.cache_positions = key_positions, cache_positions
         self.made.clear()
         self._angles.clear()
         self._rotated.clear()
@@ -211,10 +214,14 @@ class Fusion:
         causal_inside = self.cache is not None and self.fuse_attention and mask_function is causal_mask_function
         seen: Tensor | None = None
         if mask_function is not bidirectional_mask_function and not causal_inside:
-            rows = torch.arange(q_length, device=device) + q_offset
-            columns = torch.arange(kv_length, device=device) + kv_offset
+            if self.key_positions is not None and self.position_ids is not None:
+                # windows count tokens: places that are only padding must not use them up
+                rows, columns = self.position_ids, self.key_positions
+            else:
+                rows = torch.arange(q_length, device=device)[None] + q_offset
+                columns = torch.arange(kv_length, device=device)[None] + kv_offset
             index = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-            seen = mask_function(index, index, rows[None, None, :, None], columns[None, None, None, :])
+            seen = mask_function(index, index, rows[:, None, :, None], columns[:, None, None, :])
         if attention_mask is not None:
             padding = attention_mask[:, None, None, :].to(torch.bool)
             seen = padding if seen is None else seen & padding

@@ -131,10 +131,9 @@ def _merge_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).reshape(batch, length, heads * head_dim)
 
 
-def causal_positions(attention_mask: Tensor, past_length: int | torch.SymInt) -> Tensor:
-    """Positions of the new tokens, int64 [batch, length], counted over attended tokens so that left padding is right."""
-    positions = attention_mask.cumsum(-1) - 1
-    return positions.clamp(min=0)[:, past_length:]
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """Positions of all tokens, int64 [batch, total length], counted over attended tokens so that padding is right."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def cache_positions(attention_mask: Tensor, past_length: int | torch.SymInt) -> Tensor:

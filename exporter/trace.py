@@ -41,7 +41,7 @@ def trace(
     tables, constants) has its value. Nothing is folded that depends on a parameter: while tracing they have no values.
     """
     with _quiet(), torch.no_grad():
-        free = tree_map_only(str, lambda _: torch.export.Dim.AUTO, dynamic_shapes)
+        free = tree_map_only(str, lambda _: torch.export.Dim.DYNAMIC, dynamic_shapes)
         exported = torch.export.export(wrapper, inputs, dynamic_shapes=free, strict=False)
         program = torch.onnx.export(
             exported,

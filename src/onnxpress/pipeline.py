@@ -97,7 +97,7 @@ def build(
         )
     with replacing(output) as stage:
         # All logits until the end: quality needs them, and then the others are cut off.
-        artifact, step, checkpoint = _exported(source, task, "all", context_length, progress)
+        artifact, step, checkpoint = _exported(source, task, context_length, progress)
         chosen = chosen or _default_recipe(model, artifact.task, target_profile)
         run = _Run(stage, artifact, target_profile, Data(text, pairs), threads, progress)
         run.last_only = logits != "all" and artifact.task.startswith("text-generation")
@@ -130,8 +130,9 @@ def export(
             model, offline=offline, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, progress=progress
         )
     with replacing(output) as stage:
-        artifact, step, checkpoint = _exported(source, task, logits or "all", context_length, progress)
+        artifact, step, checkpoint = _exported(source, task, context_length, progress)
         run = _Run(stage, artifact, ANY_TARGET, Data(), threads, progress)
+        run.last_only = logits == "last" and artifact.task.startswith("text-generation")
         run.begin(step, checkpoint)
         record = run.package(model, None, Gates(), benchmark=False)
     return BuildResult(output, record, run.steps, tuple(run.notes))
@@ -382,7 +383,7 @@ def _run_pass(one: Pass, model: ir.Model) -> Report:
 
 
 def _exported(
-    source: Artifact | Checkpoint, task: str | None, logits: Logits, context_length: int | None, progress: Progress
+    source: Artifact | Checkpoint, task: str | None, context_length: int | None, progress: Progress
 ) -> tuple[Artifact, Step | None, Checkpoint | None]:
     """The artifact to begin with, the step that made it, and the checkpoint to verify it against."""
     if isinstance(source, Artifact):
@@ -391,8 +392,8 @@ def _exported(
 
     began = time.perf_counter()
     with progress.stage("exporting"):
-        artifact = export_checkpoint(source, task=task, logits=logits, context_length=context_length)
-    step = Step("export", {"logits": logits}, time.perf_counter() - began, {"graphs": len(artifact.graphs)})
+        artifact = export_checkpoint(source, task=task, context_length=context_length)
+    step = Step("export", {}, time.perf_counter() - began, {"graphs": len(artifact.graphs)})
     return artifact, step, source
 
 
