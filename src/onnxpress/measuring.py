@@ -15,6 +15,8 @@ from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
 
 Update = Callable[[int, int], None]
 
+WINDOWS = 4
+"""Of 512 tokens each, on which a decoder is judged; both sides see the same, so their ratio is steady."""
 CONTEXT = 256
 """Tokens in the cache at which decoding is reported."""
 TIPPED_TOLERANCE = 0.1
@@ -66,6 +68,7 @@ class Meter:
             open_model(main_graph(self.reference), threads=self.threads),
             text=self.data.text,
             pairs=self.data.pairs,
+            windows=WINDOWS,
             threads=self.threads,
             progress=lambda what, done, total: update(done, total),
         )
