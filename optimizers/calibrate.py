@@ -20,6 +20,8 @@ from onnxpress.optimizers.base import Pass
 from onnxpress.tensors import FileTensor
 
 Feeds = Mapping[str, NDArray[Any]]
+PAST = "past_key_values."
+NO_SAMPLES = "no sample inputs for this graph"
 
 
 class CalibratedPass(Pass):
@@ -33,11 +35,12 @@ class CalibratedPass(Pass):
         """Whether this pass, with its options, reads `samples` at all."""
         return True
 
-    def observe(self, model: ir.Model, values: Sequence[ir.Value]) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """For each sample, `values` by name as [tokens, features]. Raises UsageError without samples."""
-        if not self.samples:
-            raise UsageError(f"{self.name} needs sample inputs", hint="run it through `onnxpress build` or `optimize`")
-        yield from observe(model, values, self.samples)
+    def has_samples_for(self, model: ir.Model) -> bool:
+        """Whether there are samples and they feed all inputs of this graph."""
+        names = {str(value.name) for value in model.graph.inputs if not value.is_initializer()}
+        return bool(self.samples) and all(
+            name in sample or name.startswith(PAST) for sample in self.samples for name in names
+        )
 
 
 def observe(
@@ -90,7 +93,7 @@ def _tapped(model: ir.Model, names: Sequence[str]) -> Iterator[Path]:
 
 def _empty(node: Any, sample: Feeds) -> NDArray[Any]:
     """An input that the sample leaves out: a cache [batch, heads, 0, head_dim] of nothing."""
-    if not node.name.startswith("past_key_values."):
+    if not node.name.startswith(PAST):
         raise UsageError(f"the samples have no {node.name}, which the graph needs")
     batch = next(iter(sample.values())).shape[0]
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibrate import CalibratedPass
+from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
 from onnxpress.optimizers.channels import WeightType, quantize_channels
 from onnxpress.optimizers.linear import (
     MICROSOFT,
@@ -85,6 +85,9 @@ class QuantizeDynamic(CalibratedPass):
                 report.skip("small")
             else:
                 groups.setdefault(linear.activation, []).append(linear)
+        if self.needs_samples and not self.has_samples_for(model):
+            report.skip(NO_SAMPLES, sum(map(len, groups.values())))
+            return
         for activation in self._too_coarse(model, groups):
             report.skip(f"error above {self.max_error:g}", len(groups.pop(activation)))
         for linears in groups.values():
@@ -98,7 +101,7 @@ class QuantizeDynamic(CalibratedPass):
         if self.max_error is None or not groups:
             return []
         errors: dict[ir.Value, list[float]] = {activation: [] for activation in groups}
-        for found in self.observe(model, list(groups)):
+        for found in observe(model, list(groups), self.samples):
             for activation, linears in groups.items():
                 x = found[str(activation.name)]
                 difference = quantize_activation(x, self.activations) - x

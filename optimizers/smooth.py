@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibrate import CalibratedPass
+from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
 from onnxpress.optimizers.linear import Linear, find_linears, read_matrix
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
@@ -55,8 +55,11 @@ class Smooth(CalibratedPass):
         sites = list(_sites(model.graph, report))
         if not sites:
             return
+        if not self.has_samples_for(model):
+            report.skip(NO_SAMPLES, len(sites))
+            return
         loudest: dict[str, Floats] = {}
-        for found in self.observe(model, [norm.outputs[0] for norm, _ in sites]):
+        for found in observe(model, [norm.outputs[0] for norm, _ in sites], self.samples):
             for name, activation in found.items():
                 peaks = np.abs(activation).max(axis=0)
                 loudest[name] = np.maximum(loudest[name], peaks) if name in loudest else peaks
