@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxpress.benchmark import benchmark
+from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
+from onnxpress.metrics import log_softmax
 from onnxpress.opening import ENCODER, Opened, open_model
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
 
@@ -59,6 +63,26 @@ class Meter:
         if self._expected is None:
             self._expected = Reference.of(self._open(self.reference))
         return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+
+    def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
+        """A decoder with the last position's logits only against the one with all, on the very same prompts.
+
+        Prompts of other lengths would not do: where activations share one range per prompt, each length has its own.
+        Raises VerificationError.
+        """
+        ids = np.random.default_rng(0).integers(0, self._open(before).model.vocabulary, (2, 24))
+        mask = np.ones_like(ids)
+        mask[1, :7] = 0
+        rows = []
+        for paths in (before, after):
+            model = self._open(paths).model
+            prompt, step = model.prefill(ids, mask), model.decode(ids[:, :1])
+            rows.append(log_softmax(np.concatenate([prompt[:, -1:], step[:, -1:]])))
+        difference = float(np.abs(rows[0] - rows[1]).max())
+        limit = TIPPED_TOLERANCE if lossy else EXACT_TOLERANCE
+        if not difference <= limit:
+            raise VerificationError(f"cutting the logits changed them by {difference:.3g}; the tolerance is {limit:g}")
+        return {"max_difference": difference}
 
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
         """The figures that the artifact is judged by."""

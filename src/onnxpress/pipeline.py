@@ -343,7 +343,9 @@ class _Run:
         skipped = sum((report.skipped for report in reports), Counter[str]())
         step = Step(LastLogits.name, {}, 0.0, dict(matched), dict(skipped))
         if matched:
-            step = replace(step, metrics=self._proceed(graphs, LastLogits.name, exact=True))
+            before, self.current = self.current, self._save(graphs, LastLogits.name)
+            with self.progress.stage(f"verifying {LastLogits.name}"):
+                step = replace(step, metrics=self._meter.check_last(self.current, before, lossy=self.lossy))
         self._record(replace(step, seconds=time.perf_counter() - began))
 
     def _proceed(self, graphs: Mapping[str, ir.Model], name: str, *, exact: bool) -> dict[str, float]:
