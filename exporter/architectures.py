@@ -114,8 +114,8 @@ def try_architecture(architecture: str, folder: Path) -> Row:
 def table(
     architectures: Iterable[str] | None = None, progress: Callable[[int, int, str], None] | None = None
 ) -> Iterator[Row]:
-    """Try each architecture (all by default) and yield its row; takes seconds for each. Raises UsageError for a name that
-    is not in the list."""
+    """Try each architecture (all by default) and yield its row; takes seconds for each. Raises UsageError for a name
+    that is not in the list."""
     wanted = list(architectures) if architectures is not None else names()
     for name in wanted:
         if name not in catalog():

@@ -26,7 +26,9 @@ class CachedDecoder(nn.Module):
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
         register_tables(self, fusion)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, ...]:
         fusion = self.fusion
         # A client may hand over a cache longer than the past (one buffer for the whole text): only the mask tells how
         # much of it is past. Without GroupQueryAttention the cache has to be exactly the past.
@@ -89,8 +91,13 @@ def cache_shapes(model: nn.Module) -> dict[int, tuple[int, int]]:
     with torch.no_grad():
         tokens = torch.zeros(1, 1, dtype=torch.int64, device="meta")
         output = model(input_ids=tokens, use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no key-value cache", hint="state-space models are not supported"
+        )
     shapes = {}
-    for layer, states in enumerate(output.past_key_values.layers):
+    for layer, states in enumerate(cache.layers):
         keys = getattr(states, "keys", None)
         if keys is None or keys.dim() != 4:
             raise UnsupportedModelError(

@@ -28,7 +28,9 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 class Encoder(nn.Module):
     """forward(*inputs) -> the task's outputs, and `sentence_embedding` where a pooling is given."""
 
-    def __init__(self, model: nn.Module, fusion: Fusion, inputs: list[str], outputs: tuple[str, ...], pooling: Any) -> None:
+    def __init__(
+        self, model: nn.Module, fusion: Fusion, inputs: list[str], outputs: tuple[str, ...], pooling: Any
+    ) -> None:
         super().__init__()
         self.model = model
         self.fusion = fusion

@@ -1,7 +1,7 @@
 """Encoder-decoder models as the three files that Hugging Face's clients load.
 
 encoder_model             input (ids, features) -> last_hidden_state
-decoder_model             input_ids, encoder_hidden_states, encoder_attention_mask -> logits, present.* of both attentions
+decoder_model             input_ids, encoder_hidden_states, encoder_attention_mask -> logits, present.* (both)
 decoder_with_past_model   input_ids, encoder_attention_mask, past_key_values.* -> logits, present.{i}.decoder.*
 """
 
@@ -82,7 +82,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """One step of the decoder, with or without a past."""
 
-    def __init__(self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...], masked: bool, with_past: bool) -> None:
+    def __init__(
+        self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...], masked: bool, with_past: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.fusion = fusion
@@ -138,7 +140,8 @@ class StepCache(GraphCache):
 
 
 def _placeholder(config: Any, cross_key: Tensor) -> Tensor:
-    """Encoder states [batch, encoder_length, hidden] of the right shape; reading cached keys, no layer looks at them."""
+    """Encoder states [batch, encoder_length, hidden] of the right shape; reading cached keys, no layer looks at
+    them."""
     width = getattr(config, "d_model", None) or config.hidden_size
     return cross_key.new_zeros(cross_key.shape[0], cross_key.shape[2], width)
 
@@ -169,7 +172,7 @@ def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> 
                 inputs.append(torch.ones(2, frames, dtype=torch.int64))
                 free.append({0: batch, **frames_free})
                 names.append("encoder_attention_mask")
-            kinds = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
+            kinds = ["decoder.key", "decoder.value", "encoder.key", "encoder.value"]
             if with_past:
                 own = lambda: torch.zeros(2, heads, 5, head_dim)  # noqa: E731
                 cross = lambda: torch.zeros(2, heads, frames, head_dim)  # noqa: E731
@@ -219,7 +222,9 @@ def _encoder_inputs(model: nn.Module, config: Any) -> tuple[dict[str, Tensor], d
 
 @torch.no_grad()
 def _encoder_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    states: Tensor = model.get_encoder()(**{name: tensor.to("meta") for name, tensor in inputs.items()}).last_hidden_state
+    states: Tensor = model.get_encoder()(
+        **{name: tensor.to("meta") for name, tensor in inputs.items()}
+    ).last_hidden_state
     return states
 
 

@@ -11,13 +11,14 @@ import onnx_ir as ir
 import transformers
 
 from onnxpress.artifact import Artifact
-from onnxpress.errors import UsageError
+from onnxpress.errors import OnnxpressError, UnsupportedModelError, UsageError
 from onnxpress.exporter import binding, lowering, rotary, tasks
 from onnxpress.exporter.checkpoint import Checkpoint
 from onnxpress.exporter.decoder import export_decoder
 from onnxpress.exporter.encoder import OUTPUTS, export_encoder
 from onnxpress.exporter.encoder_decoder import export_encoder_decoder
 from onnxpress.exporter.template import Template, on_meta
+from onnxpress.exporter.trace import first_line
 from onnxpress.exporter.weights import TensorSource
 
 DEFAULT_POSITIONS = 2048
@@ -52,28 +53,47 @@ def export(
             f"--context-length {context_length} is more than the {limit} positions that the model serves", hint=reason
         )
     positions = limit or context_length or DEFAULT_POSITIONS
-    if task == "text-generation":
-        templates = {"model": export_decoder(model_class, config, positions=positions)}
-    elif config.is_encoder_decoder:
-        templates = export_encoder_decoder(model_class, config, positions=positions)
-    elif task in OUTPUTS:
-        pooling = checkpoint.pooling if task == "feature-extraction" else None
-        templates = {
-            "model": export_encoder(model_class, config, task=task, pooling=pooling, positions=positions)
-        }
+    try:
+        templates = _templates(checkpoint, config, model_class, task, positions)
+    except OnnxpressError:
+        raise
+    except Exception as error:  # whatever torch makes of a model that it cannot trace
+        if config.is_encoder_decoder or task not in OUTPUTS:
+            raise UnsupportedModelError(f"{model_class.__name__} cannot be exported: {first_line(error)}") from error
+        from onnxpress.exporter.fallback import export_unfused
+
+        why = first_line(error)
+        graphs = {"model": export_unfused(model_class, config, task, checkpoint.tensors, why)}
+        described: dict[str, Any] = {"method": "fallback", "operators": [], "not_fused": {"template": why}}
     else:
-        raise UsageError(f"a {config.model_type!r} model cannot serve {task!r}")
-    model = on_meta(model_class, config)
-    needed = {name for made in templates.values() for name in _unbound(made.graph)}
-    sources = binding.bind(model, checkpoint.tensors, optional=_others(model, needed))
+        sources = _bound(on_meta(model_class, config), checkpoint, templates)
+        graphs = {stem: _finished(made, sources) for stem, made in templates.items()}
+        described = _described(templates, limit, reason)
     return Artifact(
         task=task,
-        graphs={stem: _finished(made, sources) for stem, made in templates.items()},
+        graphs=graphs,
         config=dict(checkpoint.config),
         files=dict(checkpoint.files),
         source=checkpoint.source,
-        export=_described(templates, limit, reason),
+        export=described,
     )
+
+
+def _templates(checkpoint: Checkpoint, config: Any, model_class: Any, task: str, positions: int) -> dict[str, Template]:
+    """The graphs of the task by file stem, parameters unbound."""
+    if task == "text-generation":
+        return {"model": export_decoder(model_class, config, positions=positions)}
+    if config.is_encoder_decoder:
+        return export_encoder_decoder(model_class, config, positions=positions)
+    if task in OUTPUTS:
+        pooling = checkpoint.pooling if task == "feature-extraction" else None
+        return {"model": export_encoder(model_class, config, task=task, pooling=pooling, positions=positions)}
+    raise UsageError(f"a {config.model_type!r} model cannot serve {task!r}")
+
+
+def _bound(model: Any, checkpoint: Checkpoint, templates: Mapping[str, Template]) -> Mapping[str, TensorSource]:
+    needed = {name for made in templates.values() for name in _unbound(made.graph)}
+    return binding.bind(model, checkpoint.tensors, optional=_others(model, needed))
 
 
 def _unbound(graph: ir.Model) -> list[str]:

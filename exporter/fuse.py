@@ -126,7 +126,8 @@ class Fusion:
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        assert self.cache is not None and self.lengths is not None
+        assert self.cache is not None
+        assert self.lengths is not None
         if key.shape != value.shape:
             raise Refused("attention", "key and value differ in head_dim")
         head_dim = query.shape[-1]
@@ -242,8 +243,8 @@ def register_tables(owner: nn.Module, fusion: Fusion) -> None:
 class GraphCache(Cache):
     """The key-value cache of a traced decoder.
 
-    For GroupQueryAttention new keys and values pass through: the operator appends them to the past itself. Otherwise they
-    are concatenated here.
+    For GroupQueryAttention new keys and values pass through: the operator appends them to the past itself. Otherwise
+    they are concatenated here.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class GraphCache(Cache):
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
         self.total_length = total_length
         self.fused = fused
-        self.layers = []
+        self.layers: list[Any] = []
         self._waiting: dict[int, tuple[Tensor, int]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **extra: Any) -> Any:

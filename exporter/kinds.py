@@ -77,8 +77,9 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def choose_template(kinds: tuple[int, ...], extra: int = 0) -> tuple[int, ...]:
-    """Layers to trace: the first one (its inputs are the model's edges), then one of each kind found after it, preferring
-    the earliest; `extra` more of the kind of the second layer when one is not enough to tell what flows where."""
+    """Layers to trace: the first one (its inputs are the model's edges), then one of each kind found after it,
+    preferring the earliest; `extra` more of the kind of the second layer when one is not enough to tell what flows
+    where."""
     chosen = [0]
     seen: set[int] = set()
     for index in range(1, len(kinds)):
@@ -114,12 +115,13 @@ _DEPTH_KEYS = {"num_hidden_layers", "n_layer", "num_layers", "n_layers", "encode
 
 
 def materialise(model: nn.Module) -> None:
-    """Give a model on the meta device memory that nothing has touched yet, and recompute the buffers that are not in the
-    checkpoint (rotary frequencies, position indices). Parameters stay uninitialised: no page of them becomes resident."""
+    """Give a model on the meta device memory that nothing has touched yet, and recompute the buffers that are not in
+    the checkpoint (rotary frequencies, position indices). Parameters stay uninitialised: no page of them becomes
+    resident."""
     model.to_empty(device="cpu")
     for module in model.modules():
         computed = module._non_persistent_buffers_set
         if computed:
             with torch.no_grad():
-                model._init_weights(module)  # type: ignore[operator]
-    model.tie_weights()  # type: ignore[operator]
+                model._init_weights(module)
+    model.tie_weights()

@@ -18,9 +18,9 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 def bind(model: ir.Model, sources: Mapping[str, TensorSource]) -> None:
     """Give every parameter of the graph its place in the checkpoint and lower the `onnxpress::Linear` placeholders.
 
-    Initializers keep their checkpoint names; a weight that only products use is stored as [in, out], the layout that MatMul
-    multiplies with. A weight that the embedding uses too stays [out, in] and is multiplied by FusedMatMul(transB=1), so
-    that it is stored once. Floating-point weights become float32. Nothing is read here.
+    Initializers keep their checkpoint names; a weight that only products use is stored as [in, out], the layout that
+    MatMul multiplies with. A weight that the embedding uses too stays [out, in] and is multiplied by
+    FusedMatMul(transB=1), so that it is stored once. Floating-point weights become float32. Nothing is read here.
     """
     graph = model.graph
     shared: dict[TensorSource, ir.Value] = {}
@@ -82,7 +82,7 @@ def bound_tensor(source: TensorSource, name: str, *, transposed: bool = False) -
 def _only_linear(value: ir.Value) -> bool:
     """Whether all that use the weight are products that want it turned around."""
     return all(
-        use.node.domain == LINEAR_DOMAIN and use.idx == 1 and not use.node.attributes.get_int("transposed", 0)
+        use.node.domain == LINEAR_DOMAIN and use.idx == 1 and use.node.attributes.get_int("transposed", 0) != 1
         for use in value.uses()
     )
 
@@ -91,7 +91,7 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, turned: bool) -> None:
     """MatMul for a weight [in, out], FusedMatMul(transB=1) for one that stays [out, in]."""
     states, weight, *rest = node.inputs
     output = node.outputs[0]
-    if turned or node.attributes.get_int("transposed", 0):
+    if turned or node.attributes.get_int("transposed", 0) == 1:
         product = ir.Node("", "MatMul", [states, weight])
     else:
         attributes = [ir.AttrInt64("transB", 1), ir.AttrFloat32("alpha", 1.0)]

@@ -1,9 +1,9 @@
 """The fused operators that the exporter writes into a traced graph.
 
 Each function takes and returns torch tensors; under `torch.export` it records one ONNX node
-(`torch.onnx.ops.symbolic*`) instead of computing anything. `onnxpress::Linear` is ours: a placeholder for a product with a
-parameter, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever transposed by
-torch.
+(`torch.onnx.ops.symbolic*`) instead of computing anything. `onnxpress::Linear` is ours: a placeholder for a product
+with a parameter, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
+transposed by torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ LINEAR_DOMAIN = "onnxpress"
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
-    """states [..., in] times weight ([out, in], or [in, out] where `transposed`) plus bias [out]: one placeholder node."""
+    """states [..., in] times weight ([out, in], or [in, out] where `transposed`) plus bias [out]: one placeholder
+    node."""
     out_features = weight.shape[1 if transposed else 0]
     inputs = [states, weight] if bias is None else [states, weight, bias]
     return onnx_ops.symbolic(
@@ -47,7 +48,8 @@ def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def rotary_embedding(
     states: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, rotary_dim: int
 ) -> Tensor:
-    """com.microsoft::RotaryEmbedding on states [batch, heads, length, head_dim]; cos, sin [positions, rotary_dim / 2]."""
+    """com.microsoft::RotaryEmbedding on states [batch, heads, length, head_dim]; cos, sin [positions, rotary_dim /
+    2]."""
     attributes: dict[str, Any] = {"interleaved": int(interleaved)}
     if rotary_dim != states.shape[-1]:
         attributes |= {"rotary_embedding_dim": rotary_dim, "num_heads": states.shape[1]}
@@ -74,9 +76,9 @@ def group_query_attention(
     """com.microsoft::GroupQueryAttention: causal attention that appends to the cache and rotates by itself.
 
     query [batch, heads, length, head_dim]; key, value [batch, kv_heads, length, head_dim]; past key and value [batch,
-    kv_heads, past_length, head_dim]; lengths (seqlens_k int32 [batch], total_sequence_length int32 []); rotary (cos, sin,
-    position_ids); bias [1 or batch, 1 or heads, length, total_length], added to the scores.
-    Returns output [batch, length, heads, head_dim], present key, present value.
+    kv_heads, past_length, head_dim]; lengths (seqlens_k int32 [batch], total_sequence_length int32 []); rotary (cos,
+    sin, position_ids); bias [1 or batch, 1 or heads, length, total_length], added to the scores. Returns output
+    [batch, length, heads, head_dim], present key, present value.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -139,9 +141,10 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 def cache_positions(attention_mask: Tensor, past_length: int | torch.SymInt) -> Tensor:
     """Positions to rotate the new tokens to when GroupQueryAttention rotates, int64 [batch, length].
 
-    onnxruntime rotates a prompt to 0, 1, … whatever positions it is given (it adds the very first one), and a later token
-    to the position given. Rotations are relative, so each row may count from any start: from its first attended token's
-    place in the cache. Then prompt and later tokens agree, whichever side a row is padded on. Padding is put at 0.
+    onnxruntime rotates a prompt to 0, 1, … whatever positions it is given (it adds the very first one), and a later
+    token to the position given. Rotations are relative, so each row may count from any start: from its first attended
+    token's place in the cache. Then prompt and later tokens agree, whichever side a row is padded on. Padding is put
+    at 0.
     """
     start = attention_mask.argmax(-1, keepdim=True)
     positions = (start + attention_mask.cumsum(-1) - 1) * attention_mask

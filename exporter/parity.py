@@ -21,9 +21,9 @@ PROMPT, STEPS, PADDING = 12, 3, 5
 def differences(artifact: Artifact, model: Any, folder: Path, *, seed: int = 0) -> dict[str, float]:
     """Largest differences between an exported artifact and the torch model that it came from, on random inputs.
 
-    `prompt`, `decode` and `padded` for decoders (of log-probabilities; the padded batch mixes a left-padded, a right-padded
-    and a full row, and then decodes), `single` and `padded` for encoders, `prompt` and `decode` for encoder-decoders (of
-    outputs, relative to the largest one). Writes the graphs to `folder`.
+    `prompt`, `decode` and `padded` for decoders (of log-probabilities; the padded batch mixes a left-padded, a
+    right-padded and a full row, and then decodes), `single` and `padded` for encoders, `prompt` and `decode` for
+    encoder-decoders (of outputs, relative to the largest one). Writes the graphs to `folder`.
     """
     sessions = {}
     for stem, graph in artifact.graphs.items():

@@ -1,7 +1,7 @@
 """Recognition by evaluation: what a module or function computes is found by running it on random numbers.
 
-Names and signatures change between model families and releases; the function that is computed does not. A module is only
-replaced by a fused operator if it gives the same numbers as that operator's definition.
+Names and signatures change between model families and releases; the function that is computed does not. A module is
+only replaced by a fused operator if it gives the same numbers as that operator's definition.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def rms_norm(module: nn.Module) -> RMSNorm | None:
     parameters = dict(module.named_parameters())
     if set(parameters) != {"weight"} or parameters["weight"].dim() != 1 or "Norm" not in type(module).__name__:
         return None
-    epsilon = next((float(vars(module)[key]) for key in ("variance_epsilon", "eps", "epsilon") if key in vars(module)), None)
+    epsilon = next(
+        (float(vars(module)[key]) for key in ("variance_epsilon", "eps", "epsilon") if key in vars(module)), None
+    )
     if epsilon is None:
         return None
     probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
@@ -92,7 +94,8 @@ def rotary_table(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, T
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Rotary position embedding (Su et al., 2021) as onnxruntime's RotaryEmbedding defines it, positions 0, 1, ….
 
-    states [batch, heads, length, head_dim]; cos, sin [positions, rotary_dim / 2]; what is past rotary_dim passes through.
+    states [batch, heads, length, head_dim]; cos, sin [positions, rotary_dim / 2]; what is past rotary_dim passes
+    through.
     """
     length, rotary_dim = states.shape[2], 2 * cos.shape[-1]
     cos, sin = cos[:length], sin[:length]

@@ -58,7 +58,9 @@ def prepare(model: nn.Module, positions: int) -> Rotary:
     rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
     if not rotaries:
         return rotary
-    places = {sys.modules[type(module).__module__] for module in model.modules() if "Attention" in type(module).__name__}
+    places = {
+        sys.modules[type(module).__module__] for module in model.modules() if "Attention" in type(module).__name__
+    }
     functions = {place: getattr(place, APPLY) for place in places if hasattr(place, APPLY)}
     if not functions:
         rotary.reason = f"its rotation is not a function named {APPLY}"
@@ -82,7 +84,8 @@ def prepare(model: nn.Module, positions: int) -> Rotary:
                 rotary.reason = f"{APPLY} of {type(model).__name__} is neither of the two known rotations"
                 return rotary
             interleaved = bool(conventions.pop())
-            table = recognise.rotary_table(*angles, interleaved)
+            cos, sin = angles
+            table = recognise.rotary_table(cos, sin, interleaved)
             assert table is not None  # the convention was recognised with it
             suffix = ".".join(part for part in (str(number) if number else "", layer_type or "") if part)
             name = f"rotary.{suffix}" if suffix else "rotary"

@@ -40,8 +40,8 @@ class _Layer:
 def stamp(template: ir.Model, stack: Stack, chosen: tuple[int, ...], path: str) -> ir.Model:
     """Repeat the template's layers until there are `stack.depth` of them.
 
-    chosen: the layers that were traced, by their index in the full model. path: of the layers in the traced module, whose
-    indices count the traced layers only. Raises CannotStamp.
+    chosen: the layers that were traced, by their index in the full model. path: of the layers in the traced module,
+    whose indices count the traced layers only. Raises CannotStamp.
     """
     _rename_layers(template, path, chosen)
     layers = _partition(template, path, chosen)
@@ -60,7 +60,7 @@ def _rename_layers(template: ir.Model, path: str, chosen: tuple[int, ...]) -> No
 
     values = list(template.graph.initializers.values())
     for value in values:
-        template.graph.initializers.pop(value.name)
+        template.graph.initializers.pop(value.name or "")
     for value in values:
         value.name = renamed(value.name or "")
         template.graph.initializers.add(value)
@@ -83,7 +83,9 @@ def _partition(template: ir.Model, path: str, chosen: tuple[int, ...]) -> dict[i
         sources = [value for value in node.inputs if value is not None]
         below = [place[producer] for value in sources if (producer := value.producer()) is not None]
         # the shape of a cache is the same in every layer
-        own = {index for value in sources if (index := layer_of_name(value.name)) is not None and node.op_type != "Shape"}
+        own = {
+            index for value in sources if (index := layer_of_name(value.name)) is not None and node.op_type != "Shape"
+        }
         if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
             raise CannotStamp(f"{node.op_type} has a subgraph")
         scope = layer_of_name(node.metadata_props.get(MODULE))
@@ -114,19 +116,24 @@ def _partition(template: ir.Model, path: str, chosen: tuple[int, ...]) -> dict[i
 
 
 def _on_main_path(node: ir.Node, layer_of_name: object) -> bool:
-    """A node of the first layer fed by the prologue alone: its main path starts from the embedding, a float tensor of the
-    length of the text; shapes and constants are not of it."""
+    """A node of the first layer fed by the prologue alone: its main path starts from the embedding, a float tensor of
+    the length of the text; shapes and constants are not of it."""
     return any(
-        output.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16} and output.shape is not None
+        output.dtype in {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+        and output.shape is not None
         and len(output.shape) == 3
         for output in node.outputs
     )
 
 
-def _flows(layers: list[_Layer], chosen: tuple[int, ...]) -> tuple[dict[int, list[ir.Value]], dict[int, list[ir.Value]]]:
+def _flows(
+    layers: list[_Layer], chosen: tuple[int, ...]
+) -> tuple[dict[int, list[ir.Value]], dict[int, list[ir.Value]]]:
     """For each template layer after the first: the values that it takes from the layer before it, in order of use, and
     those it takes from a certain earlier layer."""
-    made_by = {output: position for position, layer in enumerate(layers) for node in layer.nodes for output in node.outputs}
+    made_by = {
+        output: position for position, layer in enumerate(layers) for node in layer.nodes for output in node.outputs
+    }
     chain: dict[int, list[ir.Value]] = {}
     fixed: dict[int, list[ir.Value]] = {}
     for position, layer in enumerate(layers):
@@ -309,7 +316,7 @@ class _Stamper:
             return name
         prefix = f"{self.path}.{old}"
         if name == prefix or name.startswith(f"{prefix}."):
-            return f"{self.path}.{new}{name[len(prefix):]}"
+            return f"{self.path}.{new}{name[len(prefix) :]}"
         return name
 
 

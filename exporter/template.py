@@ -1,7 +1,7 @@
 """Tracing attempts: as fused as the model allows, and no further than it can be told apart into layers.
 
-Each attempt builds the model anew on the meta device, cuts it down to its template layers, traces and stamps it. What an
-attempt refuses is given up in the next one: rotations inside GroupQueryAttention, then rotations altogether, fused
+Each attempt builds the model anew on the meta device, cuts it down to its template layers, traces and stamps it. What
+an attempt refuses is given up in the next one: rotations inside GroupQueryAttention, then rotations altogether, fused
 attention, and at last the template itself (all layers are traced).
 """
 
@@ -78,7 +78,8 @@ class Template:
 def build(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, within: str = "") -> Template:
     """Trace and stamp the model that `make_model` builds (on the meta device, in eval mode).
 
-    positions: length of the rotary tables. within: prefix of the module whose layers repeat, for models with several stacks.
+    positions: length of the rotary tables. within: prefix of the module whose layers repeat, for models with several
+    stacks.
     """
     plan = Plan()
     while True:
@@ -111,7 +112,9 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
     ready = wrap(model, fusion, chosen)
     with fuse.installed(fusion, model):
         try:
-            graph = trace.trace(ready.wrapper, ready.inputs, ready.dynamic_shapes, ready.input_names, ready.output_names)
+            graph = trace.trace(
+                ready.wrapper, ready.inputs, ready.dynamic_shapes, ready.input_names, ready.output_names
+            )
         except Refused:
             raise
         except Exception:

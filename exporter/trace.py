@@ -37,10 +37,11 @@ def trace(
 
     dynamic_shapes: shaped as `inputs`; for each tensor the names of its free dimensions by axis.
 
-    Parameters of the model are initializers without values, named as in the model's state_dict; every other tensor (rotary
-    tables, constants) has its value. Nothing is folded that depends on a parameter: while tracing they have no values.
+    Parameters of the model are initializers without values, named as in the model's state_dict; every other tensor
+    (rotary tables, constants) has its value. Nothing is folded that depends on a parameter: while tracing they have
+    no values.
     """
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         free = tree_map_only(str, lambda _: torch.export.Dim.DYNAMIC, dynamic_shapes)
         exported = torch.export.export(wrapper, inputs, dynamic_shapes=free, strict=False)
         program = torch.onnx.export(
@@ -54,7 +55,7 @@ def trace(
             output_names=output_names,
         )
     assert program is not None
-    model = program.model
+    model: ir.Model = program.model
     _name_dimensions(model, dynamic_shapes)
     parameters = _release_parameters(model, set(wrapper.state_dict()))
     _use_first_source_of_dimensions(model)
@@ -74,7 +75,9 @@ def trace(
 
 def _name_dimensions(model: ir.Model, dynamic_shapes: tuple[Any, ...]) -> None:
     """Give torch's symbols (s17, s70) the names that were asked for, everywhere in the graph."""
-    axes = tree_leaves(dynamic_shapes, is_leaf=lambda entry: isinstance(entry, dict) and all(isinstance(k, int) for k in entry))
+    axes = tree_leaves(
+        dynamic_shapes, is_leaf=lambda entry: isinstance(entry, dict) and all(isinstance(k, int) for k in entry)
+    )
     names: dict[str, str] = {}
     for graph_input, wanted in zip(model.graph.inputs, axes, strict=True):
         for axis, name in wanted.items():
@@ -87,7 +90,9 @@ def _name_dimensions(model: ir.Model, dynamic_shapes: tuple[Any, ...]) -> None:
     def renamed(dimension: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
         if isinstance(dimension, int) or dimension.value is None:
             return dimension
-        return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(dimension.value)))
+        return ir.SymbolicDim(
+            re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(dimension.value))
+        )
 
     values = {value for node in model.graph for value in node.outputs} | set(model.graph.inputs)
     for value in values:
@@ -99,10 +104,11 @@ def _name_dimensions(model: ir.Model, dynamic_shapes: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """torch warns of much that is none of the user's business; errors still raise."""
+    # torch's exporter also logs whole graphs as errors before it raises
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -112,7 +118,8 @@ def _quiet() -> Any:
 
 
 def _release_parameters(model: ir.Model, names: set[str]) -> list[ir.Value]:
-    """Take the parameters out of the initializers, strip the wrapper's prefix and forget their (uninitialised) values."""
+    """Take the parameters out of the initializers, strip the wrapper's prefix and forget their (uninitialised)
+    values."""
     released = []
     for value in list(model.graph.initializers.values()):
         if value.name not in names or not value.name.startswith("model."):
@@ -127,7 +134,8 @@ def _release_parameters(model: ir.Model, names: set[str]) -> list[ir.Value]:
 def _use_first_source_of_dimensions(model: ir.Model) -> None:
     """Read each named dimension from the first input that has it.
 
-    torch takes any input with the dimension, for example the last layer's cache, whose shape a client may choose freely.
+    torch takes any input with the dimension, for example the last layer's cache, whose shape a client may choose
+    freely.
     """
     first: dict[str, tuple[ir.Value, int]] = {}
     for graph_input in model.graph.inputs:
@@ -157,7 +165,9 @@ def _drop_idle_reshapes(model: ir.Model) -> None:
         source = node.inputs[0]
         while source is not None and not _same_shape(source, output):
             producer = source.producer()
-            source = producer.inputs[0] if producer is not None and producer.op_type in {"Reshape", "Identity"} else None
+            source = (
+                producer.inputs[0] if producer is not None and producer.op_type in {"Reshape", "Identity"} else None
+            )
         if source is not None and not output.is_graph_output():
             output.replace_all_uses_with(source)
 
@@ -191,3 +201,9 @@ def _note_modules(model: ir.Model) -> None:
 
 def all_nodes(model: ir.Model) -> Iterable[ir.Node]:
     return model.graph.all_nodes()
+
+
+def first_line(error: Exception) -> str:
+    """Of a message that may be pages of an exporter's diagnosis."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -11,9 +11,33 @@ from onnxpress.errors import UsageError
 from onnxpress.exporter import architectures
 
 PROMISED = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "bloom",
+        "falcon",
+    ),
     *("olmo2", "granite", "stablelm", "starcoder2", "smollm3", "mixtral", "qwen2_moe"),
-    *("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra", "albert", "deberta-v2", "modernbert", "nomic_bert"),
+    *(
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "mpnet",
+        "electra",
+        "albert",
+        "deberta-v2",
+        "modernbert",
+        "nomic_bert",
+    ),
     *("t5", "bart", "marian", "whisper", "vit", "clip", "wav2vec2"),
 }
 UNFUSED = {"bloom", "falcon", "mpnet", "deberta-v2"}
