@@ -142,7 +142,12 @@ def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir
         if name not in graph.initializers:
             tensor.name = name
             graph.register_initializer(
-                ir.Value(name=name, const_value=tensor, shape=ir.Shape(concrete_shape(tensor)), type=ir.TensorType(tensor.dtype))
+                ir.Value(
+                    name=name,
+                    const_value=tensor,
+                    shape=ir.Shape(concrete_shape(tensor)),
+                    type=ir.TensorType(tensor.dtype),
+                )
             )
         values.append(graph.initializers[name])
     return values

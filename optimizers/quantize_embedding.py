@@ -73,7 +73,8 @@ class QuantizeEmbedding(Pass):
         rows, columns = shape_of(table)
         if columns % self.format.block_size:
             raise UnsupportedModelError(
-                f"quantize-embedding: blocks of {self.format.block_size} do not divide {columns}, the width of {table.name}",
+                f"quantize-embedding: blocks of {self.format.block_size} do not divide {columns}, "
+                f"the width of {table.name}",
                 hint="exclude it" if columns % 16 else f"use block_size = {min(columns & -columns, 128)}",
             )
         operands = block_initializers(graph, table, self.format, transpose=False)

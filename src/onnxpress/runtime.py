@@ -1,5 +1,4 @@
-"""Sessions of onnxruntime as the rest of onnxpress uses them: one way to open a file, one to run each kind of graph.
-"""
+"""Sessions of onnxruntime as the rest of onnxpress uses them: one way to open a file, one to run each kind of graph."""
 
 from __future__ import annotations
 
