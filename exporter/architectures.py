@@ -96,7 +96,7 @@ def try_architecture(architecture: str, folder: Path) -> Row:
     task = catalog()[architecture]["task"]
     model = tiny_model(architecture, folder)
     try:
-        artifact = export(load_folder(folder, Source(architecture, "huggingface-folder")), task=task)
+        artifact = export(load_folder(folder, Source(architecture, "huggingface-folder")), task=task, remember=False)
     except OnnxpressError as error:
         return Row(architecture, task, "refused", error=str(error))
     made = artifact.export

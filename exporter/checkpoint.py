@@ -81,7 +81,7 @@ def load_folder(
             f"{folder} has weights but no config.json", hint="copy the config.json of the original model into it"
         )
     config = read_json(folder / "config.json")
-    check_architecture(folder, config, trust_remote_code=trust_remote_code)
+    check_config(folder, config, trust_remote_code=trust_remote_code)
     return Checkpoint(
         source=source,
         config=config,
@@ -93,16 +93,32 @@ def load_folder(
     )
 
 
-def check_architecture(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Refuse configurations that transformers has no class for, remote code, and quantized checkpoints."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def check_config(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Refuse configurations of no stated type, remote code, and quantized checkpoints.
 
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
+    transformers is only asked about a checkpoint that brings code: importing it takes seconds. An architecture that it
+    does not know shows when the model is traced (`check_architecture`).
+    """
+    if not isinstance(config.get("model_type"), str):
         raise UnsupportedModelError(
             f"{folder / 'config.json'} does not say its model_type",
             hint='add the architecture, for example "model_type": "llama"',
         )
+    if config.get("auto_map"):
+        check_architecture(folder, config, trust_remote_code=trust_remote_code)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedModelError(
+            f"{folder}: the weights are quantized already ({method or 'unknown method'})",
+            hint="start from the unquantized checkpoint (BF16, F16 or F32) or from a .gguf",
+        )
+
+
+def check_architecture(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Refuse architectures that transformers has no class for, unless their own code may be trusted."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING_NAMES and not (config.get("auto_map") and trust_remote_code):
         if config.get("auto_map"):
             raise UnsafeInputError(
@@ -113,12 +129,6 @@ def check_architecture(folder: Path, config: Mapping[str, Any], *, trust_remote_
         raise UnsupportedModelError(
             f"{folder}: unknown architecture {model_type}",
             hint=f"did you mean {near[0]}?" if near else "a newer transformers may know it",
-        )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModelError(
-            f"{folder}: the weights are quantized already ({method or 'unknown method'})",
-            hint="start from the unquantized checkpoint (BF16, F16 or F32) or from a .gguf",
         )
 
 

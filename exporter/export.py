@@ -2,132 +2,47 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any
-
-import onnx_ir as ir
-import transformers
-
 from onnxpress.artifact import Artifact
-from onnxpress.errors import OnnxpressError, UnsupportedModelError, UsageError
-from onnxpress.exporter import binding, lowering, rotary, tasks
+from onnxpress.exporter import blueprint, lowering
 from onnxpress.exporter.checkpoint import Checkpoint
-from onnxpress.exporter.decoder import export_decoder
-from onnxpress.exporter.encoder import OUTPUTS, export_encoder
-from onnxpress.exporter.encoder_decoder import export_encoder_decoder
-from onnxpress.exporter.template import Template, on_meta
-from onnxpress.exporter.trace import first_line
-from onnxpress.exporter.weights import TensorSource
-
-DEFAULT_POSITIONS = 2048
-"""Length of rotary tables where the config names no limit."""
 
 
 def export(
-    checkpoint: Checkpoint,
-    *,
-    task: str | None = None,
-    context_length: int | None = None,
+    checkpoint: Checkpoint, *, task: str | None = None, context_length: int | None = None, remember: bool = True
 ) -> Artifact:
     """Export a checkpoint to float32 graphs with lazy weights.
+
+    Tracing takes most of the time and depends on the architecture alone, so what it found is remembered for the next
+    checkpoint of the same shape (see `blueprint.py`); that one is exported without torch.
 
     Args:
         task: optimum's task name; by default what the checkpoint says.
         context_length: positions that rotary tables serve; by default the model's own limit.
+        remember: use and keep blueprints in the user's cache.
 
     Raises:
         UnsupportedModelError: the architecture cannot be exported, or not for this task.
         CorruptFileError: the checkpoint lacks parameters or has them in other shapes.
         UsageError: unknown task; a context longer than the model's.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
-    task = (task or checkpoint.task or tasks.infer_task(config)).removesuffix("-with-past")
-    model_class = tasks.model_class(config, task)
-    limit, reason = rotary.context_limit(config, context_length)
-    if context_length is not None and limit is not None and context_length > limit:
-        raise UsageError(
-            f"--context-length {context_length} is more than the {limit} positions that the model serves", hint=reason
-        )
-    positions = limit or context_length or DEFAULT_POSITIONS
-    try:
-        templates = _templates(checkpoint, config, model_class, task, positions)
-    except OnnxpressError:
-        raise
-    except Exception as error:  # whatever torch makes of a model that it cannot trace
-        if config.is_encoder_decoder or task not in OUTPUTS:
-            raise UnsupportedModelError(f"{model_class.__name__} cannot be exported: {first_line(error)}") from error
-        from onnxpress.exporter.fallback import export_unfused
+    key = blueprint.key(checkpoint, task, context_length) if remember else None
+    known = blueprint.load(key, checkpoint) if key is not None else None
+    if known is None:
+        from onnxpress.exporter.tracing import trace_checkpoint
 
-        why = first_line(error)
-        graphs = {"model": export_unfused(model_class, config, task, checkpoint.tensors, why)}
-        described: dict[str, Any] = {"method": "fallback", "operators": [], "not_fused": {"template": why}}
-    else:
-        sources = _bound(on_meta(model_class, config), checkpoint, templates)
-        graphs = {stem: _finished(made, sources) for stem, made in templates.items()}
-        described = _described(templates, limit, reason)
+        traced = trace_checkpoint(checkpoint, task, context_length)
+        known = blueprint.Blueprint(traced.task, traced.graphs, dict(traced.sources), traced.described)
+        if key is not None:
+            blueprint.store(key, known, checkpoint)
+    for graph in known.graphs.values():
+        if known.described["method"] != "fallback":
+            lowering.bind(graph, known.sources)
+        graph.producer_name = "onnxpress"
     return Artifact(
-        task=task,
-        graphs=graphs,
+        task=known.task,
+        graphs=known.graphs,
         config=dict(checkpoint.config),
         files=dict(checkpoint.files),
         source=checkpoint.source,
-        export=described,
+        export=known.described,
     )
-
-
-def _templates(checkpoint: Checkpoint, config: Any, model_class: Any, task: str, positions: int) -> dict[str, Template]:
-    """The graphs of the task by file stem, parameters unbound."""
-    if task == "text-generation":
-        return {"model": export_decoder(model_class, config, positions=positions)}
-    if config.is_encoder_decoder:
-        return export_encoder_decoder(model_class, config, positions=positions)
-    if task in OUTPUTS:
-        pooling = checkpoint.pooling if task == "feature-extraction" else None
-        return {"model": export_encoder(model_class, config, task=task, pooling=pooling, positions=positions)}
-    raise UsageError(f"a {config.model_type!r} model cannot serve {task!r}")
-
-
-def _bound(model: Any, checkpoint: Checkpoint, templates: Mapping[str, Template]) -> Mapping[str, TensorSource]:
-    needed = {name for made in templates.values() for name in _unbound(made.graph)}
-    return binding.bind(model, checkpoint.tensors, optional=_others(model, needed))
-
-
-def _unbound(graph: ir.Model) -> list[str]:
-    return [name for name, value in graph.graph.initializers.items() if value.const_value is None]
-
-
-def _others(model: Any, needed: set[str]) -> list[str]:
-    """Patterns of parameters that no graph uses, so that a checkpoint may lack them (a pooler, another task's head)."""
-    return [f"^{re.escape(name)}$" for name in model.state_dict() if name not in needed]
-
-
-def _finished(template: Template, sources: Mapping[str, TensorSource]) -> ir.Model:
-    lowering.bind(template.graph, sources)
-    template.graph.producer_name = "onnxpress"
-    return template.graph
-
-
-def _described(templates: Mapping[str, Template], limit: int | None, reason: str | None) -> dict[str, Any]:
-    """What artifact.json says of the export."""
-    methods = [made.method for made in templates.values()]
-    operators: Counter[str] = Counter()
-    given_up: dict[str, str] = {}
-    for made in templates.values():
-        operators.update(made.operators)
-        given_up.update(made.plan.given_up)
-    described: dict[str, Any] = {
-        "method": methods[-1],
-        "operators": sorted(operators),
-        "traced_layers": {stem: f"{made.traced_layers} of {made.depth}" for stem, made in templates.items()},
-    }
-    if given_up:
-        described["not_fused"] = given_up
-    if limit is not None:
-        described["context_length"] = limit
-    if reason is not None:
-        described["context_limit"] = reason
-    return described

@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.operators import LINEAR_DOMAIN
 from onnxpress.exporter.weights import FileTensor, TensorSource
 from onnxpress.tensors import RowTensor
 
+LINEAR_DOMAIN = "onnxpress"
+"""Domain of the placeholder for a product with a parameter; see `operators.linear`."""
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
@@ -47,6 +48,11 @@ def bind(model: ir.Model, sources: Mapping[str, TensorSource]) -> None:
         if node.domain == LINEAR_DOMAIN:
             _lower_linear(graph, node, node.inputs[1] in turned)
     graph.opset_imports.pop(LINEAR_DOMAIN, None)
+
+
+def unbound(model: ir.Model) -> list[str]:
+    """Names of the parameters that have no values yet."""
+    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
 def bound_tensor(source: TensorSource, name: str, *, transposed: bool = False) -> ir.LazyTensor:

@@ -15,7 +15,7 @@ import torch
 import torch.onnx.ops as onnx_ops
 from torch import Tensor
 
-LINEAR_DOMAIN = "onnxpress"
+from onnxpress.exporter.lowering import LINEAR_DOMAIN
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:

@@ -9,8 +9,9 @@ import pytest
 
 from onnxpress.artifact import Artifact, Source
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import architectures, export, fallback, parity, tasks
+from onnxpress.exporter import architectures, fallback, parity, tasks, tracing
 from onnxpress.exporter.checkpoint import load_folder
+from onnxpress.exporter.export import export
 
 
 def test_unfused_export_agrees_with_torch(tmp_path: Path) -> None:
@@ -35,8 +36,10 @@ def test_export_falls_back_and_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("this trace fails\nwith pages of diagnosis")
 
-    monkeypatch.setattr(export, "export_encoder", fail)
-    made = export.export(load_folder(tmp_path, Source("bert", "huggingface-folder")), task="feature-extraction")
+    monkeypatch.setattr(tracing, "export_encoder", fail)
+    made = export(
+        load_folder(tmp_path, Source("bert", "huggingface-folder")), task="feature-extraction", remember=False
+    )
     assert made.export["method"] == "fallback"
     assert made.export["not_fused"] == {"template": "this trace fails"}
 
@@ -47,6 +50,6 @@ def test_a_decoder_that_cannot_be_traced_is_refused(tmp_path: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("this trace fails")
 
-    monkeypatch.setattr(export, "export_decoder", fail)
+    monkeypatch.setattr(tracing, "export_decoder", fail)
     with pytest.raises(UnsupportedModelError, match="this trace fails"):
-        export.export(load_folder(tmp_path, Source("llama", "huggingface-folder")))
+        export(load_folder(tmp_path, Source("llama", "huggingface-folder")), remember=False)

@@ -24,6 +24,7 @@ from onnxpress.errors import (
     UsageError,
 )
 from onnxpress.exporter.binding import bind
+from onnxpress.exporter.export import export
 from onnxpress.exporter.source import Checkpoint, OnnxSource, resolve
 from onnxpress.exporter.weights import check_finite
 from onnxpress.models.catalog import Pooling
@@ -194,7 +195,9 @@ def test_nan_weights(folder: Path) -> None:
 
 def test_unknown_architecture(folder: Path) -> None:
     edit_config(folder, model_type="lama")
-    assert refused(UnsupportedModelError, folder, "unknown architecture lama").hint == "did you mean llama?"
+    with pytest.raises(UnsupportedModelError, match="unknown architecture lama") as caught:
+        export(checkpoint(folder), remember=False)
+    assert caught.value.hint == "did you mean llama?"
 
 
 def test_config_without_architecture(folder: Path) -> None:

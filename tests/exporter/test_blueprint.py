@@ -1,0 +1,81 @@
+"""What tracing found is found again, and only for the same model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onnxpress.artifact import Source
+from onnxpress.exporter import architectures, blueprint, parity, tracing
+from onnxpress.exporter.checkpoint import Checkpoint, load_folder
+from onnxpress.exporter.export import export
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path / "cache"))
+
+
+def checkpoint(folder: Path, seed: int = 0) -> Checkpoint:
+    folder.mkdir()
+    architectures.tiny_model("llama", folder, seed=seed)
+    return load_folder(folder, Source("llama", "huggingface-folder"))
+
+
+def never(*_: object) -> None:
+    raise AssertionError("traced again")
+
+
+def test_another_checkpoint_of_the_same_shape_is_not_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(checkpoint(tmp_path / "first"))
+    (tmp_path / "second").mkdir()
+    model = architectures.tiny_model("llama", tmp_path / "second", seed=7)
+    monkeypatch.setattr(tracing, "trace_checkpoint", never)
+    again = export(load_folder(tmp_path / "second", Source("llama", "huggingface-folder")))
+    assert again.export["method"] == "fused"
+    assert max(parity.differences(again, model, tmp_path).values()) <= architectures.TOLERANCE
+
+
+def test_the_second_export_needs_no_torch(tmp_path: Path) -> None:
+    export(checkpoint(tmp_path / "first"))
+    program = f"""
+import sys
+from pathlib import Path
+from onnxpress.artifact import Source
+from onnxpress.exporter.checkpoint import load_folder
+from onnxpress.exporter.export import export
+export(load_folder(Path({str(tmp_path / "first")!r}), Source("llama", "huggingface-folder")))
+print("torch" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False"]
+
+
+def test_the_key_holds_all_that_matters(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "first")
+    key = blueprint.key(one, None, None)
+    assert key == blueprint.key(replace(one, source=Source("elsewhere", "hub")), None, None)
+    others = [
+        blueprint.key(one, "text-generation", None),
+        blueprint.key(one, None, 32),
+        blueprint.key(replace(one, config={**one.config, "rms_norm_eps": 1e-3}), None, None),
+        blueprint.key(replace(one, tensors=dict(list(one.tensors.items())[1:])), None, None),
+    ]
+    assert len({key, *others}) == 5
+    assert blueprint.key(replace(one, trust_remote_code=True), None, None) is None
+
+
+def test_a_damaged_blueprint_is_traced_again(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "first")
+    export(one)
+    (kept,) = (tmp_path / "cache" / "blueprints").iterdir()
+    (kept / "model.onnx").write_bytes(b"\x08")
+    facts = json.loads((kept / "blueprint.json").read_text())
+    assert facts["described"]["method"] == "fused"
+    assert export(one).export["method"] == "fused"
+    assert (kept / "model.onnx").stat().st_size > 1000
