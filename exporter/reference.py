@@ -12,23 +12,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.errors import BadInputError
+from onnxpress.exporter import tasks
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
-
-AUTO_CLASSES = {
-    "text-generation": "AutoModelForCausalLM",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-    "feature-extraction": "AutoModel",
-    "sentence-similarity": "AutoModel",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "audio-classification": "AutoModelForAudioClassification",
-}
 
 
 class TorchReference:
@@ -48,21 +36,19 @@ class TorchReference:
             raise BadInputError(f"{self.folder} has no config.json", hint="give a checkpoint folder, or an ONNX file")
         config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
         self.config: Mapping[str, Any] = config.to_dict()
-        task = (task or getattr(checkpoint, "task", None) or _task(config)).removesuffix("-with-past")
-        if task not in AUTO_CLASSES:
-            raise UnsupportedModelError(f"cannot run a checkpoint for the task {task!r}")
-        auto = getattr(transformers, AUTO_CLASSES[task])
+        task = (task or getattr(checkpoint, "task", None) or tasks.infer_task(config)).removesuffix("-with-past")
+        model_class = tasks.model_class(config, task)
         transformers.utils.logging.disable_progress_bar()
         options = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": "eager"}
         try:
             if any(self.folder.glob("*.safetensors")):
-                model = auto.from_pretrained(self.folder, **options)
+                model = model_class.from_pretrained(self.folder, **options)
             elif is_folder:
                 raise BadInputError(f"{self.folder} has no safetensors weights and no ONNX graph")
             else:
                 arrays = {name: np.array(tensor.numpy(), np.float32) for name, tensor in checkpoint.tensors.items()}
                 weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
+                model = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
                 missing = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
                 model.tie_weights()
                 tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
@@ -126,28 +112,11 @@ class TorchReference:
         return {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
-def _task(config: Any) -> str:
-    """The task that the checkpoint's own architecture was made for."""
-    name = (getattr(config, "architectures", None) or [""])[0]
-    if config.is_encoder_decoder and name.endswith(("ForConditionalGeneration", "MTModel", "MarianModel")):
-        return "automatic-speech-recognition" if config.model_type == "whisper" else "text2text-generation"
-    for ending, task in (
-        ("ForCausalLM", "text-generation"),
-        ("LMHeadModel", "text-generation"),
-        ("ForMaskedLM", "fill-mask"),
-        ("ForSequenceClassification", "text-classification"),
-        ("ForTokenClassification", "token-classification"),
-        ("ForImageClassification", "image-classification"),
-    ):
-        if name.endswith(ending):
-            return task
-    return "feature-extraction"
-
-
 def _kind(task: str, config: Any) -> str:
     if task == "text-generation":
         return "decoder"
-    if task in ("text2text-generation", "automatic-speech-recognition"):
+    if config.is_encoder_decoder:
         return "encoder-decoder"
-    hears = config.model_type in ("wav2vec2", "hubert", "wavlm")  # their vocabulary is of letters to recognise
-    return "encoder" if getattr(config, "vocab_size", None) is not None and not hears else "graph"
+    if task == "automatic-speech-recognition" or getattr(config, "vocab_size", None) is None:
+        return "graph"  # samples or pixels; a vocabulary is of letters to recognise
+    return "encoder"

@@ -92,7 +92,7 @@ def _partition(template: ir.Model, path: str, chosen: tuple[int, ...]) -> dict[i
         depends = max([*below, *own, PROLOGUE])
         if scope is not None and scope in layers and depends <= scope:
             # what a layer computes from the prologue alone is shared, unless it is part of its main path
-            where = scope if depends != PROLOGUE or _on_main_path(node, layer_of_name) else PROLOGUE
+            where = scope if depends != PROLOGUE or _on_main_path(node) else PROLOGUE
         elif depends in (PROLOGUE, EPILOGUE):
             where = depends
         else:
@@ -115,7 +115,7 @@ def _partition(template: ir.Model, path: str, chosen: tuple[int, ...]) -> dict[i
     return layers
 
 
-def _on_main_path(node: ir.Node, layer_of_name: object) -> bool:
+def _on_main_path(node: ir.Node) -> bool:
     """A node of the first layer fed by the prologue alone: its main path starts from the embedding, a float tensor of
     the length of the text; shapes and constants are not of it."""
     return any(

@@ -123,7 +123,7 @@ def _graphs(
     )
     if "input_ids" in inputs and "logits" in outputs and decodes:
         return Opened(path.name, "decoder", DecoderSession(session), config, folder)
-    kind = "encoder" if "input_ids" in inputs else "graph"
+    kind = "encoder" if "input_ids" in inputs and "pixel_values" not in inputs else "graph"
     return Opened(path.name, kind, EncoderSession(session), config, folder)
 
 

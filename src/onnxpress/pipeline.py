@@ -232,6 +232,9 @@ class _Run:
     def begin(self, step: Step | None, checkpoint: Checkpoint | None) -> None:
         """Write the graphs as they came and verify them against the checkpoint, where there is one."""
         artifact_folder.write_companions(self.artifact, self.stage.work)
+        self.notes += [
+            f"{part} is not fused: {reason}" for part, reason in self.artifact.export.get("not_fused", {}).items()
+        ]
         began = time.perf_counter()
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
         seconds = time.perf_counter() - began

@@ -59,19 +59,29 @@ class Reference:
 
     @classmethod
     def of(
-        cls, reference: Any, *, windows: Sequence[Ids] | None = None, task: str | None = None, seed: int = 0
+        cls,
+        reference: Any,
+        *,
+        windows: Sequence[Ids] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+        like: Opened | None = None,
     ) -> Reference:
-        """Run `reference` (a path, a Checkpoint or an Opened); `windows` of token ids replace what it would write."""
+        """Run `reference` (a path, a Checkpoint or an Opened); `windows` of token ids replace what it would write.
+
+        like: a graph of the same model, whose inputs tell the shapes of pixels or samples that torch does not.
+        """
         opened = open_model(reference, task=task)
         if opened.kind == "decoder":
             return cls._of_decoder(opened, windows, seed)
         if opened.kind == "encoder":
             return cls._of_encoder(opened, windows, seed)
         if opened.kind == "encoder-decoder":
-            return cls._of_translator(opened)
-        if not isinstance(opened.model, EncoderSession):
+            return cls._of_translator(opened, like or opened)
+        session = next((one.model for one in (opened, like) if one and isinstance(one.model, EncoderSession)), None)
+        if session is None:
             raise BadInputError(f"the inputs of {opened.name} are unknown", hint="verify against its fp32 graph")
-        feeds = [random_feeds(opened.model, opened.config, seed + i) for i in range(2)]
+        feeds = [random_feeds(session, opened.config, seed + i) for i in range(2)]
         return cls("graph", opened.name, feeds=feeds, expected=[opened.model.run(feed) for feed in feeds])
 
     @classmethod
@@ -106,8 +116,8 @@ class Reference:
         return result
 
     @classmethod
-    def _of_translator(cls, opened: Opened) -> Reference:
-        single, batch, _ = encoder_feeds(opened, opened, None, 3, 32)
+    def _of_translator(cls, opened: Opened, like: Opened) -> Reference:
+        single, batch, _ = encoder_feeds(like, opened, None, 3, 32)
         result = cls("encoder-decoder", opened.name, feeds=[*single, *([batch] if batch else [])])
         start = np.array([[int(opened.config.get("decoder_start_token_id") or 0)]])
         for feeds in single:
