@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-VOCABULARY, KV_HEADS, HEAD_DIM = 32000, 8, 128
+VOCABULARY, KV_HEADS, HEAD_DIM = 32000, 4, 128
 SHARD_BYTES = 4 * 10**9
 BLOCK = np.random.default_rng(0).standard_normal(2**23, np.float32) * 0.02
 BYTES = (BLOCK.view(np.uint32) >> 16).astype("<u2").tobytes()
