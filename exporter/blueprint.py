@@ -87,13 +87,13 @@ def load(key: str, checkpoint: Checkpoint) -> Blueprint | None:
     return Blueprint(facts["task"], graphs, sources, facts["described"])
 
 
-def store(key: str, blueprint: Blueprint, checkpoint: Checkpoint) -> None:
-    """Keep a blueprint, unless weights are part of it or are computed from more than one tensor. A cache that cannot be
-    written is no reason to fail."""
+def store(key: str, blueprint: Blueprint, checkpoint: Checkpoint) -> Blueprint | None:
+    """Keep a blueprint, unless weights are part of it or are computed from more than one tensor, and return it as
+    `load` finds it. A cache that cannot be written is no reason to fail: then, too, the result is None."""
     names = {id(source): name for name, source in checkpoint.tensors.items()}
     needed = {name for graph in blueprint.graphs.values() for name in unbound(graph)}
     if not needed or any(id(blueprint.sources[name]) not in names for name in needed):
-        return
+        return None
     facts = {
         "task": blueprint.task,
         "graphs": list(blueprint.graphs),
@@ -113,6 +113,8 @@ def store(key: str, blueprint: Blueprint, checkpoint: Checkpoint) -> None:
             shutil.rmtree(old, ignore_errors=True)
     except (OnnxpressError, OSError) as error:
         logger.warning("the blueprint was not kept: %s", error)
+        return None
+    return load(key, checkpoint)
 
 
 def _folder() -> Path:

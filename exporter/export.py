@@ -33,7 +33,8 @@ def export(
         traced = trace_checkpoint(checkpoint, task, context_length)
         known = blueprint.Blueprint(traced.task, traced.graphs, dict(traced.sources), traced.described)
         if key is not None:
-            blueprint.store(key, known, checkpoint)
+            # read back, so that the first export gives the same bytes as every later one
+            known = blueprint.store(key, known, checkpoint) or known
     for graph in known.graphs.values():
         if known.described["method"] != "fallback":
             lowering.bind(graph, known.sources)

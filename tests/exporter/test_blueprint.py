@@ -14,6 +14,7 @@ from onnxpress.artifact import Source
 from onnxpress.exporter import architectures, blueprint, parity, tracing
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
+from onnxpress.graph_io import save_graph
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ from pathlib import Path
 from onnxpress.artifact import Source
 from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
+from onnxpress.graph_io import save_graph
 export(load_folder(Path({str(tmp_path / "first")!r}), Source("llama", "huggingface-folder")))
 print("torch" in sys.modules)
 """
@@ -79,3 +81,12 @@ def test_a_damaged_blueprint_is_traced_again(tmp_path: Path) -> None:
     assert facts["described"]["method"] == "fused"
     assert export(one).export["method"] == "fused"
     assert (kept / "model.onnx").stat().st_size > 1000
+
+
+def test_the_first_export_and_the_next_give_the_same_bytes(tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "first")
+    written = []
+    for number in range(2):
+        save_graph(export(one).graphs["model"], tmp_path / f"{number}.onnx")
+        written.append((tmp_path / f"{number}.onnx").read_bytes())
+    assert written[0] == written[1]
