@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -183,7 +182,7 @@ def _same_shape(first: ir.Value, second: ir.Value) -> bool:
 
 def _note_modules(model: ir.Model) -> None:
     """Replace torch's metadata (stack traces and all) by the name of the module that a node belongs to."""
-    for node in all_nodes(model):
+    for node in model.graph.all_nodes():
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, ""))
         node.metadata_props.clear()
         modules = [scope for scope in scopes[:-1] if scope.startswith("model.")]
@@ -197,10 +196,6 @@ def _note_modules(model: ir.Model) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
-
-
-def all_nodes(model: ir.Model) -> Iterable[ir.Node]:
-    return model.graph.all_nodes()
 
 
 def first_line(error: Exception) -> str:
