@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress import pipeline
+from onnxpress import finished, pipeline
 from onnxpress.exporter import architectures
 
 
@@ -19,4 +19,4 @@ def test_build(architecture: str, tmp_path: Path) -> None:
     assert exported.name == "export"
     assert exported.metrics["max_difference"] <= architectures.TOLERANCE
     assert any(step.name.startswith("quantize") and step.matched for step in built.steps)
-    assert pipeline.verify(tmp_path / "artifact")
+    assert finished.verify(tmp_path / "artifact")

@@ -54,11 +54,11 @@ def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -
 @_reporting
 def verify(folder: Path, as_json: bool) -> None:
     """Check that FOLDER holds what was built and that it computes here what it computed then (exit code 5 if not)."""
-    from onnxpress import pipeline, report
+    from onnxpress import finished, report
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        found = pipeline.verify(folder, progress=progress)
+        found = finished.verify(folder, progress=progress)
     if as_json:
         report.print_json(found)
     else:

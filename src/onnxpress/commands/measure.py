@@ -27,11 +27,11 @@ _common = all_of(threads_option, json_option, debug_option)
 @_common
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL against a reference; either is an artifact, an ONNX file or folder, or a checkpoint."""
-    from onnxpress import pipeline, report
+    from onnxpress import finished, report
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        metrics = pipeline.evaluate(model, progress=progress, **options)
+        metrics = finished.evaluate(model, progress=progress, **options)
     if as_json:
         report.print_json(metrics)
     else:
@@ -45,11 +45,11 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 @_common
 def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill, decode, latency, load time and peak memory of an artifact or an ONNX file."""
-    from onnxpress import pipeline, report
+    from onnxpress import finished, report
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        measured = pipeline.benchmark(folder, progress=progress, **options)
+        measured = finished.benchmark(folder, progress=progress, **options)
     if as_json:
         report.print_json(measured)
     else:

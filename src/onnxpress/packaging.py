@@ -1,0 +1,89 @@
+"""The last step of a build: measure what was made, hold it to the gates, and write the artifact folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxpress import artifact_folder, manifest, measuring, overview
+from onnxpress.evaluation import Evaluation
+from onnxpress.gates import Gates, require
+from onnxpress.genai_config import write_genai_config
+from onnxpress.golden import write_golden
+from onnxpress.graph_io import load_graph
+from onnxpress.manifest import Manifest, StepRecord
+from onnxpress.optimizers.recipe import Recipe
+from onnxpress.report import before_after
+from onnxpress.work import Work, graph_bytes
+
+
+def package(
+    name: str,
+    work: Work,
+    result: Path,
+    *,
+    recipe: Recipe | None,
+    quality: Evaluation | None,
+    gates: Gates,
+    benchmark: bool,
+) -> Manifest:
+    """Write the artifact `name` to the folder `result`, graphs first: size and speed are those of the files to ship.
+
+    recipe: None for an export, which is not measured. benchmark: measure speed even where no gate asks for it.
+    Raises GateFailedError.
+    """
+    progress, options = work.progress, work.profile.session_options
+    graphs = {stem: load_graph(path) for stem, path in work.current.items()}
+    with progress.stage("writing the artifact") as update:
+        paths = artifact_folder.write_graphs(graphs, result, progress=update)
+    artifact_folder.write_companions(work.artifact, result)
+    for stem, model in graphs.items():
+        work.notes += overview.objections(paths[stem].name, model, work.profile)
+
+    before = {"size_bytes": float(graph_bytes(work.reference))}
+    after = {"size_bytes": float(artifact_folder.size_bytes(result))}
+    if quality is not None:
+        after |= measuring.figures(quality)
+        if quality.reference_perplexity is not None:
+            before["perplexity"] = quality.reference_perplexity
+    if recipe is not None and (benchmark or gates.need_benchmark):
+        with progress.stage("measuring speed and memory"):
+            before |= measuring.speed(work.reference, work.threads, options)
+            after |= measuring.speed(paths, work.threads, options)
+    checked = gates.check(after)
+    require(checked, before, work.steps)
+
+    record = Manifest(
+        name=name,
+        task=work.artifact.task,
+        model_type=work.artifact.config.get("model_type"),
+        source=manifest.source_record(work.artifact.source),
+        export=dict(work.artifact.export),
+        profile=work.profile.name,
+        session_options=dict(options),
+        recipe=recipe.to_dict() if recipe else None,
+        steps=[StepRecord.of(step) for step in work.steps],
+        before=before if recipe else {},
+        metrics=after,
+        gates=checked,
+        machine=manifest.machine(),
+        versions=manifest.versions(),
+    )
+    _write_configs(result, work, graphs, paths)
+    artifact_folder.write_card(result, record, before_after(record.before, record.metrics))
+    (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
+    with progress.stage("recording golden outputs"):
+        write_golden(result, threads=work.threads)
+    with progress.stage("hashing"):
+        record = record.model_copy(update={"files": manifest.hash_files(result)})
+    (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def _write_configs(result: Path, work: Work, graphs: Mapping[str, ir.Model], paths: Mapping[str, Path]) -> None:
+    """genai_config.json, for a decoder of one graph."""
+    if "model" in graphs:
+        inside = paths["model"].relative_to(result).as_posix()
+        write_genai_config(result, graphs["model"], inside, work.artifact.config, work.profile.session_options)

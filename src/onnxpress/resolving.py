@@ -1,0 +1,74 @@
+"""What the user calls a model, opened: a checkpoint to export, or graphs that are there already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from onnxpress import artifact_folder, manifest
+from onnxpress.artifact import Artifact
+from onnxpress.graph_io import load_graph
+from onnxpress.progress import Progress
+
+if TYPE_CHECKING:
+    from onnxpress.exporter.checkpoint import Checkpoint
+    from onnxpress.exporter.onnx_source import OnnxSource
+
+
+def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> Artifact | Checkpoint:
+    """An Artifact for ONNX (ours or anyone's), a Checkpoint for everything else.
+
+    `flags`: `offline`, `allow_pickle`, `trust_remote_code`.
+    """
+    from onnxpress.exporter import source as sources
+
+    if manifest.is_artifact(Path(model)):
+        return artifact_folder.load(Path(model))
+    progress = progress or Progress(enabled=False)
+    with progress.stage(f"resolving {model}"):
+        found = sources.resolve(model, progress=progress.message, **flags)
+        return _foreign(found) if isinstance(found, sources.OnnxSource) else found
+
+
+def load(source: str) -> Artifact | None:
+    """An artifact or a foreign graph; None for a checkpoint."""
+    found = resolve(source)
+    return found if isinstance(found, Artifact) else None
+
+
+def default_output(model: str) -> Path:
+    """`./NAME-onnx`, NAME being the last part of what the model is called by."""
+    last = re.split(r"[/:]", model.split("@")[0].rstrip("/"))[-1]
+    stem = re.sub(r"\.(gguf|onnx)$", "", last)
+    return Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('.-') or 'model'}-onnx")
+
+
+def _foreign(found: OnnxSource) -> Artifact:
+    """A graph that someone else made, with the files beside it."""
+    graphs = {stem: load_graph(path) for stem, path in found.graphs.items()}
+    return Artifact(
+        task=_task(graphs, found.config),
+        graphs=graphs,
+        config=found.config,
+        files=found.files,
+        source=found.source,
+        export={"method": "foreign", "layout": found.layout},
+    )
+
+
+def _task(graphs: Mapping[str, ir.Model], config: Mapping[str, Any]) -> str:
+    """optimum's task name: what config.json says, else what the inputs and outputs look like."""
+    if config.get("architectures") and config.get("model_type"):
+        from onnxpress.exporter.tasks import infer_task
+
+        return infer_task(SimpleNamespace(architectures=config["architectures"], model_type=config["model_type"]))
+    if any(stem.startswith("encoder_model") for stem in graphs):
+        return "text2text-generation"
+    graph = next(iter(graphs.values())).graph
+    caches = any((value.name or "").startswith("past_key_values.") for value in graph.inputs)
+    return "text-generation" if caches else "feature-extraction"

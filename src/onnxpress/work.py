@@ -1,0 +1,160 @@
+"""The graphs of one build on their way through the passes.
+
+Every step writes its graph to the work folder and goes on from the file: what is measured is what is on disk, and
+memory holds a few tensors, never the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnxpress import artifact_folder
+from onnxpress.artifact import Artifact, Step
+from onnxpress.calibration import sample_feeds
+from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
+from onnxpress.evaluation import Evaluation
+from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.calibrate import CalibratedPass, Feeds
+from onnxpress.optimizers.last_logits import LastLogits
+from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.progress import Progress
+from onnxpress.runtime_profiles.profile import Profile
+
+if TYPE_CHECKING:
+    from onnxpress.exporter.checkpoint import Checkpoint
+
+
+@dataclass
+class Work:
+    """Graphs as files, what they are measured against, and the steps so far."""
+
+    folder: Path
+    """For intermediate files; it goes away."""
+    artifact: Artifact
+    """As it came, plus a Step for everything that was done since."""
+    profile: Profile
+    data: Data
+    threads: int | None
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: a fallback, something that the target minds."""
+    reference: Mapping[str, Path] = field(init=False)
+    """The graphs that quality is measured against, by stem."""
+    current: Mapping[str, Path] = field(init=False)
+    meter: Meter = field(init=False)
+    lossy: bool = False
+    """Whether a pass before was not exact."""
+    samples: Sequence[Feeds] = ()
+    """Inputs for passes that look at activations."""
+
+    def __post_init__(self) -> None:
+        """Write the graphs as they came."""
+        artifact_folder.write_companions(self.artifact, self.folder)
+        not_fused = self.artifact.export.get("not_fused", {})
+        self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
+        self.reference = self.current = self._save(self.artifact.graphs, "exporting")
+        self.meter = Meter(self.reference, self.data, self.threads, dict(self.profile.session_options))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.artifact.history
+
+    def check_export(self, step: Step, checkpoint: Checkpoint) -> None:
+        """Verify against torch what `step` exported, if memory holds the checkpoint. Raises VerificationError."""
+        metrics: Mapping[str, float] = {}
+        needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        if needed > available_memory() / 2:
+            self.notes.append(
+                f"the export was not verified against torch: the checkpoint takes {needed / 1e9:.0f} GB of memory"
+            )
+        else:
+            with self.progress.stage("verifying the export against the checkpoint"):
+                metrics = self.meter.check_export(checkpoint, self.artifact.task)
+        self._record(replace(step, metrics=metrics))
+
+    def apply(self, spec: PassSpec, one: Pass) -> None:
+        """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError."""
+        began = time.perf_counter()
+        if isinstance(one, CalibratedPass) and one.needs_samples:
+            with self.progress.stage("sampling inputs"):
+                self.samples = one.samples = self.samples or sample_feeds(main_graph(self.reference), self.threads)
+        with self.progress.stage(spec.name):
+            graphs, report = _run_pass(one, self.current)
+        step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
+        if report.matched:
+            before, self.current = self.current, self._save(graphs, spec.name)
+            with self.progress.stage(f"verifying {spec.name}"):
+                found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
+            step = replace(step, metrics=found)
+            self.lossy |= not one.exact
+        elif not spec.optional:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in report.skipped.most_common(3))
+            raise NothingMatchedError(
+                f"{spec.name} found nothing to do{': ' + reasons if reasons else ''}",
+                hint="leave it out, or mark it optional = true in the recipe",
+            )
+        self._record(replace(step, seconds=time.perf_counter() - began))
+
+    def evaluate(self) -> Evaluation:
+        """The quality that the artifact is judged by."""
+        with self.progress.stage("measuring quality") as update:
+            return self.meter.evaluate(self.current, update)
+
+    def cut_logits(self) -> None:
+        """Keep the logits of the last position only, where the graph has a head that can be cut."""
+        began = time.perf_counter()
+        graphs, report = _run_pass(LastLogits(), self.current)
+        step = Step(LastLogits.name, {}, 0.0, dict(report.matched), dict(report.skipped))
+        if report.matched:
+            before, self.current = self.current, self._save(graphs, LastLogits.name)
+            with self.progress.stage(f"verifying {LastLogits.name}"):
+                step = replace(step, metrics=self.meter.check_last(self.current, before, lossy=self.lossy))
+        self._record(replace(step, seconds=time.perf_counter() - began))
+
+    def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
+        """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
+        folder = self.folder / artifact_folder.GRAPHS
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("*.onnx")))
+        paths = {}
+        for stem, model in graphs.items():
+            paths[stem] = folder / f"{stem}_{number:02}.onnx"
+            with self.progress.stage(f"{title}: writing") as update:
+                save_graph(model, paths[stem], external_data=f"{paths[stem].name}_data", progress=update, reuse=folder)
+        return paths
+
+    def _record(self, step: Step) -> None:
+        if step.metrics:
+            step = replace(step, metrics={**step.metrics, "size_bytes": float(graph_bytes(self.current))})
+        self.artifact = self.artifact.with_step(step)
+
+
+def graph_bytes(paths: Mapping[str, Path]) -> int:
+    """Bytes of the weights that graphs refer to, and of the graphs: what their own files would take."""
+    return sum(artifact_folder.weight_bytes(load_graph(path)) for path in paths.values())
+
+
+def _run_pass(one: Pass, paths: Mapping[str, Path]) -> tuple[dict[str, ir.Model], Report]:
+    """Every graph after the pass, and what was done to all of them."""
+    graphs = {stem: load_graph(path) for stem, path in paths.items()}
+    matched, skipped = Counter[str](), Counter[str]()
+    for model in graphs.values():
+        try:
+            report = one.call(model).report
+        except OnnxpressError:
+            raise
+        except Exception as error:
+            raise VerificationError(f"pass {one.name} failed: {type(error).__name__}: {error}") from error
+        matched += report.matched
+        skipped += report.skipped
+    return graphs, Report(matched, skipped)
