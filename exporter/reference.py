@@ -69,7 +69,7 @@ class TorchReference:
         self._mask: Ids = np.zeros((0, 0), np.int64)
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
-        """See `onnxpress.runtime.DecoderSession.prefill`."""
+        """See `onnxpress.decoder_session.DecoderSession.prefill`."""
         self.reset()
         return self._step(ids, np.ones_like(ids) if mask is None else mask)
 

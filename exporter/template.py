@@ -18,6 +18,7 @@ from torch import nn
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import fuse, kinds, rotary, stamp, trace
 from onnxpress.exporter.fuse import Fusion, Refused
+from onnxpress.exporter.layers import CannotStamp
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def build(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, wi
             return _attempt(make_model(), wrap, plan, positions, within)
         except Refused as refused:
             plan = plan.without(refused.part, refused.reason)
-        except stamp.CannotStamp as failed:
+        except CannotStamp as failed:
             if failed.retry and plan.extra_layers == 0:
                 plan = replace(plan, extra_layers=1)
             elif not plan.all_layers:

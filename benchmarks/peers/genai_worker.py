@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
-from protocol import Handler, serve
+from numpy.typing import NDArray
+from protocol import Handler, decoder_handlers, serve
 
 
 class Model:
@@ -22,41 +21,23 @@ class Model:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.model = og.Model(config)
 
-    def generator(self, length: int) -> og.Generator:
+    def reset(self, room: int) -> None:
+        self.generator = None  # its cache goes before the next one comes
         parameters = og.GeneratorParams(self.model)
-        parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
-        return og.Generator(self.model, parameters)
+        parameters.set_search_options(do_sample=False, max_length=room, min_length=room)
+        self.generator = og.Generator(self.model, parameters)
 
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
-        generator = self.generator(len(tokens) + 1)
-        start = time.perf_counter()
-        generator.append_tokens(np.array([tokens], dtype=np.int32))
-        return {"seconds": time.perf_counter() - start}
+    def append(self, tokens: list[int]) -> None:
+        self.generator.append_tokens(np.array([tokens], dtype=np.int32))
 
-    def steps(self, tokens: list[int], following: list[int]) -> dict[str, Any]:
-        """Seconds of each single-token step after `tokens`, fed with `following`."""
-        generator = self.generator(len(tokens) + len(following) + 1)
-        generator.append_tokens(np.array([tokens], dtype=np.int32))
-        seconds = []
-        for token in following:
-            start = time.perf_counter()
-            generator.append_tokens(np.array([[token]], dtype=np.int32))
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
-
-    def log_probabilities(self, tokens: list[int], path: str) -> dict[str, Any]:
-        """Write float32 [len(tokens), vocabulary] log-probabilities to `path` (.npy)."""
-        generator = self.generator(len(tokens) + 1)
-        generator.append_tokens(np.array([tokens], dtype=np.int32))
-        logits = generator.get_output("logits")[0].astype(np.float32)
-        logits -= logits.max(-1, keepdims=True)
-        np.save(path, logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-        return {}
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        self.reset(len(tokens) + 1)
+        self.append(tokens)
+        return np.asarray(self.generator.get_output("logits")[0], np.float32)
 
 
 def load() -> Mapping[str, Handler]:
-    model = Model(sys.argv[1], int(sys.argv[2]))
-    return {"prefill": model.prefill, "decode": model.steps, "log_probabilities": model.log_probabilities}
+    return decoder_handlers(Model(sys.argv[1], int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import llama_cpp
 import numpy as np
-from protocol import Handler, serve
+from numpy.typing import NDArray
+from protocol import Handler, decoder_handlers, serve
 
 CONTEXT = 1024
 
@@ -35,36 +34,17 @@ class Model:
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
-    def clear(self) -> None:
+    def reset(self, room: int) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
 
-    def decode(self, tokens: list[int]) -> None:
-        """Append `tokens` and compute the logits of the last one."""
+    def append(self, tokens: list[int]) -> None:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
         llama_cpp.llama_get_logits_ith(self.context, -1)  # waits for the computation
 
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
-        self.clear()
-        start = time.perf_counter()
-        self.decode(tokens)
-        return {"seconds": time.perf_counter() - start}
-
-    def steps(self, tokens: list[int], following: list[int]) -> dict[str, Any]:
-        """Seconds of each single-token step after `tokens`, fed with `following`."""
-        self.clear()
-        self.decode(tokens)
-        seconds = []
-        for token in following:
-            start = time.perf_counter()
-            self.decode([token])
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
-
-    def log_probabilities(self, tokens: list[int], path: str) -> dict[str, Any]:
-        """Write float32 [len(tokens), vocabulary] log-probabilities to `path` (.npy)."""
-        self.clear()
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        self.reset(len(tokens))
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -74,14 +54,11 @@ class Model:
         pointer = llama_cpp.llama_get_logits(self.context)
         logits = np.ctypeslib.as_array(pointer, shape=(len(tokens), self.vocabulary)).astype(np.float32)
         llama_cpp.llama_batch_free(batch)
-        logits -= logits.max(-1, keepdims=True)
-        np.save(path, logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-        return {}
+        return logits
 
 
 def load() -> Mapping[str, Handler]:
-    model = Model(sys.argv[1], int(sys.argv[2]))
-    return {"prefill": model.prefill, "decode": model.steps, "log_probabilities": model.log_probabilities}
+    return decoder_handlers(Model(sys.argv[1], int(sys.argv[2])))
 
 
 if __name__ == "__main__":

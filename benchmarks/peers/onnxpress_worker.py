@@ -6,15 +6,14 @@ PATH is an artifact folder or an ONNX file. Runs in onnxpress's environment.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from protocol import Handler, serve
+from numpy.typing import NDArray
+from protocol import Handler, decoder_handlers, serve
 
+from onnxpress.decoder_session import DecoderSession
 from onnxpress.opening import open_model
-from onnxpress.runtime import DecoderSession
 
 
 class Model:
@@ -24,40 +23,25 @@ class Model:
             raise TypeError(f"{path} is not a decoder")
         self.session = session
 
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
-        start = time.perf_counter()
-        self.session.prefill(np.array([tokens]))
-        return {"seconds": time.perf_counter() - start}
+    def reset(self, room: int) -> None:
+        self.session.reset()
 
-    def steps(self, tokens: list[int], following: list[int]) -> dict[str, Any]:
-        """Seconds of each single-token step after `tokens`, fed with `following`."""
-        self.session.prefill(np.array([tokens]))
-        seconds = []
-        for token in following:
-            start = time.perf_counter()
-            self.session.decode(np.array([[token]]))
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
+    def append(self, tokens: list[int]) -> None:
+        step = self.session.decode if self.session.length else self.session.prefill
+        step(np.array([tokens]))
 
-    def log_probabilities(self, tokens: list[int], path: str) -> dict[str, Any]:
-        """Write float32 [len(tokens), vocabulary] log-probabilities to `path` (.npy).
-
-        Graphs that compute the last logits only are fed token by token.
-        """
-        if self.session.last_only:
-            parts = [self.session.prefill(np.array([tokens[:1]]))]
-            parts += [self.session.decode(np.array([[token]])) for token in tokens[1:]]
-            logits = np.concatenate(parts, axis=1)[0]
-        else:
-            logits = self.session.prefill(np.array([tokens]))[0]
-        logits = logits - logits.max(-1, keepdims=True)
-        np.save(path, logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-        return {}
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Graphs that compute the last logits only are fed token by token."""
+        ids = np.array([tokens])
+        if not self.session.last_only:
+            return self.session.prefill(ids)[0]
+        parts = [self.session.prefill(ids[:, :1])]
+        parts += [self.session.decode(ids[:, i : i + 1]) for i in range(1, len(tokens))]
+        return np.concatenate(parts, axis=1)[0]
 
 
 def load() -> Mapping[str, Handler]:
-    model = Model(sys.argv[1], int(sys.argv[2]))
-    return {"prefill": model.prefill, "decode": model.steps, "log_probabilities": model.log_probabilities}
+    return decoder_handlers(Model(sys.argv[1], int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How a benchmark talks to a contender: JSON lines over pipes, so that different environments can take turns.
 
 A worker is a script started as `python worker.py ARGUMENTS`. It loads its model, writes `{"load_s": seconds, ...}` and
-then answers one request per line until its input closes. Standard library only: this file runs in every environment.
+then answers one request per line until its input closes. It runs in every
+environment: standard library only, and numpy where a decoder is measured.
 
 Requests: `{"do": NAME, **arguments}` -> `{...}`, or `{"error": message}`. `memory` is answered here for all of them.
 """
@@ -15,9 +16,52 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Handler = Callable[..., dict[str, Any]]
+
+
+class Decoder(Protocol):
+    """What a runtime has to offer to be measured as a decoder."""
+
+    def reset(self, room: int) -> None:
+        """Forget everything; at most `room` tokens will follow."""
+
+    def append(self, tokens: list[int]) -> None:
+        """Append `tokens` and wait for the logits of the last one."""
+
+    def logits(self, tokens: list[int]) -> Any:
+        """A numpy array, float32 [len(tokens), vocabulary], for a sequence of its own."""
+
+
+def decoder_handlers(model: Decoder) -> dict[str, Handler]:
+    """`prefill`, `decode`, `log_probabilities`: the same requests and the same clock for every runtime."""
+
+    def timed(tokens: list[int]) -> float:
+        start = time.perf_counter()
+        model.append(tokens)
+        return time.perf_counter() - start
+
+    def prefill(tokens: list[int]) -> dict[str, Any]:
+        model.reset(len(tokens) + 1)
+        return {"seconds": timed(tokens)}
+
+    def decode(tokens: list[int], following: list[int]) -> dict[str, Any]:
+        """Seconds of each single-token step after `tokens`, fed with `following`."""
+        model.reset(len(tokens) + len(following) + 1)
+        model.append(tokens)
+        return {"seconds": [timed([token]) for token in following]}
+
+    def log_probabilities(tokens: list[int], path: str) -> dict[str, Any]:
+        """Write float32 [len(tokens), vocabulary] log-probabilities to `path` (.npy)."""
+        import numpy as np
+
+        logits = model.logits(tokens)
+        logits = logits - logits.max(-1, keepdims=True)
+        np.save(path, logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        return {}
+
+    return {"prefill": prefill, "decode": decode, "log_probabilities": log_probabilities}
 
 
 def peak_rss_bytes() -> int:

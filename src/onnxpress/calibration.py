@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.evaluation import encoder_rows
 from onnxpress.opening import open_model, random_feeds
 from onnxpress.runtime import EncoderSession
+from onnxpress.samples import encoder_rows
 from onnxpress.texts import pad, written_windows
 
 ROWS, LENGTH = 4, 64

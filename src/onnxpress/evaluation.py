@@ -18,7 +18,8 @@ from .errors import BadInputError
 from .metrics import Divergence, cosine, require_finite, spearman
 from .opening import Opened, open_model, random_feeds
 from .runtime import EncoderSession, pool
-from .texts import Ids, Progress, file_windows, load_tokenizer, pad, read_pairs, read_text, sentences, written_windows
+from .samples import decoder_windows, encoder_feeds, encoder_rows, padded_rows
+from .texts import Ids, Progress, load_tokenizer, pad, read_pairs
 
 
 @dataclass(frozen=True)
@@ -107,32 +108,6 @@ def _same_vocabulary(a: Opened, b: Opened) -> None:
         raise BadInputError(f"different vocabularies: {a.name} has {sizes[0]} tokens, {b.name} has {sizes[1]}")
 
 
-def decoder_windows(
-    candidate: Opened,
-    reference: Opened,
-    text: str | Path | Sequence[Ids] | None,
-    windows: int,
-    window: int,
-    seed: int,
-    progress: Progress | None,
-) -> tuple[list[Ids], str]:
-    """Token windows [1, length] to measure decoders on, and a word on where they come from."""
-    limit = reference.config.get("max_position_embeddings") or reference.config.get("n_positions") or window
-    window = min(window, int(limit))
-    if text is None:
-        pieces = written_windows(reference.model, windows, window, reference.starts, seed, progress)
-        return pieces, "written by the reference"
-    if not isinstance(text, str | Path):
-        return list(text), "token ids"
-    tokenizer = load_tokenizer(reference.folder) or load_tokenizer(candidate.folder)
-    if tokenizer is None:
-        raise BadInputError("neither model has a tokenizer.json to read text with", hint="leave out --text")
-    # Models that were trained with a first token behave badly without it; those that were not have none in the config.
-    start = reference.config.get("bos_token_id")
-    adds_start = tokenizer.encode("a").ids[:1] == [start]
-    return file_windows(Path(text), tokenizer, windows, window, start if adds_start else None), str(text)
-
-
 def _evaluate_decoders(
     candidate: Opened,
     reference: Opened,
@@ -187,31 +162,6 @@ def _evaluate_decoders(
         top1_agreement=min(mode.top1_agreement for mode in modes.values() if mode.tokens),
         modes={name: mode.figures() for name, mode in modes.items() if mode.tokens},
     )
-
-
-def padded_rows(pieces: Sequence[Ids], longest: int = 64) -> list[Ids]:
-    """Four rows of different lengths, [length_i] each, from the beginnings of `pieces`."""
-    size = min(longest, *(piece.shape[1] for piece in pieces))
-    return [pieces[i % len(pieces)][0, : max(1, size * (4 - i) // 4)] for i in range(4)]
-
-
-def encoder_rows(
-    opened: Sequence[Opened], text: str | Path | None, window: int, seed: int
-) -> tuple[list[list[int]], str]:
-    """Token ids of the rows that encoders are measured on, and where they come from."""
-    tokenizer = next(filter(None, (load_tokenizer(model.folder) for model in opened)), None)
-    config = next((model.config for model in opened if model.config), {})
-    window = min(window, int(config.get("max_position_embeddings") or window) - 2)
-    if tokenizer is not None:
-        lines = sentences() if text is None else [line for line in read_text(Path(text)).splitlines() if line.strip()]
-        rows = [tokenizer.encode(line).ids[:window] for line in lines[:256]]
-        return rows, "built-in sentences" if text is None else str(text)
-    if text is not None:
-        raise BadInputError("neither model has a tokenizer.json to read text with", hint="leave out --text")
-    generator = np.random.default_rng(seed)
-    size = min((int(m.config["vocab_size"]) for m in opened if "vocab_size" in m.config), default=64)
-    lengths = [int(n) for n in generator.integers(2, min(window, 64), 32)]
-    return [generator.integers(0, size, n).tolist() for n in lengths], "random inputs"
 
 
 def _evaluate_encoders(
@@ -334,23 +284,6 @@ def _evaluate_translators(
         top1_agreement=min(mode.top1_agreement for mode in modes.values()),
         modes={name: mode.figures() for name, mode in modes.items()},
     )
-
-
-def encoder_feeds(
-    candidate: Opened, reference: Opened, text: str | Path | Sequence[Ids] | None, windows: int, window: int
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None, str]:
-    """Inputs of the encoder of an encoder-decoder: one by one, as a padded batch (token ids only), their origin."""
-    encoder = getattr(candidate.model, "encoder", None) or getattr(reference.model, "encoder", None)
-    if encoder is not None and "input_ids" not in encoder.inputs:
-        return [random_feeds(encoder, reference.config, seed) for seed in range(windows)], None, "random inputs"
-    if text is None or isinstance(text, str | Path):
-        rows, source = encoder_rows((reference, candidate), text, window, seed=0)
-    else:
-        rows, source = [ids[0].tolist() for ids in text], "token ids"
-    rows = rows[:windows]
-    ids, mask = pad(rows)
-    single = [{"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)} for row in rows]
-    return single, {"input_ids": ids, "attention_mask": mask}, source
 
 
 def _evaluate_graphs(candidate: Opened, reference: Opened, seed: int) -> Evaluation:

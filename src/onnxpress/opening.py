@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .decoder_session import DecoderSession
 from .errors import BadInputError, CorruptFileError, SourceNotFoundError
-from .runtime import NUMPY_TYPES, DecoderSession, EncoderDecoderSession, EncoderSession, open_session
+from .runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 

@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 class LanguageModel(Protocol):
-    """A decoder: see `onnxpress.runtime.DecoderSession` for shapes."""
+    """A decoder: see `onnxpress.decoder_session.DecoderSession` for shapes."""
 
     @property
     def last_only(self) -> bool: ...

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from . import probes
 from .errors import BadInputError, VerificationError
-from .evaluation import encoder_feeds, encoder_rows, padded_rows
 from .metrics import Divergence, cosine, require_finite
 from .opening import Opened, open_model, random_feeds
 from .runtime import EncoderSession
+from .samples import encoder_feeds, encoder_rows, padded_rows
 from .texts import Ids, pad, written_windows
 
 EXACT_TOLERANCE = 1e-3

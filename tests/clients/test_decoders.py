@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from onnxpress.runtime import DecoderSession
+from onnxpress.decoder_session import DecoderSession
 
 HERE = Path(__file__).parent
 STEPS = 16

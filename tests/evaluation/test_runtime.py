@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
-from onnxpress.runtime import DecoderSession, EncoderSession, open_session, position_ids
+from onnxpress.runtime import EncoderSession, open_session, position_ids
 from onnxpress.session_options import make_session_options
 
 TOKENS = np.random.default_rng(3).integers(0, 64, (1, 12))

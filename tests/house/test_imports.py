@@ -30,6 +30,7 @@ LAYERS = {
     "session_options": 0,
     "metrics": 0,
     "runtime": 0,
+    "decoder_session": 0,
     "manifest": 0,
     "progress": 0,
     "staging": 0,
