@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.blocks import BlockFormat, ZeroPoints, quantize_matrix
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
@@ -20,7 +19,17 @@ from onnxpress.optimizers.linear import (
     replace,
     selected,
 )
+from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, ZeroPoints
+from onnxpress.optimizers.quantization.hqq import hqq
+from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
 from onnxpress.tensors import LazyGroup
+
+Method = Literal["nearest", "least-squares", "hqq"]
+METHODS: dict[Method, Callable[[Floats, BlockFormat], Blocks]] = {
+    "nearest": round_to_nearest,
+    "least-squares": fit_least_squares,
+    "hqq": hqq,
+}
 
 
 class QuantizeBlocks(Pass):
@@ -35,9 +44,10 @@ class QuantizeBlocks(Pass):
 
     def __init__(
         self,
-        bits: Literal[4, 8] = 8,
+        bits: Literal[2, 4, 8] = 8,
         block_size: int = 64,
         zero_points: ZeroPoints = "none",
+        method: Method | None = None,
         accuracy_level: Literal[0, 1, 4] = 4,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -46,7 +56,8 @@ class QuantizeBlocks(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points: see `onnxpress.optimizers.blocks`.
+            bits, block_size, zero_points: see `onnxpress.optimizers.quantization.block_format`.
+            method: how codes are found; none: `least-squares` up to 4 bits, `nearest` at 8, where fitting gains little.
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
             include, exclude: patterns of weight names; products with other weights are left alone.
             overrides: by pattern of weight names, other `bits`, `block_size` or `zero_points`; the first that fits.
@@ -57,7 +68,8 @@ class QuantizeBlocks(Pass):
                 f"8-bit blocks at accuracy_level {accuracy_level} expand the weights on every call, "
                 "which is slower than float32; use accuracy_level = 4"
             )
-        self.format = BlockFormat(bits, block_size, zero_points)
+        self.format = self._checked(BlockFormat(bits, block_size, zero_points))
+        self.method = method
         self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
         self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -68,7 +80,13 @@ class QuantizeBlocks(Pass):
         if unknown := set(options) - known:
             raise ValueError(f"overrides may set {', '.join(sorted(known))}, not {unknown.pop()!r}")
         base = {key: getattr(self.format, key) for key in known}
-        return BlockFormat(**(base | dict(options)))
+        return self._checked(BlockFormat(**(base | dict(options))))
+
+    @staticmethod
+    def _checked(format: BlockFormat) -> BlockFormat:
+        if format.bits != format.field:
+            raise ValueError(f"bits must be 2, 4 or 8, not {format.bits}: the kernel stores them in {format.field}")
+        return format
 
     def apply(self, model: ir.Model, report: Report) -> None:
         for linear in list(find_linears(model.graph, report)):
@@ -78,7 +96,7 @@ class QuantizeBlocks(Pass):
                 report.skip("small")
             else:
                 format = self.format_of(linear.name)
-                quantize_linear(linear, format, self.accuracy_level)
+                quantize_linear(linear, format, self.accuracy_level, self.method)
                 report.match(f"MatMulNBits {format.bits} bits, blocks of {format.block_size}")
                 if linear.shape[0] % format.block_size:
                     report.match("last block padded")
@@ -90,12 +108,12 @@ class QuantizeBlocks(Pass):
         return next((format for pattern, format in self.overrides if selected(name, (pattern,), ())), self.format)
 
 
-def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int) -> None:
+def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int, method: Method | None = None) -> None:
     """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it."""
     graph = linear.node.graph
     assert isinstance(graph, ir.Graph)
     features, outputs = linear.shape
-    operands = block_initializers(graph, linear.weight, format, transpose=not linear.transposed)
+    operands = block_initializers(graph, linear.weight, format, transpose=not linear.transposed, method=method)
     inputs: list[ir.Value | None] = [linear.activation, *operands]
     if linear.bias is not None:
         inputs += [None] * (5 - len(inputs)) + [linear.bias]
@@ -105,7 +123,7 @@ def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int) ->
         attributes={
             "K": features,
             "N": outputs,
-            "bits": format.bits,
+            "bits": format.field,
             "block_size": format.block_size,
             "accuracy_level": accuracy_level,
         },
@@ -116,7 +134,9 @@ def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int) ->
     drop_unused(graph, linear.weight)
 
 
-def block_initializers(graph: ir.Graph, weight: ir.Value, format: BlockFormat, *, transpose: bool) -> list[ir.Value]:
+def block_initializers(
+    graph: ir.Graph, weight: ir.Value, format: BlockFormat, *, transpose: bool, method: Method | None = None
+) -> list[ir.Value]:
     """Codes, scales and zero points of a matrix as lazy initializers; those of an earlier call are reused.
 
     Args:
@@ -127,23 +147,26 @@ def block_initializers(graph: ir.Graph, weight: ir.Value, format: BlockFormat, *
     assert name is not None
     shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
     outputs, features = reversed(shape) if transpose else shape
-    count = -(-features // format.block_size)
+    count = format.block_count(features)
     specs: list[tuple[ir.DataType, list[int]]] = [
-        (ir.DataType.UINT8, [outputs, count, format.block_size * format.bits // 8]),
+        (ir.DataType.UINT8, [outputs, count, format.block_size * format.field // 8]),
         (ir.DataType.FLOAT, [outputs, count]),
     ]
     names = [f"{name}.q{format.bits}b{format.block_size}", f"{name}.scales"]
     if format.zero_points != "none":
         integer = format.zero_points == "integer"
         specs.append(
-            (ir.DataType.UINT8, [outputs, -(-count * format.bits // 8)])
+            (ir.DataType.UINT8, [outputs, -(-count * format.field // 8)])
             if integer
             else (ir.DataType.FLOAT, [outputs, count])
         )
         names.append(f"{name}.zero_points")
 
+    quantize = METHODS[method or ("least-squares" if format.field < 8 else "nearest")]
+
     def compute() -> list[NDArray[Any]]:
-        return quantize_matrix(read_matrix(tensor, name, transpose=transpose), format)
+        matrix = read_matrix(tensor, name)
+        return quantize(matrix if transpose else matrix.T, format).matmul_nbits()
 
     group = LazyGroup(compute, specs, working_bytes=4 * tensor.nbytes)
     return add_initializers(graph, names, group.tensors)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
-from onnxpress.optimizers.channels import WeightType, quantize_channels
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
@@ -23,6 +22,7 @@ from onnxpress.optimizers.linear import (
     replace,
     selected,
 )
+from onnxpress.optimizers.quantization.channels import WeightType, quantize_channels
 from onnxpress.tensors import LazyGroup
 
 Activations = Literal["per_tensor", "per_token"]

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.blocks import BlockFormat
 from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.optimizers.quantization.block_format import BlockFormat
 from onnxpress.optimizers.quantize_blocks import block_initializers, quantize_linear
 from onnxpress.tensors import ViewTensor
 
@@ -38,11 +38,14 @@ class QuantizeEmbedding(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points: see `onnxpress.optimizers.blocks`; blocks must divide the rows of the table.
+            bits, block_size, zero_points: see `onnxpress.optimizers.quantization.block_format`; blocks must divide the
+                rows of the table.
             accuracy_level: of the tied head, as in quantize-blocks.
             include, exclude: patterns of table names.
             min_rows: smaller tables (positions, token types) are left alone.
         """
+        if bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, not {bits}")
         if bits == 8 and accuracy_level != 4:
             raise ValueError("8-bit blocks need accuracy_level = 4")
         self.format = BlockFormat(bits, block_size, zero_points)
