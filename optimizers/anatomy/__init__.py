@@ -1,0 +1,22 @@
+"""The map from a graph to the transformer in it: what structural and calibrated passes speak in terms of.
+
+`anatomy_of(model)` finds it in our exports at any stage and in graphs of others that keep layer names.
+"""
+
+from __future__ import annotations
+
+from onnxpress.optimizers.anatomy.layers import Segment, split_layers
+from onnxpress.optimizers.anatomy.map import Anatomy, Attention, Block, FeedForward, anatomy_of
+from onnxpress.optimizers.anatomy.products import Product, find_products
+
+__all__ = [
+    "Anatomy",
+    "Attention",
+    "Block",
+    "FeedForward",
+    "Product",
+    "Segment",
+    "anatomy_of",
+    "find_products",
+    "split_layers",
+]

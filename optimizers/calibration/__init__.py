@@ -1,0 +1,8 @@
+"""Calibration: what activations look like, found one transformer block at a time in bounded memory."""
+
+from __future__ import annotations
+
+from onnxpress.optimizers.calibration.samples import Feeds, check_samples, token_count
+from onnxpress.optimizers.calibration.walk import Accumulator, Step, Walk
+
+__all__ = ["Accumulator", "Feeds", "Step", "Walk", "check_samples", "token_count"]
