@@ -3,6 +3,8 @@
 artifact.json                  see onnxpress.manifest
 onnx/model{suffix}.onnx        suffixes as transformers.js reads them: "" fp32, _fp16, _quantized (8 bits), _q4, _q4f16
 onnx/model{suffix}.onnx_data   its weights, where they are too many for one file
+                               of encoder-decoders: encoder_model, decoder_model, decoder_with_past_model, and
+                               decoder_model_merged, whose .onnx_data has the weights of all three decoders
 config.json generation_config.json genai_config.json tokenizer*.json chat_template.jinja
 golden/                        inputs and expected outputs for a self-test
 README.md                      the model card
@@ -22,8 +24,11 @@ import onnx_ir as ir
 from onnxpress import manifest
 from onnxpress.artifact import Artifact, Source, Step
 from onnxpress.errors import CorruptFileError, VerificationError
-from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.graph_io import load_graph, save_graph, save_graphs
 from onnxpress.manifest import Manifest
+from onnxpress.merged_decoder import merge_decoders, share_weights
+from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
+from onnxpress.tensors import concrete_shape
 
 GRAPHS = "onnx"
 SINGLE_FILE_BYTES = 64 * 2**20
@@ -38,14 +43,25 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def write_graphs(
     graphs: Mapping[str, ir.Model], folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Path]:
-    """Write each graph as onnx/{stem}{suffix}.onnx below `folder`; returns the paths by stem."""
+    """Write each graph as onnx/{stem}{suffix}.onnx below `folder`; returns the paths by stem.
+
+    The decoders of an encoder-decoder are written merged as well; the three share one file of weights.
+    """
     (folder / GRAPHS).mkdir(exist_ok=True)
-    paths = {}
-    for stem, model in graphs.items():
-        name = f"{stem}{suffix(model)}.onnx"
-        data = f"{name}_data" if weight_bytes(model) > SINGLE_FILE_BYTES else None
-        paths[stem] = folder / GRAPHS / name
-        save_graph(model, paths[stem], external_data=data, progress=progress)
+    ending = suffix(*graphs.values())
+    decoders = {stem: graphs[stem] for stem in (DECODER, DECODER_WITH_PAST) if stem in graphs}
+    if len(decoders) == 2:
+        share_weights(decoders.values())
+        decoders[DECODER_MERGED] = merge_decoders(*decoders.values())
+    else:
+        decoders = {}
+    paths = {stem: folder / GRAPHS / f"{stem}{ending}.onnx" for stem in [*graphs, *decoders]}
+    for stem in graphs.keys() - decoders.keys():
+        data = f"{paths[stem].name}_data" if weight_bytes(graphs[stem]) > SINGLE_FILE_BYTES else None
+        save_graph(graphs[stem], paths[stem], external_data=data, progress=progress)
+    if decoders:
+        data = f"{paths[DECODER_MERGED].name}_data"  # the only name that transformers.js looks for
+        save_graphs({paths[stem]: model for stem, model in decoders.items()}, external_data=data, progress=progress)
     return paths
 
 
@@ -98,7 +114,10 @@ def graph_paths(folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path) -> Artifact:
-    """The artifact in `folder`, its weights lazy. Raises what `manifest.read` and `load_graph` raise."""
+    """The artifact in `folder`, its weights lazy. Raises what `manifest.read` and `load_graph` raise.
+
+    A merged decoder is left out: it is made of the others again when they are written.
+    """
     record = manifest.read(folder)
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
@@ -114,7 +133,7 @@ def load(folder: Path) -> Artifact:
             raise VerificationError(f"{name} is missing from {folder}", hint="build the artifact again")
     return Artifact(
         task=record.task,
-        graphs={stem: load_graph(path) for stem, path in graph_paths(folder).items()},
+        graphs={stem: load_graph(path) for stem, path in graph_paths(folder).items() if stem != DECODER_MERGED},
         config=config,
         files=files,
         source=Source(**record.source.model_dump()),
@@ -123,9 +142,9 @@ def load(folder: Path) -> Artifact:
     )
 
 
-def suffix(model: ir.Model) -> str:
+def suffix(*models: ir.Model) -> str:
     """The ending that transformers.js gives the format of most parameters."""
-    formats = weight_formats(model)
+    formats = sum(map(weight_formats, models), Counter[str]())
     main = max(formats, key=lambda name: formats[name], default="float32")
     if main == "4-bit":
         return "_q4f16" if formats["float16"] > formats["float32"] else "_q4"
@@ -158,13 +177,16 @@ def weight_format(value: ir.Value) -> str | None:
     return None
 
 
-def weight_bytes(model: ir.Model) -> int:
-    return sum(
-        value.const_value.nbytes
+def weight_bytes(*models: ir.Model) -> int:
+    """Bytes of the weights; of several graphs of one model, those with one name, dtype and shape are one weight."""
+    found = {
+        (value.name, value.const_value.dtype, concrete_shape(value.const_value)): value.const_value.nbytes
+        for model in models
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is not None
-    )
+    }
+    return sum(found.values())
 
 
 def size_bytes(folder: Path) -> int:

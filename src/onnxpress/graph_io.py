@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError,
 from onnxpress.graph_checks import load_graph
 from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 
-__all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph"]
+__all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph", "save_graphs"]
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, from any thread but never from two at once."""
@@ -58,36 +58,51 @@ def save_graph(
     workers: int | None = None,
     reuse: Path | str | None = None,
 ) -> None:
-    """Write `model` to `path`, its weights to the file `external_data` beside it, both or neither.
+    """Write `model` to `path`, its weights to `external_data` beside it, both or neither: see `save_graphs`."""
+    save_graphs({Path(path): model}, external_data=external_data, progress=progress, workers=workers, reuse=reuse)
+
+
+def save_graphs(
+    models: Mapping[Path, ir.Model],
+    *,
+    external_data: str | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    reuse: Path | str | None = None,
+) -> None:
+    """Write graphs to files of one folder, their weights to one file `external_data` beside them, all or nothing.
+
+    A weight that is the same tensor in several graphs is written once.
 
     Args:
         external_data: file name for the weights; None keeps all in one file, up to protobuf's limit of 2 GiB.
         workers: threads that compute and write weights; by default one per core.
         reuse: weights that already lie in a file under this folder are referred to in place, not copied. It must be
-            the folder of `path` or lie in it.
+            the folder of the graphs or lie in it.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written; nothing is left behind.
         UnsupportedModelError: the graph is too large for one file and `external_data` is None.
         VerificationError: a lazy weight turned out to be something other than it announced.
     """
-    path = Path(path)
     if external_data is not None and Path(external_data).name != external_data:
         raise OutputError(f"External data goes beside the model: {external_data!r} is not a plain file name.")
-    plan = _Plan(path.parent, external_data, Path(reuse) if reuse is not None else None)
-    stored = model.clone()
-    for value in _initializers(stored):
-        value.const_value = plan.place(value)
+    (folder,) = {path.parent for path in models}
+    plan = _Plan(folder, external_data, Path(reuse) if reuse is not None else None)
+    stored = {path: model.clone() for path, model in models.items()}
+    for model in stored.values():
+        for value in _initializers(model):
+            value.const_value = plan.place(value)
     with contextlib.ExitStack() as stack:
-        data_file = None
+        files = []
         if external_data is not None and plan.size:
-            data_file = stack.enter_context(_Temporary(path.parent / external_data, plan.size))
-            _write_weights(plan, data_file, progress, workers)
-        model_file = stack.enter_context(_Temporary(path, 0))
-        model_file.write(memoryview(_serialize(stored)), 0)
-        if data_file is not None:
-            data_file.commit()
-        model_file.commit()
+            files.append(stack.enter_context(_Temporary(folder / external_data, plan.size)))
+            _write_weights(plan, files[0], progress, workers)
+        for path, model in stored.items():
+            files.append(stack.enter_context(_Temporary(path, 0)))
+            files[-1].write(memoryview(_serialize(model)), 0)
+        for file in files:
+            file.commit()
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

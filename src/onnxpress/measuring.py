@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from onnxpress import probes
 from onnxpress.benchmark import benchmark
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
-from onnxpress.metrics import log_softmax
-from onnxpress.opening import ENCODER, Opened, open_model
+from onnxpress.metrics import log_softmax, require_finite
+from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.stems import ENCODER
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
 
 Update = Callable[[int, int], None]
@@ -83,6 +85,32 @@ class Meter:
         limit = TIPPED_TOLERANCE if lossy else EXACT_TOLERANCE
         if not difference <= limit:
             raise VerificationError(f"cutting the logits changed them by {difference:.3g}; the tolerance is {limit:g}")
+        return {"max_difference": difference}
+
+    def check_merged(self, after: Mapping[str, Path], before: Mapping[str, Path]) -> dict[str, float]:
+        """Merged decoders against the two that they were made of, on the very same batch: see `check_last`.
+
+        Raises VerificationError.
+        """
+        two, merged = self._open(before), self._open(after)
+        halves = [random_feeds(two.model.encoder, two.config, seed) for seed in (0, 1)]
+        feeds = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
+        if "attention_mask" in feeds:
+            feeds["attention_mask"][1, -5:] = 0
+        start = np.full((2, 1), int(two.config.get("decoder_start_token_id") or 0))
+        two.model.encode(feeds)
+        ids = probes.continuation(two.model, start, 12)
+        rows: list[Any] = []
+        for model in (two.model, merged.model):
+            model.encode(feeds)
+            logits = np.concatenate([model.prefill(ids[:, :6]), model.decode(ids[:, 6:])], axis=1)
+            require_finite(logits, "the merged decoder" if rows else "the decoders")
+            rows.append(log_softmax(logits))
+        difference = float(np.abs(rows[0] - rows[1]).max())
+        if difference > EXACT_TOLERANCE:
+            raise VerificationError(
+                f"the merged decoder differs from its parts by {difference:.3g}; the tolerance is {EXACT_TOLERANCE:g}"
+            )
         return {"max_difference": difference}
 
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from .decoder_session import DecoderSession
 from .errors import BadInputError, CorruptFileError, SourceNotFoundError
 from .runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
-
-ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
+from .stems import DECODER, DECODER_WITH_PAST, ENCODER
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from onnxpress.graph_io import load_graph
 from onnxpress.manifest import Manifest, StepRecord
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import before_after
+from onnxpress.stems import DECODER_MERGED
 from onnxpress.work import Work, graph_bytes
 
 
@@ -38,6 +39,8 @@ def package(
     graphs = {stem: load_graph(path) for stem, path in work.current.items()}
     with progress.stage("writing the artifact") as update:
         paths = artifact_folder.write_graphs(graphs, result, progress=update)
+    if DECODER_MERGED in paths:
+        work.check_merged(paths)
     artifact_folder.write_companions(work.artifact, result)
     for stem, model in graphs.items():
         work.notes += overview.objections(paths[stem].name, model, work.profile)

@@ -14,6 +14,7 @@ from onnxpress import artifact_folder, manifest
 from onnxpress.artifact import Artifact
 from onnxpress.graph_io import load_graph
 from onnxpress.progress import Progress
+from onnxpress.stems import DECODER, DECODER_MERGED
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
@@ -50,7 +51,8 @@ def default_output(model: str) -> Path:
 
 def _foreign(found: OnnxSource) -> Artifact:
     """A graph that someone else made, with the files beside it."""
-    graphs = {stem: load_graph(path) for stem, path in found.graphs.items()}
+    merged_too = DECODER in found.graphs  # then it is made of the others when they are written
+    graphs = {stem: load_graph(path) for stem, path in found.graphs.items() if stem != DECODER_MERGED or not merged_too}
     return Artifact(
         task=_task(graphs, found.config),
         graphs=graphs,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
 from .session_options import make_session_options
+from .stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST, ENCODER
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -133,10 +134,11 @@ def pool(outputs: Mapping[str, NDArray[Any]], mask: Ids | None = None) -> Floats
 
 
 class EncoderDecoderSession:
-    """The Hugging Face triple: `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx`.
+    """An encoder with `decoder_model_merged`, or else with `decoder_model` and `decoder_with_past_model`.
 
     Names are optimum's: the first decoder returns `present.{i}.decoder|encoder.key|value`; the second takes
-    `past_key_values.{i}.decoder|encoder.key|value` and returns at least the decoder's part.
+    `past_key_values.{i}.decoder|encoder.key|value` and returns at least the decoder's part. The merged one is either,
+    by `use_cache_branch`, and takes the inputs of both: before there is a cache, one of length 0.
     """
 
     kind = "encoder-decoder"
@@ -154,8 +156,11 @@ class EncoderDecoderSession:
         def session(stem: str) -> EncoderSession:
             return EncoderSession(Path(folder) / f"{stem}{suffix}.onnx", session_options, threads, provider)
 
-        self.encoder = session("encoder_model")
-        self.first, self.later = session("decoder_model"), session("decoder_with_past_model")
+        self.encoder = session(ENCODER)
+        if (Path(folder) / f"{DECODER_MERGED}{suffix}.onnx").is_file():
+            self.first = self.later = session(DECODER_MERGED)
+        else:
+            self.first, self.later = session(DECODER), session(DECODER_WITH_PAST)
         self._context: dict[str, NDArray[Any]] = {}
         self.reset()
 
@@ -187,8 +192,20 @@ class EncoderDecoderSession:
         self._length += ids.shape[1]
         mask = np.ones((ids.shape[0], self._length), np.int64) if mask is None else mask
         feeds = {"input_ids": ids, "decoder_input_ids": ids, "decoder_attention_mask": mask, "attention_mask": mask}
-        outputs = decoder.run({**feeds, **self._context, **self._cache})
+        feeds["use_cache_branch"] = np.array([bool(self._cache)])
+        outputs = decoder.run({**feeds, **self._context, **(self._cache or _no_past(decoder, len(ids)))})
         logits = outputs.pop("logits")
         for name, value in outputs.items():
-            self._cache[name.replace("present_key_values", "present").replace("present", "past_key_values")] = value
+            past = name.replace("present_key_values", "present").replace("present", "past_key_values")
+            if ".encoder." not in past or past not in self._cache:  # the encoder's part stays what it was
+                self._cache[past] = value
         return logits.astype(np.float32, copy=False)
+
+
+def _no_past(decoder: EncoderSession, batch: int) -> dict[str, NDArray[Any]]:
+    """A cache of length 0 for a decoder that has to be fed one."""
+    return {
+        name: np.zeros((batch, node.shape[1], 0, node.shape[3]), NUMPY_TYPES[node.type])
+        for name, node in decoder.inputs.items()
+        if name.startswith("past_key_values.")
+    }

@@ -29,6 +29,7 @@ from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.runtime_profiles.profile import Profile
+from onnxpress.stems import DECODER, DECODER_WITH_PAST
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
@@ -121,6 +122,13 @@ class Work:
                 step = replace(step, metrics=self.meter.check_last(self.current, before, lossy=self.lossy))
         self._record(replace(step, seconds=time.perf_counter() - began))
 
+    def check_merged(self, written: Mapping[str, Path]) -> None:
+        """Verify the merged decoder among the `written` graphs against the two decoders. Raises VerificationError."""
+        began = time.perf_counter()
+        with self.progress.stage("verifying the merged decoder"):
+            metrics = self.meter.check_merged(written, self.current)
+        self._record(Step("merge-decoders", {}, time.perf_counter() - began, {"decoders": 2}, metrics=metrics))
+
     def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
         """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
         folder = self.folder / artifact_folder.GRAPHS
@@ -140,8 +148,10 @@ class Work:
 
 
 def graph_bytes(paths: Mapping[str, Path]) -> int:
-    """Bytes of the weights that graphs refer to, and of the graphs: what their own files would take."""
-    return sum(artifact_folder.weight_bytes(load_graph(path)) for path in paths.values())
+    """Bytes of the weights that the graphs of a model refer to; two decoders of one model share theirs."""
+    models = {stem: load_graph(path) for stem, path in paths.items()}
+    decoders = [models.pop(stem) for stem in (DECODER, DECODER_WITH_PAST) if stem in models]
+    return sum(map(artifact_folder.weight_bytes, models.values())) + artifact_folder.weight_bytes(*decoders)
 
 
 def _run_pass(one: Pass, paths: Mapping[str, Path]) -> tuple[dict[str, ir.Model], Report]:

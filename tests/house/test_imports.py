@@ -23,6 +23,7 @@ LAYERS = {
     "_version": 0,
     "errors": 0,
     "names": 0,
+    "stems": 0,
     "artifact": 0,
     "tensors": 0,
     "graph_checks": 0,
