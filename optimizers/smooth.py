@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
 from onnxpress.optimizers.linear import Linear, find_linears, read_matrix
+from onnxpress.optimizers.quantization.channel_scaling import smoothing_factors
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 Floats = NDArray[np.float32]
@@ -32,8 +33,6 @@ NORMS = {
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): (2, None),
 }
 """Where a norm takes its gain and its bias."""
-FLOOR = 1e-4
-"""Channels quieter than this fraction of the loudest count as that loud: their s would only amplify rounding."""
 
 
 class Smooth(CalibratedPass):
@@ -73,15 +72,6 @@ class Smooth(CalibratedPass):
             for weight in {linear.weight: linear for linear in linears}.values():
                 _multiply(weight, factors)
             report.match("norm and its products", 1)
-
-
-def smoothing_factors(activation_peaks: Floats, weight_peaks: Floats, strength: float) -> Floats:
-    """s [channels] > 0 with geometric mean 1; both peaks are max|·| per channel."""
-    activation, weight = (
-        np.maximum(peaks, FLOOR * peaks.max() or 1).astype(np.float64) for peaks in (activation_peaks, weight_peaks)
-    )
-    logarithm = strength * np.log(activation) - (1 - strength) * np.log(weight)
-    return np.asarray(np.exp(logarithm - logarithm.mean()), dtype=np.float32)
 
 
 def _sites(graph: ir.Graph, report: Report) -> Sequence[tuple[ir.Node, list[Linear]]]:

@@ -52,3 +52,23 @@ def dequantize_channels(
 ) -> NDArray[np.float32]:
     """[K, N] float32"""
     return np.asarray((codes.astype(np.float32) - zero_points.astype(np.float32)) * scales, dtype=np.float32)
+
+
+def quantize_bias(
+    bias: NDArray[np.float32], activation_scale: float, weight_scales: NDArray[np.float32]
+) -> NDArray[np.int32]:
+    """[N] int32 with scale activation_scale · weight_scales and zero point 0, which an integer product adds up to.
+
+    Raises:
+        ValueError: a bias is too large for its scale; see `least_weight_scales`.
+    """
+    codes = np.rint(bias.astype(np.float64) / (np.float64(activation_scale) * weight_scales.astype(np.float64)))
+    if codes.size and np.abs(codes).max() > np.iinfo(np.int32).max:
+        worst = int(np.abs(codes).argmax())
+        raise ValueError(f"bias {bias[worst]:g} of channel {worst} does not fit in 32 bits at its scale")
+    return codes.astype(np.int32)
+
+
+def least_weight_scales(bias: NDArray[np.float32], activation_scale: float) -> NDArray[np.float32]:
+    """[N]: the scales that weights must at least have, so that their biases fit in 32 bits with a bit to spare."""
+    return (np.abs(bias.astype(np.float64)) / (activation_scale * (1 << 30))).astype(np.float32)

@@ -16,7 +16,7 @@ from onnxpress.graph_io import save_graph
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
-from onnxpress.optimizers.smooth import Smooth, smoothing_factors
+from onnxpress.optimizers.smooth import Smooth
 
 Graph = Callable[..., ir.Model]
 Check = Callable[..., Any]
@@ -254,10 +254,3 @@ def test_smoothing_needs_all_readers_to_be_products(graph: Graph, rng: np.random
     node.replace_input_with(1, other.graph.initializers["b"])
     list(other.graph)[1].replace_input_with(0, other.graph.inputs[0])
     assert optimizer(other).report.skipped == {"norm feeds no product": 1}  # type: ignore[attr-defined]
-
-
-def test_smoothing_factors() -> None:
-    factors = smoothing_factors(np.array([1, 16, 0], np.float32), np.array([1, 1, 1], np.float32), 0.5)
-    assert np.isfinite(factors).all()
-    assert factors[1] / factors[0] == pytest.approx(4)
-    assert np.log(factors).sum() == pytest.approx(0, abs=1e-5)
