@@ -57,6 +57,20 @@ class LastLogits(Pass):
         report.match(f"{head.op_type} of {self.output}")
 
 
+def restore_logits(model: ir.Model, output: str = "logits") -> bool:
+    """Undo `LastLogits`: `output` has the logits of every position again. False where that pass did not cut them."""
+    logits = next((value for value in model.graph.outputs if value.name == output), None)
+    head = _head(logits) if logits is not None else None
+    cut = head.inputs[0].producer() if head is not None and head.inputs[0] is not None else None
+    if logits is None or head is None or cut is None or not (cut.name or "").startswith(f"{LastLogits.name}/{output}/"):
+        return False
+    head.replace_input_with(0, cut.inputs[0])
+    _forget_shapes(head, logits)
+    if logits.shape is not None:
+        logits.shape = ir.Shape([logits.shape[0], None, logits.shape[2]])
+    return True
+
+
 END = np.iinfo(np.int64).max
 
 

@@ -86,7 +86,9 @@ def evaluate(
 
     Raises VerificationError where an output is NaN or infinite, BadInputError where the two cannot be compared.
     """
-    measured, against = (open_model(what, task=task, threads=threads) for what in (candidate, reference))
+    measured, against = (
+        open_model(what, task=task, threads=threads, all_logits=True) for what in (candidate, reference)
+    )
     if "graph" in (measured.kind, against.kind):
         return _evaluate_graphs(measured, against, seed)
     if measured.kind != against.kind:

@@ -63,18 +63,19 @@ def require(gates: Sequence[GateRecord], before: Mapping[str, float], steps: Seq
 
 
 def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
-    """`quantize-blocks +0.0031 KL -71% size`, for each step that changed the quality or the size."""
+    """`quantize-blocks +0.0031 KL +0.3% perplexity -71% size`, for each step that changed the quality or the size.
+
+    A step after which quality was not measured, or not against the reference, is taken to have changed none of it.
+    """
     lines = []
-    last, last_size = 0.0, before.get("size_bytes")
+    last = {"KL": 0.0, "1-cosine": 0.0, "perplexity": 0.0}
+    last_size = before.get("size_bytes")
     for step in steps:
         parts = []
-        if "kl" in step.metrics:
-            unit, now = "KL", step.metrics["kl"]
-        else:
-            unit, now = "1-cosine", 1 - step.metrics.get("cosine_mean", 1 - last)
-        if abs(now - last) >= 5e-5:
-            parts.append(f"{now - last:+.4f} {unit}")
-            last = now
+        for unit, now in _losses(step.metrics):
+            change, last[unit] = now - last[unit], now
+            if abs(change) >= 5e-5:
+                parts.append(f"{change:+.2%} {unit}" if unit == "perplexity" else f"{change:+.4f} {unit}")
         size = step.metrics.get("size_bytes")
         if size is not None:
             if last_size and abs(size / last_size - 1) >= 5e-3:
@@ -83,6 +84,18 @@ def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
         if parts:
             lines.append(f"{step.name} {' '.join(parts)}")
     return lines
+
+
+def _losses(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(unit, what was lost since the reference) for each measure of quality that there is."""
+    found = []
+    if "kl" in metrics:
+        found.append(("KL", metrics["kl"]))
+    if "perplexity" in metrics:
+        found.append(("perplexity", metrics["perplexity"] / metrics["reference_perplexity"] - 1))
+    if "cosine_mean" in metrics:
+        found.append(("1-cosine", 1 - metrics["cosine_mean"]))
+    return found
 
 
 def _amount(name: str, value: float) -> str:

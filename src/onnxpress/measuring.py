@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
 from onnxpress.metrics import log_softmax, require_finite
 from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.samples import decoder_windows
 from onnxpress.stems import ENCODER
+from onnxpress.texts import Ids
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
 
 Update = Callable[[int, int], None]
 
-WINDOWS = 4
-"""Of 512 tokens each, on which a decoder is judged; both sides see the same, so their ratio is steady."""
+WINDOWS, WINDOW, SEED = 4, 512, 0
+"""Pieces of text, and tokens in each, on which a decoder is judged; both sides see the same: their ratio is steady."""
 CONTEXT = 256
 """Tokens in the cache at which decoding is reported."""
+STEP_TOKENS = 128
+"""Tokens in each of the two windows by which the perplexity after every pass is told."""
 TIPPED_TOLERANCE = 0.1
 """What an exact pass may change after a lossy one: rounding, reordered, tips a few quantized activations."""
 
@@ -46,6 +50,8 @@ class Meter:
     threads: int | None
     session_options: Mapping[str, str]
     _expected: Reference | None = None
+    _windows: tuple[list[Ids], str] | None = None
+    """What a decoder is measured on, after every pass and at the end, and where it comes from."""
 
     def check_export(self, checkpoint: Any, task: str) -> dict[str, float]:
         """The exported graph against torch. Raises VerificationError."""
@@ -62,9 +68,12 @@ class Meter:
         """
         if exact and lossy:
             expected = Reference.of(self._open(before))
-            return verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
+            found = verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
+            return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
         if self._expected is None:
-            self._expected = Reference.of(self._open(self.reference))
+            reference = self._open(self.reference)
+            windows = self._text(reference)[0] if reference.kind == "decoder" else None
+            self._expected = Reference.of(reference, windows=windows, length=STEP_TOKENS)
         return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
@@ -78,7 +87,7 @@ class Meter:
         mask[1, :7] = 0
         rows = []
         for paths in (before, after):
-            model = self._open(paths).model
+            model = self._open(paths, all_logits=False).model
             prompt, step = model.prefill(ids, mask), model.decode(ids[:, :1])
             rows.append(log_softmax(np.concatenate([prompt[:, -1:], step[:, -1:]])))
         difference = float(np.abs(rows[0] - rows[1]).max())
@@ -116,18 +125,28 @@ class Meter:
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
         """The figures that the artifact is judged by."""
         self._expected = None  # its memory is better used elsewhere
-        return evaluate(
+        reference = open_model(main_graph(self.reference), threads=self.threads, all_logits=True)
+        windows, source = self._text(reference) if reference.kind == "decoder" else (self.data.text, None)
+        found = evaluate(
             self._open(candidate),
-            open_model(main_graph(self.reference), threads=self.threads),
-            text=self.data.text,
+            reference,
+            text=windows,
             pairs=self.data.pairs,
             windows=WINDOWS,
             threads=self.threads,
             progress=lambda what, done, total: update(done, total),
         )
+        return replace(found, text=source) if source else found
 
-    def _open(self, paths: Mapping[str, Path]) -> Opened:
-        return open_model(main_graph(paths), threads=self.threads, session_options=self.session_options)
+    def _text(self, reference: Opened) -> tuple[list[Ids], str]:
+        """Windows of token ids from the user's text or of the reference's own, made once."""
+        if self._windows is None:
+            self._windows = decoder_windows(reference, reference, self.data.text, WINDOWS, WINDOW, SEED, None)
+        return self._windows
+
+    def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
+        graph = main_graph(paths)
+        return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:

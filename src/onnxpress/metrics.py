@@ -81,18 +81,23 @@ class Divergence:
 
     @property
     def perplexity(self) -> float | None:
-        return float(np.exp(self.loss_sum / self.targets)) if self.targets else None
+        return _perplexity(self.loss_sum / self.targets) if self.targets else None
 
     @property
     def reference_perplexity(self) -> float | None:
-        return float(np.exp(self.reference_loss_sum / self.targets)) if self.targets else None
+        return _perplexity(self.reference_loss_sum / self.targets) if self.targets else None
 
     def figures(self) -> dict[str, float]:
         result = {"kl": self.kl, "top1_agreement": self.top1_agreement, "max_difference": self.max_difference}
         if self.targets:
-            result["perplexity"] = float(np.exp(self.loss_sum / self.targets))
-            result["reference_perplexity"] = float(np.exp(self.reference_loss_sum / self.targets))
+            result["perplexity"] = _perplexity(self.loss_sum / self.targets)
+            result["reference_perplexity"] = _perplexity(self.reference_loss_sum / self.targets)
         return result
+
+
+def _perplexity(loss: float) -> float:
+    """exp of the mean loss in nats, kept finite for a model that is destroyed."""
+    return float(np.exp(min(loss, 700.0)))
 
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

@@ -48,11 +48,15 @@ def open_model(
     threads: int | None = None,
     session_options: Mapping[str, str] | None = None,
     profile_prefix: str | None = None,
+    all_logits: bool = False,
 ) -> Opened:
     """Open `what`: a path, an `exporter.checkpoint.Checkpoint`, or something opened already.
 
     A folder with graphs (`*.onnx`, `onnx/*.onnx`) runs in onnxruntime, with the session options of its artifact.json
     unless others are given; a folder with config.json and weights runs in torch, in float32.
+
+    all_logits: where the pass `last-logits` cut a decoder's logits, undo that in memory. Measuring quality from the
+    last position alone takes a whole prompt per position.
     """
     if isinstance(what, Opened):
         return what
@@ -60,7 +64,7 @@ def open_model(
         return _torch(what, task)
     path = Path(what)
     if path.is_file() and path.suffix == ".onnx":
-        return _graphs(path, companions(path), session_options, threads, profile_prefix)
+        return _graphs(path, companions(path), session_options, threads, profile_prefix, all_logits)
     if not path.is_dir():
         raise SourceNotFoundError(f"no such ONNX file or folder: {path}")
     graphs = find_graphs(path)
@@ -68,7 +72,7 @@ def open_model(
         return _torch(path, task)
     if session_options is None:
         session_options = read_json(path / "artifact.json").get("session_options")
-    return _graphs(main_graph(graphs, path), path, session_options, threads, profile_prefix)
+    return _graphs(main_graph(graphs, path), path, session_options, threads, profile_prefix, all_logits)
 
 
 def find_graphs(folder: Path) -> list[Path]:
@@ -109,14 +113,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _graphs(
-    path: Path, folder: Path | None, options: Mapping[str, str] | None, threads: int | None, profile_prefix: str | None
+    path: Path,
+    folder: Path | None,
+    options: Mapping[str, str] | None,
+    threads: int | None,
+    profile_prefix: str | None,
+    all_logits: bool,
 ) -> Opened:
     config = read_json(folder / "config.json") if folder else {}
     if path.stem.startswith(ENCODER) and list(path.parent.glob(f"{DECODER}*.onnx")):
         suffix = path.stem[len(ENCODER) :]
         model: Any = EncoderDecoderSession(path.parent, options, threads, suffix=suffix)
         return Opened(path.parent.name, "encoder-decoder", model, config, folder)
-    session = open_session(path, options, threads, profile_prefix=profile_prefix)
+    content = _with_all_logits(path) if all_logits else None
+    session = open_session(path, options, threads, profile_prefix=profile_prefix, content=content)
     inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
     decodes = any(name.startswith("past_key_values.") for name in inputs) or (
         outputs == ["logits"] and str(config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
@@ -125,6 +135,17 @@ def _graphs(
         return Opened(path.name, "decoder", DecoderSession(session), config, folder)
     kind = "encoder" if "input_ids" in inputs and "pixel_values" not in inputs else "graph"
     return Opened(path.name, kind, EncoderSession(session), config, folder)
+
+
+def _with_all_logits(path: Path) -> bytes | None:
+    """The graph as it was before `last-logits`, without its external weights; None where that pass was not run."""
+    import onnx_ir as ir  # here, since the benchmark's process measures its own memory
+
+    from .graph_io import load_graph
+    from .optimizers.last_logits import restore_logits
+
+    model = load_graph(path)
+    return ir.to_proto(model).SerializeToString() if restore_logits(model) else None
 
 
 def _torch(checkpoint: Any, task: str | None) -> Opened:

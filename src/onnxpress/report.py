@@ -91,17 +91,14 @@ def print_build(result: BuildResult) -> None:
     """The steps, the before/after table, the gates, and where the artifact is."""
     console = _console()
     record = result.manifest
-    steps = _table("step", "seconds", "changed", "left alone", "KL", "max difference")
+    measures = ("size_bytes", "perplexity", "cosine_mean", "kl", "max_difference")
+    shown = [key for key in measures if any(key in step.metrics for step in record.steps)]
+    titles = {"size_bytes": "size", "cosine_mean": "cosine", "kl": "KL", "max_difference": "largest difference"}
+    steps = _table("step", "seconds", *(titles.get(key, key) for key in shown), "changed", "left alone")
     for step in record.steps:
         skipped = ", ".join(f"{reason} ({count})" for reason, count in step.skipped.items())
-        steps.add_row(
-            step.name,
-            f"{step.seconds:.1f}",
-            _counts(step.matched),
-            skipped,
-            amount("kl", step.metrics.get("kl")),
-            amount("max_difference", step.metrics.get("max_difference")),
-        )
+        figures = (amount(key, step.metrics.get(key)) for key in shown)
+        steps.add_row(step.name, f"{step.seconds:.1f}", *figures, _counts(step.matched), skipped)
     console.print(steps)
     rows = before_after(record.before, record.metrics)
     if rows:

@@ -38,8 +38,11 @@ def open_session(
     threads: int | None = None,
     provider: str = "CPUExecutionProvider",
     profile_prefix: str | None = None,
+    content: bytes | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph, by path so that external data is memory-mapped rather than read.
+
+    content: an edited graph to run in the place of the file's, with the weights that lie beside the file.
 
     Raises SourceNotFoundError, CorruptFileError (cannot be parsed), UnsupportedModelError (an operator or opset that
     the runtime lacks), UsageError (an unknown session option, a provider that is not there).
@@ -52,8 +55,10 @@ def open_session(
             f"this onnxruntime has no {provider}", hint=f"it has {', '.join(onnxruntime.get_available_providers())}"
         )
     options = make_session_options(session_options, threads, profile_prefix)
+    if content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(content or str(path), options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions have no common base below Exception
         reason = " ".join(str(error).split())[:300]
         if re.search(r"NOT_IMPLEMENTED|not a registered|No Op registered|is till opset|INVALID_GRAPH", reason):

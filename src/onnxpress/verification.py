@@ -66,14 +66,17 @@ class Reference:
         task: str | None = None,
         seed: int = 0,
         like: Opened | None = None,
+        length: int = LENGTH,
     ) -> Reference:
         """Run `reference` (a path, a Checkpoint or an Opened); `windows` of token ids replace what it would write.
 
-        like: a graph of the same model, whose inputs tell the shapes of pixels or samples that torch does not.
+        like: a graph of the same model, to write a decoder's windows (torch would take many times as long), and whose
+        inputs tell the shapes of pixels or samples that torch does not.
+        length: tokens in each of a decoder's two windows, fewer where their logits would not fit into `MAXIMUM_BYTES`.
         """
         opened = open_model(reference, task=task)
         if opened.kind == "decoder":
-            return cls._of_decoder(opened, windows, seed)
+            return cls._of_decoder(opened, windows, like or opened, seed, length)
         if opened.kind == "encoder":
             return cls._of_encoder(opened, windows, seed)
         if opened.kind == "encoder-decoder":
@@ -91,13 +94,16 @@ class Reference:
         return cls("graph", opened.name, feeds=list(feeds), expected=[opened.model.run(feed) for feed in feeds])
 
     @classmethod
-    def _of_decoder(cls, opened: Opened, windows: Sequence[Ids] | None, seed: int) -> Reference:
-        # As many tokens as the bound on memory allows; every token costs one row of logits.
-        length = int(min(LENGTH, MAXIMUM_BYTES // (4 * 4 * max(1, opened.model.vocabulary))))
+    def _of_decoder(
+        cls, opened: Opened, windows: Sequence[Ids] | None, writer: Opened, seed: int, length: int
+    ) -> Reference:
+        # Every token of the windows costs one row of logits, and half as many rows are run alone.
+        limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions") or length
+        length = int(min(length, limit, MAXIMUM_BYTES // (4 * 4 * max(1, opened.model.vocabulary))))
         if windows is None:
-            windows = written_windows(opened.model, 2, length, opened.starts, seed)
+            windows = written_windows(writer.model, 2, length, opened.starts, seed)
         windows = [ids[:, :length] for ids in windows[:2]]
-        result = cls("decoder", opened.name, windows=list(windows), rows=padded_rows(windows, length // 2))
+        result = cls("decoder", opened.name, windows=list(windows), rows=padded_rows(windows, min(length, LENGTH) // 2))
         for ids in windows:
             positions = probes.positions_of(ids.shape[1], opened.model.last_only)
             result.prompts.append(probes.prompt(opened.model, ids, positions))
@@ -141,8 +147,8 @@ def verify_step(
     """Run `after` (a path or an Opened) on the reference's inputs and return what differs.
 
     Decoders and encoder-decoders: `max_difference` of log-probabilities (over every position, word and mode), `kl`,
-    `top1_agreement`, and the KL by mode. Other graphs: `max_difference` in standard deviations of the output,
-    `cosine_mean`, `cosine_min`.
+    `top1_agreement`, the KL by mode, and on the prompt `perplexity` and `reference_perplexity`. Other graphs:
+    `max_difference` in standard deviations of the output, `cosine_mean`, `cosine_min`.
 
     Raises VerificationError, naming `what`, the figure and the limit, when an exact step differs by more than
     `tolerance`, when a lossy one leaves nothing of the model, and for either when an output is NaN or infinite.
@@ -177,7 +183,8 @@ def _decoder(reference: Reference, opened: Opened) -> dict[str, float]:
     for ids, expected in zip(reference.windows, reference.prompts, strict=True):
         positions = probes.positions_of(ids.shape[1], model.last_only or len(expected) < ids.shape[1] - 1)
         all_positions = probes.positions_of(ids.shape[1], len(expected) < ids.shape[1] - 1)
-        prefill.add(expected[np.isin(all_positions, positions)], probes.prompt(model, ids, positions))
+        same = expected[np.isin(all_positions, positions)]
+        prefill.add(same, probes.prompt(model, ids, positions), ids[0, positions + 1])
         steps = min(STEPS, ids.shape[1] - 2)
         start = ids.shape[1] - 1 - steps
         found = probes.cached(model, ids, start, steps)
@@ -193,7 +200,7 @@ def _translator(reference: Reference, opened: Opened) -> dict[str, float]:
     model = opened.model
     for feeds, ids, expected in zip(reference.feeds, reference.windows, reference.prompts, strict=False):
         model.encode(feeds)
-        prefill.add(expected, probes.prompt(model, ids, probes.positions_of(ids.shape[1], False)))
+        prefill.add(expected, probes.prompt(model, ids, probes.positions_of(ids.shape[1], False)), ids[0, 1:])
         half = ids.shape[1] // 2
         decode.add(expected[half:], probes.cached(model, ids, half, ids.shape[1] - 1 - half))
     if len(reference.feeds) > len(reference.windows):
@@ -212,6 +219,7 @@ def _summary(modes: dict[str, Divergence]) -> dict[str, float]:
         "kl": max(mode.kl for mode in ran.values()),
         "top1_agreement": min(mode.top1_agreement for mode in ran.values()),
         **{f"{name}_kl": mode.kl for name, mode in ran.items()},
+        **{key: value for key, value in modes["prefill"].figures().items() if key.endswith("perplexity")},
     }
 
 

@@ -11,7 +11,9 @@ from onnx import numpy_helper
 
 from onnxpress.errors import BadInputError, SourceNotFoundError, VerificationError
 from onnxpress.evaluation import evaluate
+from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.opening import open_model
+from onnxpress.optimizers.last_logits import LastLogits
 
 Make = Callable[..., Path]
 SMALL = {"windows": 3, "window": 40, "decode_steps": 8}
@@ -51,6 +53,18 @@ def test_a_graph_with_the_last_logits_only_is_measured_on_a_sample(make_decoder:
     assert (a.tokens, b.tokens) == (3 * 39, 3 * 8)
     assert a.modes["decode"]["kl"] == pytest.approx(b.modes["decode"]["kl"], rel=1e-3)
     assert evaluate(last, whole, **SMALL).kl < 1e-8  # type: ignore[operator]
+
+
+def test_logits_that_our_pass_cut_are_measured_at_every_position(make_decoder: Make, tmp_path: Path) -> None:
+    whole, reference = make_decoder(noise=0.05), make_decoder()
+    model = load_graph(whole)
+    assert LastLogits().call(model).modified
+    for data in (None, "cut.onnx_data"):
+        save_graph(model, tmp_path / "cut.onnx", external_data=data)
+        assert open_model(tmp_path / "cut.onnx").model.last_only
+        found = evaluate(tmp_path / "cut.onnx", reference, **SMALL)
+        assert found.modes == evaluate(whole, reference, **SMALL).modes
+        assert found.tokens == 3 * 39
 
 
 def test_a_graph_that_is_wrong_only_when_padded_is_found(make_decoder: Make, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.last_logits import LastLogits
+from onnxpress.optimizers.last_logits import LastLogits, restore_logits
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]
@@ -66,6 +66,16 @@ def test_the_newest_attended_token_of_each_row(graph: Make, run: Run, length: in
         fresh = np.flatnonzero(MASKS[row, -length:])
         if len(fresh):
             np.testing.assert_allclose(last[row, 0], everything[row, fresh[-1]], atol=1e-6)
+
+
+def test_the_cut_can_be_undone(graph: Make, run: Run) -> None:
+    model = graph(PLAIN, table=TABLE, head=HEAD)
+    assert not restore_logits(model)
+    (before,) = run(model, {"ids": IDS})
+    LastLogits()(model)
+    assert restore_logits(model)
+    np.testing.assert_array_equal(run(model, {"ids": IDS})[0], before)
+    assert not restore_logits(model)
 
 
 def test_a_second_run_finds_nothing(graph: Make) -> None:
