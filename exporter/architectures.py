@@ -56,14 +56,16 @@ def names() -> list[str]:
     return list(catalog())
 
 
-def tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Any:
+def tiny_model(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:
     """Write a tiny random checkpoint to `folder` and return its torch model (float32, eval, eager attention).
+
+    `changes`: of its config.
 
     Weights are large enough that attention is far from uniform: an export that ignored positions or masks would show.
     """
     from onnxpress.exporter import tasks
 
-    config, task = tiny_config(architecture), catalog()[architecture]["task"]
+    config, task = tiny_config(architecture, **changes), catalog()[architecture]["task"]
     torch.manual_seed(seed)
     model = tasks.model_class(config, task)._from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():

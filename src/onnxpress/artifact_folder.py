@@ -72,6 +72,7 @@ def write_companions(artifact: Artifact, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     _inline_chat_template(folder)
+    _unpack_processor(folder)
     if artifact.config:
         write_json(folder / "config.json", {**artifact.config, "transformers.js_config": _transformers_js(folder)})
 
@@ -82,6 +83,18 @@ def _inline_chat_template(folder: Path) -> None:
     if template.is_file() and settings.is_file():
         content = json.loads(settings.read_text(encoding="utf-8"))
         write_json(settings, {**content, "chat_template": template.read_text(encoding="utf-8")})
+
+
+def _unpack_processor(folder: Path) -> None:
+    """Write preprocessor_config.json, which transformers.js reads, from the parts of transformers 5's processor."""
+    whole, part = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if whole.is_file() and not part.exists():
+        content = json.loads(whole.read_text(encoding="utf-8"))
+        parts = [content[key] for key in ("image_processor", "feature_extractor") if isinstance(content.get(key), dict)]
+        if parts:
+            merged = {key: value for one in parts for key, value in one.items()}
+            name = content.get("processor_class")
+            write_json(part, merged | ({"processor_class": name} if name else {}))
 
 
 def write_json(path: Path, value: Any) -> None:
