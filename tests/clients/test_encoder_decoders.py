@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import pytest
 from onnxpress import pipeline
 
 HERE = Path(__file__).parent
+PAGE = (Path(__file__).parents[2] / "docs" / "encoder-decoders.md").read_text(encoding="utf-8")
+PROGRAMS = {m[1]: m[2] for m in re.finditer(r"^```(?:python|js)\n(?:#|//) file: (\S+)\n(.*?)^```", PAGE, re.S | re.M)}
 STEPS = 12
 ROWS = [[5, 17, 40, 99, 3, 1], [8, 30, 2, 77, 1, 0]]
 MASK = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
@@ -93,6 +98,22 @@ def test_text(node: Callable[..., str], checkpoints: Checkpoints, tmp_path: Path
     expected = model.generate(torch.tensor(ROWS), attention_mask=torch.tensor(MASK), **plain).tolist()
     assert all(len(set(row)) > 3 for row in expected), "these prompts give one word over and over and prove nothing"
     assert ask(node, "translate", artifact, ids=ROWS, mask=MASK, steps=STEPS) == expected
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_of_the_page(node: Callable[..., str], checkpoints: Checkpoints, name: str, tmp_path: Path) -> None:
+    artifact = built(checkpoints("t5"), tmp_path / "t5-onnx", "fp32")
+    script = tmp_path / name
+    script.write_text(PROGRAMS[name], encoding="utf-8")
+    if name.endswith(".mjs"):
+        printed = node(script, cwd=tmp_path)
+    else:
+        done = subprocess.run([sys.executable, name], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed = done.stdout
+    feeds = {"input_ids": np.array(ROWS[:1]), "attention_mask": np.array(MASK[:1])}
+    assert json.loads(printed.splitlines()[-1]) == our_tokens(artifact, feeds, 0)[0]
 
 
 @pytest.mark.client
