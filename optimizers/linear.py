@@ -20,6 +20,10 @@ from onnxpress.optimizers.base import Report
 from onnxpress.tensors import concrete_shape
 
 MICROSOFT = "com.microsoft"
+OFFSETS = ".offsets"
+"""Ends the names of the offsets of quantized blocks, whose product is part of a larger one."""
+SCALES = ".scales"
+"""Ends the names of scales; like offsets they may be stored in float16 without anything being computed in it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def find_linears(graph: ir.Graph, report: Report | None = None) -> Iterator[Line
     for node in graph:
         candidate = _match(node)
         if candidate is None:
+            continue
+        if (candidate.weight.name or "").endswith(OFFSETS):
             continue
         reason = _obstacle(candidate.weight)
         if reason is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.linear import (
     MICROSOFT,
+    OFFSETS,
     Linear,
     add_initializers,
     drop_unused,
@@ -19,7 +21,7 @@ from onnxpress.optimizers.linear import (
     replace,
     selected,
 )
-from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, ZeroPoints
+from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.hqq import hqq
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
 from onnxpress.tensors import LazyGroup
@@ -49,6 +51,7 @@ class QuantizeBlocks(Pass):
         zero_points: ZeroPoints = "none",
         method: Method | None = None,
         accuracy_level: Literal[0, 1, 4] = 4,
+        scale_type: ScaleType = "float32",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, int | str]] | None = None,
@@ -56,11 +59,12 @@ class QuantizeBlocks(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points: see `onnxpress.optimizers.quantization.block_format`.
+            bits, block_size, zero_points, scale_type: see `onnxpress.optimizers.quantization.block_format`.
             method: how codes are found; none: `least-squares` up to 4 bits, `nearest` at 8, where fitting gains little.
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
             include, exclude: patterns of weight names; products with other weights are left alone.
-            overrides: by pattern of weight names, other `bits`, `block_size` or `zero_points`; the first that fits.
+            overrides: by pattern of weight names, other `bits`, `block_size`, `zero_points` or `scale_type`; the first
+                that fits.
             min_features: products with fewer inputs or outputs are left alone.
         """
         if accuracy_level != 4 and 8 in (bits, *(override.get("bits") for override in (overrides or {}).values())):
@@ -68,7 +72,7 @@ class QuantizeBlocks(Pass):
                 f"8-bit blocks at accuracy_level {accuracy_level} expand the weights on every call, "
                 "which is slower than float32; use accuracy_level = 4"
             )
-        self.format = self._checked(BlockFormat(bits, block_size, zero_points))
+        self.format = self._checked(BlockFormat(bits, block_size, zero_points, scale_type))
         self.method = method
         self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
         self.accuracy_level = accuracy_level
@@ -76,7 +80,7 @@ class QuantizeBlocks(Pass):
         self.min_features = min_features
 
     def _overridden(self, options: Mapping[str, Any]) -> BlockFormat:
-        known = {"bits", "block_size", "zero_points"}
+        known = {"bits", "block_size", "zero_points", "scale_type"}
         if unknown := set(options) - known:
             raise ValueError(f"overrides may set {', '.join(sorted(known))}, not {unknown.pop()!r}")
         base = {key: getattr(self.format, key) for key in known}
@@ -90,12 +94,14 @@ class QuantizeBlocks(Pass):
 
     def apply(self, model: ir.Model, report: Report) -> None:
         for linear in list(find_linears(model.graph, report)):
+            format = self.format_of(linear.name)
             if not selected(linear.name, self.include, self.exclude):
                 report.skip("excluded by name")
             elif min(linear.shape) < self.min_features:
                 report.skip("small")
+            elif reason := obstacle(linear, format):
+                report.skip(reason)
             else:
-                format = self.format_of(linear.name)
                 quantize_linear(linear, format, self.accuracy_level, self.method)
                 report.match(f"MatMulNBits {format.bits} bits, blocks of {format.block_size}")
                 if linear.shape[0] % format.block_size:
@@ -108,16 +114,28 @@ class QuantizeBlocks(Pass):
         return next((format for pattern, format in self.overrides if selected(name, (pattern,), ())), self.format)
 
 
+def obstacle(linear: Linear, format: BlockFormat) -> str | None:
+    """Why a product cannot have this format, if it cannot."""
+    if format.zero_points != "float":
+        return None
+    if linear.shape[0] % format.block_size:
+        return "float zero points need blocks that divide the inputs"
+    return None if linear.activation.shape is not None else "float zero points need inputs of known rank"
+
+
 def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int, method: Method | None = None) -> None:
     """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it."""
     graph = linear.node.graph
     assert isinstance(graph, ir.Graph)
     features, outputs = linear.shape
     operands = block_initializers(graph, linear.weight, format, transpose=not linear.transposed, method=method)
-    inputs: list[ir.Value | None] = [linear.activation, *operands]
+    before: list[ir.Node] = []
+    codes, scales, *rest = [as_float32(operand, before) for operand in operands]
+    offsets = rest.pop() if format.zero_points == "float" else None
+    inputs: list[ir.Value | None] = [linear.activation, codes, scales, *rest]
     if linear.bias is not None:
         inputs += [None] * (5 - len(inputs)) + [linear.bias]
-    node = ir.node(
+    product = ir.node(
         "MatMulNBits",
         inputs,
         attributes={
@@ -130,14 +148,60 @@ def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int, me
         domain=MICROSOFT,
         name=linear.node.name,
     )
-    replace(linear.node, node)
+    after = [] if offsets is None else _add_offsets(graph, linear, product, offsets, format.block_size)
+    replace(linear.node, *before, product, *after)
     drop_unused(graph, linear.weight)
+
+
+def as_float32(operand: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """A float16 initializer as the kernel wants it: the runtime folds the Cast when it loads the graph. A new Cast is
+    appended to `nodes`."""
+    if operand.dtype != ir.DataType.FLOAT16:
+        return operand
+    known = [node for node in operand.consumers() if node.op_type == "Cast"]
+    if known:
+        return known[0].outputs[0]
+    cast = ir.node("Cast", [operand], {"to": ir.DataType.FLOAT}, name=f"{operand.name}.cast")
+    cast.outputs[0].name = f"{operand.name}.float32"
+    cast.outputs[0].shape, cast.outputs[0].type = operand.shape, ir.TensorType(ir.DataType.FLOAT)
+    nodes.append(cast)
+    return cast.outputs[0]
+
+
+def _add_offsets(
+    graph: ir.Graph, linear: Linear, product: ir.Node, offsets: ir.Value, block_size: int
+) -> list[ir.Node]:
+    """y + (sums of the inputs by block) · offsets; products of one activation share its sums."""
+    activation = linear.activation
+    assert activation.shape is not None
+    name = f"{activation.name}.block_sums{block_size}"
+    sums = next((v for node in activation.consumers() for v in _block_sums(node) if v.name == name), None)
+    nodes = []
+    if sums is None:
+        count = linear.shape[0] // block_size
+        split = ir.tensor(np.array([0] * (len(activation.shape) - 1) + [count, block_size], np.int64))
+        last = ir.tensor(np.array([-1], np.int64))
+        shape, axes = add_initializers(
+            graph, [f"block_shape{len(activation.shape)}.{count}.{block_size}", "block_axis"], [split, last]
+        )
+        blocks = ir.node("Reshape", [activation, shape], name=f"{name}.split")
+        sums_node = ir.node("ReduceSum", [blocks.outputs[0], axes], {"keepdims": 0}, name=name)
+        sums = sums_node.outputs[0]
+        sums.name, sums.type = name, ir.TensorType(ir.DataType.FLOAT)
+        sums.shape = ir.Shape([*activation.shape[:-1], count])
+        nodes = [blocks, sums_node]
+    correction = ir.node("MatMul", [sums, offsets], name=f"{linear.node.name}.offsets" if linear.node.name else None)
+    return [*nodes, correction, ir.node("Add", [product.outputs[0], correction.outputs[0]])]
+
+
+def _block_sums(reshape: ir.Node) -> Sequence[ir.Value]:
+    return [node.outputs[0] for node in reshape.outputs[0].consumers() if node.op_type == "ReduceSum"]
 
 
 def block_initializers(
     graph: ir.Graph, weight: ir.Value, format: BlockFormat, *, transpose: bool, method: Method | None = None
 ) -> list[ir.Value]:
-    """Codes, scales and zero points of a matrix as lazy initializers; those of an earlier call are reused.
+    """Codes, scales and zero points or offsets of a matrix as lazy initializers; those of an earlier call are reused.
 
     Args:
         transpose: the weight is stored [in, out], so that blocks run down its columns.
@@ -148,19 +212,18 @@ def block_initializers(
     shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
     outputs, features = reversed(shape) if transpose else shape
     count = format.block_count(features)
+    scale_type = ir.DataType.FLOAT if format.scale_type == "float32" else ir.DataType.FLOAT16
     specs: list[tuple[ir.DataType, list[int]]] = [
         (ir.DataType.UINT8, [outputs, count, format.block_size * format.field // 8]),
-        (ir.DataType.FLOAT, [outputs, count]),
+        (scale_type, [outputs, count]),
     ]
     names = [f"{name}.q{format.bits}b{format.block_size}", f"{name}.scales"]
-    if format.zero_points != "none":
-        integer = format.zero_points == "integer"
-        specs.append(
-            (ir.DataType.UINT8, [outputs, -(-count * format.field // 8)])
-            if integer
-            else (ir.DataType.FLOAT, [outputs, count])
-        )
+    if format.zero_points == "integer":
+        specs.append((ir.DataType.UINT8, [outputs, -(-count * format.field // 8)]))
         names.append(f"{name}.zero_points")
+    elif format.zero_points == "float":
+        specs.append((scale_type, [count, outputs]))
+        names.append(f"{name}{OFFSETS}")
 
     quantize = METHODS[method or ("least-squares" if format.field < 8 else "nearest")]
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
-from onnxpress.optimizers.quantization.block_format import BlockFormat
-from onnxpress.optimizers.quantize_blocks import block_initializers, quantize_linear
+from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType
+from onnxpress.optimizers.quantize_blocks import Method, as_float32, block_initializers, quantize_linear
 from onnxpress.tensors import ViewTensor
 
 
@@ -32,14 +32,15 @@ class QuantizeEmbedding(Pass):
         block_size: int = 64,
         zero_points: Literal["none", "integer"] = "none",
         accuracy_level: Literal[0, 1, 4] = 4,
+        scale_type: ScaleType = "float32",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         min_rows: int = 1024,
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points: see `onnxpress.optimizers.quantization.block_format`; blocks must divide the
-                rows of the table.
+            bits, block_size, zero_points, scale_type: see `onnxpress.optimizers.quantization.block_format`; blocks must
+                divide the rows of the table.
             accuracy_level: of the tied head, as in quantize-blocks.
             include, exclude: patterns of table names.
             min_rows: smaller tables (positions, token types) are left alone.
@@ -48,67 +49,75 @@ class QuantizeEmbedding(Pass):
             raise ValueError(f"bits must be 4 or 8, not {bits}")
         if bits == 8 and accuracy_level != 4:
             raise ValueError("8-bit blocks need accuracy_level = 4")
-        self.format = BlockFormat(bits, block_size, zero_points)
+        self.format = BlockFormat(bits, block_size, zero_points, scale_type)
         self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_rows = min_rows
 
     def apply(self, model: ir.Model, report: Report) -> None:
         graph = model.graph
-        tables = {}
-        for node in graph:
-            table = _table(node)
-            if table is None:
-                continue
-            assert table.name is not None
+        for table in tables(graph):
             if shape_of(table)[0] < self.min_rows:
                 report.skip("small table")
-            elif not selected(table.name, self.include, self.exclude):
+            elif not selected(str(table.name), self.include, self.exclude):
                 report.skip("excluded by name")
             else:
-                tables[table] = node
-        for table in tables:
-            self._quantize(graph, table, report)
+                quantize_table(graph, table, self.format, self.accuracy_level, report)
         if report.matched:
             model.opset_imports.setdefault(MICROSOFT, 1)
 
-    def _quantize(self, graph: ir.Graph, table: ir.Value, report: Report) -> None:
-        rows, columns = shape_of(table)
-        if columns % self.format.block_size:
-            raise UnsupportedModelError(
-                f"quantize-embedding: blocks of {self.format.block_size} do not divide {columns}, "
-                f"the width of {table.name}",
-                hint="exclude it" if columns % 16 else f"use block_size = {min(columns & -columns, 128)}",
+
+def tables(graph: ir.Graph) -> list[ir.Value]:
+    """The float32 matrices whose rows are looked up, each once."""
+    return list(dict.fromkeys(table for table in map(_table, graph) if table is not None))
+
+
+def quantize_table(
+    graph: ir.Graph,
+    table: ir.Value,
+    format: BlockFormat,
+    accuracy_level: int,
+    report: Report,
+    method: Method | None = None,
+) -> None:
+    """Quantize one table and all that reads it. Raises UnsupportedModelError where blocks do not divide its rows."""
+    rows, columns = shape_of(table)
+    if columns % format.block_size:
+        raise UnsupportedModelError(
+            f"quantize-embedding: blocks of {format.block_size} do not divide {columns}, the width of {table.name}",
+            hint="exclude it" if columns % 16 else f"use block_size = {min(columns & -columns, 128)}",
+        )
+    operands = block_initializers(graph, table, format, transpose=False, method=method)
+    codes = operands[0].const_value
+    assert codes is not None
+    (flat,) = add_initializers(
+        graph, [f"{operands[0].name}.rows"], [ViewTensor(codes, [rows, columns * format.field // 8])]
+    )
+    for node, _ in list(table.uses()):
+        if _table(node) is table:
+            casts: list[ir.Node] = []
+            scales = as_float32(operands[1], casts)
+            gather = ir.node(
+                "GatherBlockQuantized",
+                [flat, node.inputs[1], scales, *operands[2:]],
+                attributes={
+                    "bits": format.field,
+                    "block_size": format.block_size,
+                    "gather_axis": 0,
+                    "quantize_axis": 1,
+                },
+                domain=MICROSOFT,
+                name=node.name,
             )
-        operands = block_initializers(graph, table, self.format, transpose=False)
-        heads = [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]
-        for linear in heads:
-            quantize_linear(linear, self.format, self.accuracy_level)
-            report.match("MatMulNBits sharing the table")
-        codes = operands[0].const_value
-        assert codes is not None
-        packed_columns = columns * self.format.bits // 8
-        (flat,) = add_initializers(graph, [f"{operands[0].name}.rows"], [ViewTensor(codes, [rows, packed_columns])])
-        for node, _ in list(table.uses()):
-            if _table(node) is table:
-                gather = ir.node(
-                    "GatherBlockQuantized",
-                    [flat, node.inputs[1], *operands[1:]],
-                    attributes={
-                        "bits": self.format.bits,
-                        "block_size": self.format.block_size,
-                        "gather_axis": 0,
-                        "quantize_axis": 1,
-                    },
-                    domain=MICROSOFT,
-                    name=node.name,
-                )
-                replace(node, gather)
-                report.match(f"GatherBlockQuantized {self.format.bits} bits, blocks of {self.format.block_size}")
-        if not table.uses() and not table.is_graph_output() and table.name in graph.initializers:
-            del graph.initializers[str(table.name)]
-        if not operands[0].uses():  # no head: only the flat form is read
-            del graph.initializers[str(operands[0].name)]
+            replace(node, *casts, gather)
+            report.match(f"GatherBlockQuantized {format.bits} bits, blocks of {format.block_size}")
+    for linear in [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]:
+        quantize_linear(linear, format, accuracy_level, method)
+        report.match("MatMulNBits sharing the table")
+    if not table.uses() and not table.is_graph_output() and table.name in graph.initializers:
+        del graph.initializers[str(table.name)]
+    if not operands[0].uses():  # no head: only the flat form is read
+        del graph.initializers[str(operands[0].name)]
 
 
 def _table(node: ir.Node) -> ir.Value | None:

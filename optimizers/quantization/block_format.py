@@ -7,8 +7,14 @@ Three kinds of zero point:
 none      symmetric: the zero point is 2^(bits−1). Up to 7 bits the weight of largest magnitude, with its sign, gets
           code 0, as in GGUF's Q4_0; 8-bit codes span ±127, as in Q8_0. Tensors of either are found again exactly.
 integer   asymmetric: the zero point is itself a code, so 0.0 is always exact.
-float     asymmetric with any zero point: HQQ's, or a Q4_1 tensor's minimum, which is found again to rounding.
-          onnxruntime's CPU kernel expands such weights on every call, which is why no CPU recipe uses it.
+float     asymmetric with any zero point: HQQ's, or a Q4_1 tensor's minimum, which is found again. Stored as the offset
+          of each block, scale · (2^(bits−1) − zero point): a symmetric kernel multiplies the codes, and a small product
+          adds the offsets times the sum of the inputs in each block. (The kernel's own float zero points make it expand
+          the weights on every call.)
+
+Scales and offsets are stored in float32 or float16. With float16 they are rounded before codes are chosen, and a Cast
+that the runtime folds while it loads the graph widens them. With all graph optimizations off (nobody's default)
+onnxruntime 1.31 reads scales that are not constants wrongly at accuracy level 4.
 
 onnxruntime's CPU kernel reads fields of 2, 4 and 8 bits; codes of other widths are kept in the next wider field, where
 they cost its size but keep their own values (a K-quant's 6 bits in 8).
@@ -38,7 +44,7 @@ class BlockFormat:
     """16, 32, … 256"""
     zero_points: ZeroPoints = "none"
     scale_type: ScaleType = "float32"
-    """float16: scales (and float zero points) are rounded to it before codes are chosen."""
+    """How scales and offsets are stored."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -49,8 +55,6 @@ class BlockFormat:
             raise ValueError(f"zero_points must be one of {', '.join(get_args(ZeroPoints))}, not {self.zero_points!r}")
         if self.scale_type not in get_args(ScaleType):
             raise ValueError(f"scale_type must be one of {', '.join(get_args(ScaleType))}, not {self.scale_type!r}")
-        if self.field == 8 and self.zero_points == "float":
-            raise ValueError("blocks of more than 4 bits take no float zero_points: no CPU kernel runs them")
 
     @property
     def top(self) -> int:
@@ -68,7 +72,7 @@ class BlockFormat:
         return next(width for width in (2, 4, 8) if width >= self.bits)
 
     def bits_per_weight(self) -> float:
-        """Storage: codes, one scale a block, and the zero point."""
+        """Storage: codes, one scale a block, and the zero point or offset."""
         number = 32 if self.scale_type == "float32" else 16
         zero_point = {"none": 0, "integer": self.field, "float": number}[self.zero_points]
         return self.field + (number + zero_point) / self.block_size
@@ -101,17 +105,19 @@ class Blocks:
     def matmul_nbits(self) -> list[NDArray[Any]]:
         """The operands of com.microsoft.MatMulNBits, all but the activation.
 
-        Codes [outputs, blocks, block_size · field / 8] uint8, scales [outputs, blocks] float32 and, unless symmetric,
-        zero points: [outputs, ⌈blocks · field / 8⌉] uint8, or [outputs, blocks] float32 of the kind `float`.
+        Codes [outputs, blocks, block_size · field / 8] uint8, scales [outputs, blocks] in the format's scale_type and,
+        unless symmetric, zero points [outputs, ⌈blocks · field / 8⌉] uint8. Of the kind `float` the third is no operand
+        of the kernel: offsets [blocks, outputs], see the module's docstring.
         """
         format, codes = self.format, self.codes
-        if format.zero_points == "none":  # the kernel's own zero point is that of the whole field
+        if format.zero_points != "integer":  # the kernel's own zero point is that of the whole field
             codes = np.add(codes, (1 << (format.field - 1)) - format.middle, dtype=np.uint8)
-        operands: list[NDArray[Any]] = [pack(codes, format.field), self.scales]
+        operands: list[NDArray[Any]] = [pack(codes, format.field), self.scales.astype(format.scale_type)]
         if format.zero_points == "integer":
             operands.append(pack(self.zero_points, format.field))
         elif format.zero_points == "float":
-            operands.append(self.zero_points)
+            offsets = (np.float32(format.middle) - self.zero_points) * self.scales
+            operands.append(np.ascontiguousarray(offsets.T.astype(format.scale_type)))
         return operands
 
     def dequantize_linear(self) -> list[NDArray[Any]]:

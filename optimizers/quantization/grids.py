@@ -65,7 +65,7 @@ def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Gri
         blocks = split_columns(weight[:, slab], format.block_size)
         grid.scales[slab], grid.zero_points[slab] = found = choose(blocks)
         codes[slab] = encode(blocks, found, format)
-    if not np.isfinite(grid.scales).all():
+    if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zero_points).all()):
         raise ValueError(f"scales up to {np.abs(weight).max() / format.middle:g} do not fit in {format.scale_type}")
     return Blocks(codes, grid.scales, grid.zero_points, format, features)
 
@@ -113,7 +113,11 @@ def rounded(grid: Grid, format: BlockFormat) -> Grid:
     if format.zero_points == "integer":
         zero_points = np.clip(np.rint(zero_points), 0, format.top)
     elif format.zero_points == "float" and format.scale_type == "float16":
-        zero_points = zero_points.astype(np.float16).astype(np.float32)
+        # What is stored is the offset; it is rounded so that the weight of code 0 keeps its place.
+        middle = np.float32(format.middle)
+        with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses infinity
+            offsets = ((middle - zero_points) * scales).astype(np.float16).astype(np.float32)
+            zero_points = middle - np.divide(offsets, scales, out=np.zeros_like(scales), where=scales != 0)
     return Grid(scales, zero_points)
 
 
@@ -185,7 +189,7 @@ def _best_scales(found: Sums, grid: Grid, format: BlockFormat) -> Grid:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scales = (a - z * b) / (c - 2 * z * d + z * z * e)
     scales = np.where(np.isfinite(scales), scales, grid.scales)
-    return Grid(rounded_scales(scales, format), z)
+    return rounded(Grid(scales, z), format)
 
 
 def _dot(one: Floats, other: Floats) -> Floats:

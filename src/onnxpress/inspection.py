@@ -9,9 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
+from onnxpress.optimizers.linear import OFFSETS
 from onnxpress.optimizers.matching import layer_of
 
 _NAMES = {
@@ -160,8 +162,10 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Share, str]]:
 
 def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     """The number format of a weight, and how many parameters of the original model it holds."""
-    for use in value.uses():
+    for use in _uses(value):
         node = use.node
+        if (value.name or "").endswith(OFFSETS):
+            return "block offsets", 0
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             bits = node.attributes.get_int("bits", 4)
             form = f"{bits}-bit blocks of {node.attributes.get_int('block_size', 128)}"
@@ -179,6 +183,15 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     if tensor.dtype in _NAMES and tensor.size > 1 and not (value.name or "").endswith(_TABLES):
         return _NAMES[tensor.dtype], tensor.size
     return "constants", 0
+
+
+def _uses(value: ir.Value) -> Iterator[Any]:
+    """Where a weight is read, also through a Cast that the runtime folds."""
+    for use in value.uses():
+        if use.node.op_type == "Cast" and value.is_initializer():
+            yield from use.node.outputs[0].uses()
+        else:
+            yield use
 
 
 def _layer_name(value: ir.Value) -> str:

@@ -13,6 +13,8 @@ import pytest
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
 from onnxpress.graph_io import save_graph
+from onnxpress.optimizers.quantization.block_format import BlockFormat
+from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
@@ -89,6 +91,61 @@ a.weight.zero_points)
         "MatMulNBits 4 bits, blocks of 32": 1,
         "MatMulNBits 8 bits, blocks of 32": 1,
     }
+
+
+def test_float_zero_points_golden(check: Check, siblings: ir.Model, x: dict[str, np.ndarray]) -> None:
+    """Symmetric codes, and offsets times the sums of the inputs by block, which siblings share."""
+    check(
+        QuantizeBlocks(4, 32, "float", accuracy_level=0, scale_type="float16", min_features=2),
+        siblings,
+        x,
+        golden="""
+        a.weight.scales.float32 = Cast[to=1](a.weight.scales)
+        a.weight.offsets.float32 = Cast[to=1](a.weight.offsets)
+        val_0 = MatMulNBits[K=64, N=96, accuracy_level=0, bits=4, block_size=32](x, a.weight.q4b32, \
+a.weight.scales.float32)
+        val_1 = Reshape(x, block_shape3.2.32)
+        x.block_sums32 = ReduceSum[keepdims=0](val_1, block_axis)
+        val_2 = MatMul(x.block_sums32, a.weight.offsets.float32)
+        y = Add(val_0, val_2)
+        b.weight.scales.float32 = Cast[to=1](b.weight.scales)
+        b.weight.offsets.float32 = Cast[to=1](b.weight.offsets)
+        val_3 = MatMulNBits[K=64, N=32, accuracy_level=0, bits=4, block_size=32](x, b.weight.q4b32, \
+b.weight.scales.float32)
+        val_4 = MatMul(x.block_sums32, b.weight.offsets.float32)
+        z = Add(val_3, val_4)
+        """,
+        tolerance=5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "accuracy_level", "scale_type"),
+    [(4, 0, "float32"), (4, 0, "float16"), (4, 4, "float32"), (8, 4, "float32")],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_float_zero_points_multiply_by_what_was_stored(
+    graph: Graph, run: Run, rng: np.random.Generator, form: str, bits: Any, accuracy_level: Any, scale_type: Any
+) -> None:
+    model = product(graph, form, rng)
+    weight, bias = (model.graph.initializers[name].const_value.numpy() for name in "wb")  # type: ignore[union-attr]
+    identity = np.eye(64, dtype=np.float32)
+    stored = round_to_nearest(
+        weight.T if FORMS[form][1] else weight, BlockFormat(bits, 32, "float", scale_type)
+    ).dequantize()
+    # Integer activations: the identity is exact in them, and so is all the rest but float32 rounding.
+    QuantizeBlocks(bits, 32, "float", "nearest", accuracy_level, scale_type)(model)
+    (found,) = run(model, {"x": identity})
+    np.testing.assert_allclose(found, stored + (bias if form == "Gemm" else 0), atol=2e-5)
+    assert not any(QuantizeBlocks(8, 16, min_features=1)(model).report.matched)  # type: ignore[attr-defined]
+
+
+def test_float_zero_points_need_whole_blocks(graph: Graph) -> None:
+    model = graph(
+        "g (float[M, 80] x, float[80, 48] w) => (float[M, 48] y) { y = MatMul(x, w) }", w=np.ones((80, 48), np.float32)
+    )
+    report = QuantizeBlocks(4, 32, "float")(model).report  # type: ignore[attr-defined]
+    assert report.skipped == {"float zero points need blocks that divide the inputs": 1}
 
 
 def test_siblings_share_one_quantization(check: Check, siblings: ir.Model, x: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,117 @@
+"""keep-blocks: weights on a grid keep their values; others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from onnxpress.optimizers.keep_blocks import GRIDS, ROUNDING, KeepBlocks, grid_of, lies_on
+from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+
+Graph = Callable[..., ir.Model]
+Run = Callable[..., list[np.ndarray]]
+PRODUCT = "g (float[M, 64] x, float[64, 48] w) => (float[M, 48] y) { y = MatMul(x, w) }"
+
+
+def stored(kind: Type, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Random weights [out, in] as llama.cpp's format holds them, in float32 again."""
+    weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(0.02)
+    return gguf.dequantize(gguf.quantize(weights, kind), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [(Type.Q4_0, GRIDS[0]), (Type.Q4_1, GRIDS[1]), (Type.Q8_0, GRIDS[3]), (Type.Q5_0, GRIDS[4]), (Type.Q5_1, GRIDS[5])],
+)
+def test_ggufs_formats_are_told_apart(kind: Type, grid: Any) -> None:
+    weights = stored(kind, (200, 96))
+    value = ir.Value(name="w", const_value=ir.tensor(weights))
+    assert grid_of(value, transpose=False) == grid
+    turned = ir.Value(name="w", const_value=ir.tensor(np.ascontiguousarray(weights.T)))
+    assert grid_of(turned, transpose=True) == grid
+
+
+def test_an_offset_of_many_bits_stays_in_float32() -> None:
+    step, minimum = np.float16(0.0632), np.float16(-0.1742)  # minimum + 8 steps takes 12 bits
+    weights = (np.arange(32) % 16 * np.float32(step) + np.float32(minimum))[None].astype(np.float32)
+    assert [lies_on(weights.T, grid) for grid in GRIDS[:4]] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q5_0, Type.Q5_1])
+def test_the_product_is_that_of_the_stored_weights(graph: Graph, run: Run, kind: Type) -> None:
+    """onnxruntime's kernels multiplied with the identity."""
+    weights = stored(kind, (48, 64))
+    model = graph(PRODUCT, w=np.ascontiguousarray(weights.T))
+    integers = kind not in (Type.Q4_0, Type.Q4_1)
+    report = KeepBlocks(accuracy_level=4 if integers else 0)(model).report  # type: ignore[attr-defined]
+    assert sum(report.matched.values()) == 1
+    assert "w" not in model.graph.initializers
+    if integers:  # without folding, onnxruntime's integer kernel misreads scales behind a Cast
+        _fold(model)
+    (found,) = run(model, {"x": np.eye(64, dtype=np.float32)})
+    # The 8-bit kernel stores an activation of 1 as 127 · (1 / 127), in float32.
+    np.testing.assert_allclose(found.T, weights, rtol=2e-5 if integers else 2e-7, atol=ROUNDING * np.abs(weights).max())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weights: (
+            weights * np.random.default_rng(1).uniform(0.9, 1.1, 64).astype(np.float32)
+        ),  # as smoothing does
+        lambda weights: weights[:, np.random.default_rng(1).permutation(64)],  # other weights in a block
+        lambda weights: np.where(np.arange(64) == 7, weights * np.float32(1.01), weights),
+    ],
+)
+def test_weights_that_were_changed_are_left_alone(graph: Graph, spoil: Callable[[np.ndarray], np.ndarray]) -> None:
+    weights = spoil(stored(Type.Q4_1, (48, 64)))
+    model = graph(PRODUCT, w=np.ascontiguousarray(weights.T))
+    report = KeepBlocks()(model).report  # type: ignore[attr-defined]
+    assert not report.matched
+    assert report.skipped == {"on no grid": 1}
+    assert [node.op_type for node in model.graph] == ["MatMul"]
+
+
+def test_packed_projections_and_a_tied_embedding(graph: Graph, run: Run) -> None:
+    table, query, key = stored(Type.Q8_0, (40, 64)), stored(Type.Q4_1, (32, 64)), stored(Type.Q4_1, (16, 64), 1)
+    model = graph(
+        """g (int64[M] ids, float[40, 64] wte, float[64, 48] qk) => (float[M, 48] y, float[M, 40] logits)
+        <float[M, 64] e> {
+        e = Gather(wte, ids)  y = MatMul(e, qk)  t = Transpose<perm = [1, 0]>(wte)  logits = MatMul(e, t) }""",
+        wte=table,
+        qk=np.ascontiguousarray(np.concatenate([query, key]).T),
+    )
+    report = KeepBlocks()(model).report  # type: ignore[attr-defined]
+    assert report.matched == {
+        "GatherBlockQuantized 8 bits, blocks of 32": 1,
+        "MatMulNBits sharing the table": 1,
+        "4-bit blocks of 32, float zero points": 1,
+    }
+    assert not QuantizeBlocks()(model).report.matched  # type: ignore[attr-defined]
+    assert not KeepBlocks()(model).report.matched  # type: ignore[attr-defined]
+    ids = np.arange(40, dtype=np.int64)
+    _fold(model)
+    products, logits = run(model, {"ids": ids})
+    for found, expected in ((products, table @ np.concatenate([query, key]).T), (logits, table @ table.T)):
+        # Activations are rounded to 8 bits by block: on average by a quarter of 1/127 of the largest of 32.
+        assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def _fold(model: ir.Model) -> None:
+    """What every session does by default while it loads a graph: Casts of constants become constants."""
+    for node in list(model.graph):
+        source = node.inputs[0]
+        if node.op_type == "Cast" and source is not None and source.const_value is not None:
+            name = node.outputs[0].name
+            value = ir.Value(
+                name=f"{name}.folded", const_value=ir.tensor(source.const_value.numpy().astype(np.float32))
+            )
+            model.graph.register_initializer(value)
+            node.outputs[0].replace_all_uses_with(value)
+            model.graph.remove(node)
