@@ -298,14 +298,15 @@ def test_an_interrupted_build_cleans_up(sent: signal.Signals, code: int, place: 
 
 
 @pytest.mark.slow
-def test_a_killed_build_leaves_the_old_artifact(
-    existing: Path, mlp: Path, profile: Path, tmp_path: Path, run: Run
+@pytest.mark.parametrize("command", ["build", "optimize"])
+def test_a_killed_run_leaves_the_old_artifact(
+    command: str, existing: Path, mlp: Path, profile: Path, tmp_path: Path, run: Run
 ) -> None:
     shutil.copytree(existing, tmp_path / "out")
     before = snapshot(tmp_path / "out")
     choose = random.Random(3)
     for _ in range(6):
-        child = start_build(tmp_path, mlp, profile)
+        child = start_build(tmp_path, mlp, profile, command)
         wait_for_work(child, tmp_path)
         time.sleep(choose.uniform(0, 1))
         child.kill()
@@ -313,12 +314,12 @@ def test_a_killed_build_leaves_the_old_artifact(
         after = snapshot(tmp_path / "out")
         complete = after.keys() == before.keys() and main(["verify", str(tmp_path / "out")]) == 0
         assert after == before or complete, "neither the old artifact nor the new one"
-    assert run("build", mlp, "-o", tmp_path / "out", "-p", profile, "--no-benchmark").code == 0
+    assert run(command, mlp, "-o", tmp_path / "out", "-p", profile, "--no-benchmark").code == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "leftovers of the killed runs"
 
 
-def start_build(folder: Path, mlp: Path, profile: Path) -> subprocess.Popen[bytes]:
-    arguments = ["build", str(mlp), "-o", str(folder / "out"), "-p", str(profile), "--no-benchmark"]
+def start_build(folder: Path, mlp: Path, profile: Path, command: str = "build") -> subprocess.Popen[bytes]:
+    arguments = [command, str(mlp), "-o", str(folder / "out"), "-p", str(profile), "--no-benchmark"]
     return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
