@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -98,6 +99,28 @@ def test_text(node: Callable[..., str], checkpoints: Checkpoints, tmp_path: Path
     expected = model.generate(torch.tensor(ROWS), attention_mask=torch.tensor(MASK), **plain).tolist()
     assert all(len(set(row)) > 3 for row in expected), "these prompts give one word over and over and prove nothing"
     assert ask(node, "translate", artifact, ids=ROWS, mask=MASK, steps=STEPS) == expected
+
+
+@pytest.mark.client
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [True, False])
+def test_text_in_optimum(checkpoints: Checkpoints, merged: bool, tmp_path: Path) -> None:
+    artifact = built(checkpoints("t5"), tmp_path / "artifact", "fp32")
+    request = {"ids": ROWS, "mask": MASK, "steps": STEPS, "merged": merged}
+    command = [optimum_python(), HERE / "optimum_generate.py", artifact, json.dumps(request)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    feeds = {"input_ids": np.array(ROWS[:1]), "attention_mask": np.array(MASK[:1])}
+    assert json.loads(done.stdout.splitlines()[-1])[0] == our_tokens(artifact, feeds, 0)[0]
+
+
+def optimum_python() -> str:
+    """The Python of the environment that the benchmarks measure optimum in; made on first use."""
+    program = "import common, export_cost; print(common.environment('optimum-onnx', export_cost.OPTIMUM))"
+    benchmarks = HERE.parents[1] / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", program], cwd=benchmarks, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.client
