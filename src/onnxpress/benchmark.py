@@ -143,7 +143,10 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
             graph = main_graph(find_graphs(path), path) if path.is_dir() else path
             profiled = open_model(graph, **options, profile_prefix=f"{folder}/profile")
             _work(profiled.kind, profiled.model, profiled.config, {**request, "repeats": 1})[0]()
-            result["operators"] = [asdict(row) for row in operator_times(Path(profiled.model.session.end_profiling()))]
+            model = profiled.model
+            sessions = model.sessions if isinstance(model, EncoderDecoderSession) else [model.session]
+            times = operator_times(*(Path(session.end_profiling()) for session in sessions))
+            result["operators"] = [asdict(row) for row in times]
     return result
 
 

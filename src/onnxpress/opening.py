@@ -123,7 +123,7 @@ def _graphs(
     config = read_json(folder / "config.json") if folder else {}
     if path.stem.startswith(ENCODER) and list(path.parent.glob(f"{DECODER}*.onnx")):
         suffix = path.stem[len(ENCODER) :]
-        model: Any = EncoderDecoderSession(path.parent, options, threads, suffix=suffix)
+        model: Any = EncoderDecoderSession(path.parent, options, threads, suffix=suffix, profile_prefix=profile_prefix)
         return Opened(path.parent.name, "encoder-decoder", model, config, folder)
     content = _with_all_logits(path) if all_logits else None
     session = open_session(path, options, threads, profile_prefix=profile_prefix, content=content)

@@ -157,9 +157,12 @@ class EncoderDecoderSession:
         provider: str = "CPUExecutionProvider",
         *,
         suffix: str = "",
+        profile_prefix: str | None = None,
     ) -> None:
         def session(stem: str) -> EncoderSession:
-            return EncoderSession(Path(folder) / f"{stem}{suffix}.onnx", session_options, threads, provider)
+            prefix = f"{profile_prefix}-{stem}" if profile_prefix else None
+            path = Path(folder) / f"{stem}{suffix}.onnx"
+            return EncoderSession(open_session(path, session_options, threads, provider, prefix))
 
         self.encoder = session(ENCODER)
         if (Path(folder) / f"{DECODER_MERGED}{suffix}.onnx").is_file():
@@ -168,6 +171,11 @@ class EncoderDecoderSession:
             self.first, self.later = session(DECODER), session(DECODER_WITH_PAST)
         self._context: dict[str, NDArray[Any]] = {}
         self.reset()
+
+    @property
+    def sessions(self) -> list[onnxruntime.InferenceSession]:
+        """Of the encoder and of the decoder or decoders."""
+        return list(dict.fromkeys(part.session for part in (self.encoder, self.first, self.later)))
 
     def reset(self) -> None:
         self._cache: dict[str, NDArray[Any]] = {}

@@ -72,9 +72,10 @@ def test_profiles_are_summed_by_operator(tmp_path: Path) -> None:
         event("c_kernel_time", "Add", 1000),
         event("c_fence_before", "Add", 9000),
         event("model_run", "", 9000, "Session"),
-        event("d_kernel_time", "MatMul", 4000),
     ]
     (tmp_path / "p.json").write_text(json.dumps(events))
-    rows = operator_times(tmp_path / "p.json")
+    more = [event("choice_kernel_time", "If", 5000), event("inside_kernel_time", "MatMul", 4000)]
+    (tmp_path / "q.json").write_text(json.dumps(more))
+    rows = operator_times(tmp_path / "p.json", tmp_path / "q.json")
     assert [(row.operator, row.calls, row.milliseconds) for row in rows] == [("MatMul", 2, 6), ("Add", 2, 2)]
     assert [row.share for row in rows] == [0.75, 0.25]

@@ -8,6 +8,7 @@ import pytest
 
 from onnxpress import finished, pipeline
 from onnxpress.artifact_folder import graph_paths
+from onnxpress.benchmark import benchmark
 from onnxpress.exporter import architectures
 from onnxpress.graph_io import FileTensor, load_graph
 
@@ -41,6 +42,9 @@ def test_the_decoders_of_an_encoder_decoder_are_merged_and_share_their_weights(t
         "decoder_model_merged_quantized.onnx_data",
     }
     graphs = {stem: load_graph(path) for stem, path in graph_paths(tmp_path / "int8").items()}
+    operators = {row.operator for row in benchmark(tmp_path / "int8", repeats=1, profile=True).operators}
+    assert "MultiHeadAttention" in operators  # of the encoder's session and from inside of the branches
+    assert "If" not in operators
     for stem in ("decoder_model", "decoder_with_past_model", "decoder_model_merged"):
         weights = [value.const_value for value in graphs[stem].graph.initializers.values()]
         files = {tensor.path.name for tensor in weights if isinstance(tensor, FileTensor)}
