@@ -53,14 +53,14 @@ def key(checkpoint: Checkpoint, task: str | None, context_length: int | None) ->
         "context_length": context_length,
         "pooling": checkpoint.pooling.model_dump() if checkpoint.pooling is not None else None,
         "tensors": sorted((name, list(source.shape), source.dtype.name) for name, source in checkpoint.tensors.items()),
-        "versions": [version("torch"), version("transformers"), version("onnxscript"), _own_source()],
+        "versions": [version("torch"), version("transformers"), version("onnx-ir"), _own_source()],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _own_source() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

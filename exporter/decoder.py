@@ -37,7 +37,7 @@ class CachedDecoder(nn.Module):
         past_length = total_length - length
         key_positions = operators.token_positions(attention_mask)
         position_ids = key_positions[:, past_length:]
-        total = torch.tensor(total_length, dtype=torch.int32)
+        total = torch.full((), total_length, dtype=torch.int32)
         cache = GraphCache(dict(zip(self.layers, past, strict=True)), past_length, total_length, fusion.fuse_attention)
         fusion.begin(
             self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxpress.exporter.trace import MODULE
+from onnxpress.exporter.writer import MODULE
 
 PROLOGUE, EPILOGUE = -1, 1 << 30
 

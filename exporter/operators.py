@@ -1,7 +1,7 @@
 """The fused operators that the exporter writes into a traced graph.
 
-Each function takes and returns torch tensors; under `torch.export` it records one ONNX node
-(`torch.onnx.ops.symbolic*`) instead of computing anything. `onnxpress::Linear` is ours: a placeholder for a product
+Each function takes and returns torch tensors; it writes one ONNX node into the graph being recorded (see `record.py`)
+instead of computing anything. `onnxpress::Linear` is ours: a placeholder for a product
 with a parameter, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
 transposed by torch.
 """
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.onnx.ops as onnx_ops
 from torch import Tensor
 
+from onnxpress.exporter import record
 from onnxpress.exporter.lowering import LINEAR_DOMAIN
 
 
@@ -23,26 +23,15 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     node."""
     out_features = weight.shape[1 if transposed else 0]
     inputs = [states, weight] if bias is None else [states, weight, bias]
-    return onnx_ops.symbolic(
-        f"{LINEAR_DOMAIN}::Linear",
-        inputs,
-        {"transposed": int(transposed)},
-        dtype=states.dtype,
-        shape=[*states.shape[:-1], out_features],
-        version=1,
-    )
+    output = (states.dtype, [*states.shape[:-1], out_features])
+    return record.active().node(LINEAR_DOMAIN, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """SimplifiedLayerNormalization over the last axis, statistics in float32 (onnxruntime's name of RMSNorm)."""
-    return onnx_ops.symbolic(
-        "::SimplifiedLayerNormalization",
-        [states, weight],
-        {"axis": -1, "epsilon": epsilon, "stash_type": 1},
-        dtype=states.dtype,
-        shape=states.shape,
-        version=1,
-    )
+    attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+    output = (states.dtype, states.shape)
+    return record.active().node("", "SimplifiedLayerNormalization", [states, weight], attributes, [output])[0]
 
 
 def rotary_embedding(
@@ -53,14 +42,9 @@ def rotary_embedding(
     attributes: dict[str, Any] = {"interleaved": int(interleaved)}
     if rotary_dim != states.shape[-1]:
         attributes |= {"rotary_embedding_dim": rotary_dim, "num_heads": states.shape[1]}
-    return onnx_ops.symbolic(
-        "com.microsoft::RotaryEmbedding",
-        [states, position_ids, cos, sin],
-        attributes,
-        dtype=states.dtype,
-        shape=states.shape,
-        version=1,
-    )
+    inputs = [states, position_ids, cos, sin]
+    output = (states.dtype, states.shape)
+    return record.active().node("com.microsoft", "RotaryEmbedding", inputs, attributes, [output])[0]
 
 
 def group_query_attention(
@@ -93,17 +77,13 @@ def group_query_attention(
         position_ids,
         bias,
     ]
-    output, present_key, present_value = onnx_ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
+    present = (query.dtype, (batch, kv_heads, total, head_dim))
+    output, present_key, present_value = record.active().node(
+        "com.microsoft",
+        "GroupQueryAttention",
         inputs,
         {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotary is not None), **attributes},
-        dtypes=[query.dtype] * 3,
-        shapes=[
-            (batch, length, heads * head_dim),
-            (batch, kv_heads, total, head_dim),
-            (batch, kv_heads, total, head_dim),
-        ],
-        version=1,
+        [(query.dtype, (batch, length, heads * head_dim)), present, present],
     )
     return output.view(batch, length, heads, head_dim), present_key, present_value
 
@@ -116,13 +96,12 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor
     """
     batch, heads, length, _ = query.shape
     value_dim = value.shape[-1]
-    output = onnx_ops.symbolic(
-        "com.microsoft::MultiHeadAttention",
+    (output,) = record.active().node(
+        "com.microsoft",
+        "MultiHeadAttention",
         [_merge_heads(query), _merge_heads(key), _merge_heads(value), None, None, bias],
         {"num_heads": heads, "scale": scale},
-        dtype=query.dtype,
-        shape=(batch, length, heads * value_dim),
-        version=1,
+        [(query.dtype, (batch, length, heads * value_dim))],
     )
     return output.view(batch, length, heads, value_dim)
 

@@ -27,7 +27,7 @@ from onnxpress.exporter.layers import (
     rename_layers,
     representatives,
 )
-from onnxpress.exporter.trace import MODULE
+from onnxpress.exporter.writer import MODULE
 
 
 def stamp(template: ir.Model, stack: Stack, chosen: tuple[int, ...], path: str) -> ir.Model:
