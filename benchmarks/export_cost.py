@@ -1,8 +1,8 @@
 """What an export costs: wall time and peak memory, from a checkpoint on disk to a saved float32 graph with a cache.
 
     python benchmarks/export_cost.py            SmolLM2-135M, against onnxruntime-genai, optimum-onnx, transformers
-    python benchmarks/export_cost.py --large    also random 3B (24 layers) and 7B (48 layers) checkpoints in bfloat16,
-                                                against copying their files; needs 60 GB of disk (--scale shrinks them)
+    python benchmarks/export_cost.py --large    random 3B (12 and 24 layers) and 7B (48 layers) checkpoints in bfloat16,
+                                                against copying their files; needs 40 GB of disk (--scale shrinks them)
 
 Wall time includes interpreter start and imports, and writing everything to the disk (sync). Memory is the kernel's
 ru_maxrss of the largest process of the tool; mapped files count as far as they are resident.
@@ -23,8 +23,8 @@ from common import CACHE, PEERS, Measured, Row
 from decoder import GENAI_BUILDER
 
 OPTIMUM = ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6"]
-LARGE = {"3B, 24 layers": (24, 3072, 9216), "7B, 48 layers": (48, 3584, 9728)}
-"""layers, hidden size, intermediate size: 5.5 and 13.7 GB in bfloat16."""
+LARGE = {"12 layers": (12, 3072, 9216), "3B, 24 layers": (24, 3072, 9216), "7B, 48 layers": (48, 3584, 9728)}
+"""layers, hidden size, intermediate size: 2.9, 5.5 and 13.7 GB in bfloat16. The first shows what depth costs."""
 SCRATCH = CACHE / "scratch"
 BLUEPRINTS = CACHE / "blueprints"
 """onnxpress's own cache during this benchmark: emptied before each run that is to know nothing of the architecture."""
@@ -114,37 +114,51 @@ def small(rounds: int, find_links: str | None, only: Sequence[str] | None) -> li
 
 
 def large(rounds: int, scale: float) -> list[Row]:
+    """Random checkpoints in bfloat16: their files copied, exported as they are, and exported in float32."""
     rows: list[Row] = []
     for name, (layers, hidden, intermediate) in LARGE.items():
-        width = max(128, round(hidden * scale / 128) * 128)
+        width = max(1, round(hidden * scale / 512)) * 512  # a multiple of its 4 key-value heads of 128
         inner = max(128, round(intermediate * scale / 128) * 128)
         checkpoint = CACHE / "random" / f"{layers}-{width}-{inner}"
         shutil.rmtree(checkpoint, ignore_errors=True)
         generator = PEERS / "random_checkpoint.py"
         common.measured([sys.executable, generator, checkpoint, str(layers), str(width), str(inner)])
         size = common.file_bytes(checkpoint)
-        exports, copies = [], []
-        for _ in range(rounds):
-            copies.append(timed(["cp", "-r", "--reflink=never", checkpoint, SCRATCH]).seconds)
-            exports.append(timed([sys.executable, PEERS / "export_onnxpress.py", checkpoint, SCRATCH]))
-        written = common.file_bytes(SCRATCH)
-        seconds, copy = common.median([run.seconds for run in exports]), common.median(copies)
-        row: Row = {"checkpoint": name, "GB": size / 1e9, "written GB": written / 1e9}
-        row |= {"copy s": copy, "export s": seconds, "export / copy": seconds / copy}
-        row["per byte written"] = seconds / written / (copy / size)
-        rows.append({**row, "peak RSS GB": max(run.peak_rss_bytes for run in exports) / 1e9})
+        export: list[str | Path] = [sys.executable, PEERS / "export_onnxpress.py", checkpoint, SCRATCH]
+        found: dict[str, tuple[list[str | Path], bool]] = {
+            "cp": (["cp", "-r", "--reflink=never", checkpoint, SCRATCH], False),
+            "export --dtype auto": ([*export, "auto"], False),
+            "the same, architecture seen before": ([*export, "auto"], True),
+            "export --dtype float32": ([*export, "float32"], False),
+        }
+        runs: dict[str, list[Measured]] = {what: [] for what in found}
+        written: dict[str, int] = {}
+        for number in range(rounds):
+            for what, (command, seen) in found.items():
+                print(f"{name}, round {number + 1} of {rounds}: {what}", file=sys.stderr)
+                runs[what].append(timed(command, seen=seen))
+                written[what] = common.file_bytes(SCRATCH)
+                shutil.rmtree(SCRATCH)
+        copy = common.median([run.seconds for run in runs["cp"]])
+        for what, samples in runs.items():
+            seconds = common.median([run.seconds for run in samples])
+            row: Row = {"checkpoint": f"{name}, {size / 1e9:.1f} GB", "": what, "written GB": written[what] / 1e9}
+            row |= {"wall s": seconds, "time / cp": seconds / copy}
+            rows.append({**row, "peak RSS GB": max(run.peak_rss_bytes for run in samples) / 1e9})
         shutil.rmtree(checkpoint)
     return rows
 
 
 def main() -> None:
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--large", action="store_true", help="also the random 3B and 7B checkpoints")
+    parser.add_argument("--large", action="store_true", help="random checkpoints of 3B and 7B instead of SmolLM2")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the widths of the random checkpoints")
     arguments = parser.parse_args()
-    tables = {"SmolLM2-135M": small(arguments.repeats, arguments.find_links, arguments.only)}
+    tables: dict[str, list[Row]] = {}
     if arguments.large:
-        tables["Random checkpoints, bfloat16 to float32"] = large(arguments.repeats, arguments.scale)
+        tables["Random checkpoints in bfloat16"] = large(arguments.repeats, arguments.scale)
+    else:
+        tables["SmolLM2-135M"] = small(arguments.repeats, arguments.find_links, arguments.only)
     shutil.rmtree(SCRATCH, ignore_errors=True)
     common.report("Cost of an export", tables, arguments)
 

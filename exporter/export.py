@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from onnxpress.artifact import Artifact
+from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import blueprint, lowering
 from onnxpress.exporter.checkpoint import Checkpoint
+from onnxpress.exporter.lowering import WeightType
+from onnxpress.exporter.weights import TensorSource
+from onnxpress.storage import HALVES
 
 
 def export(
-    checkpoint: Checkpoint, *, task: str | None = None, context_length: int | None = None, remember: bool = True
+    checkpoint: Checkpoint,
+    *,
+    task: str | None = None,
+    context_length: int | None = None,
+    dtype: WeightType = "float32",
+    remember: bool = True,
 ) -> Artifact:
     """Export a checkpoint to float32 graphs with lazy weights.
 
@@ -18,6 +29,7 @@ def export(
     Args:
         task: optimum's task name; by default what the checkpoint says.
         context_length: positions that rotary tables serve; by default the model's own limit.
+        dtype: how files will hold the matrices; "auto" copies what the checkpoint has. Arithmetic is float32 anyhow.
         remember: use and keep blueprints in the user's cache.
 
     Raises:
@@ -37,7 +49,12 @@ def export(
             known = blueprint.store(key, known, checkpoint) or known
     for graph in known.graphs.values():
         if known.described["method"] != "fallback":
-            lowering.bind(graph, known.sources)
+            lowering.bind(graph, known.sources, dtype)
+        elif dtype != "float32":
+            raise UnsupportedModelError(
+                f"this architecture is exported by transformers itself, in float32 only: no weights in {dtype}",
+                hint="leave out --dtype",
+            )
         graph.producer_name = "onnxpress"
     return Artifact(
         task=known.task,
@@ -45,5 +62,11 @@ def export(
         config=dict(checkpoint.config),
         files=dict(checkpoint.files),
         source=checkpoint.source,
-        export=known.described,
+        export={**known.described, "dtype": dtype, "rounded": _rounds(known.sources, dtype)},
     )
+
+
+def _rounds(sources: Mapping[str, TensorSource], dtype: WeightType) -> bool:
+    """Whether files will hold weights in less than the precision, or the range, of the checkpoint."""
+    kinds = {(source.dtype, lowering.stored_type(source, dtype)) for source in sources.values()}
+    return any(kept in HALVES and kept != before for before, kept in kinds)

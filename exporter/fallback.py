@@ -15,6 +15,7 @@ from onnxpress.exporter import binding
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
 from onnxpress.exporter.trace import IR_VERSION, OPSET, first_line, quiet
 from onnxpress.exporter.weights import TensorSource
+from onnxpress.floats import require_finite
 
 
 def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[str, TensorSource], why: str) -> ir.Model:
@@ -26,7 +27,7 @@ def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[st
     parameters = model.state_dict()
     with torch.no_grad():
         for name, source in binding.bind(model, tensors).items():
-            parameters[name].copy_(binding.to_torch(source.numpy()))
+            parameters[name].copy_(binding.to_torch(require_finite(source.numpy(), name)))
     inputs, free = example_inputs(model, config)
     shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in free.items()}
     try:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.weights import FileTensor, TensorSource
-from onnxpress.tensors import RowTensor
+from onnxpress.errors import UnsupportedModelError
+from onnxpress.exporter.weights import TensorSource
+from onnxpress.floats import narrow, widen
+from onnxpress.storage import HALVES, StoredTensor, WideTensor
+from onnxpress.tensors import FileTensor, RowTensor, concrete_shape
 
 LINEAR_DOMAIN = "onnxpress"
 """Domain of the placeholder for a product with a parameter; see `operators.linear`."""
+WeightType = Literal["auto", "float32", "float16", "bfloat16"]
+"""How a file holds the weights; "auto": as the checkpoint does."""
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
-def bind(model: ir.Model, sources: Mapping[str, TensorSource]) -> None:
+def bind(model: ir.Model, sources: Mapping[str, TensorSource], dtype: WeightType = "float32") -> None:
     """Give every parameter of the graph its place in the checkpoint and lower the `onnxpress::Linear` placeholders.
 
     Initializers keep their checkpoint names; a weight that only products use is stored as [in, out], the layout that
     MatMul multiplies with. A weight that the embedding uses too stays [out, in] and is multiplied by
-    FusedMatMul(transB=1), so that it is stored once. Floating-point weights become float32. Nothing is read here.
+    FusedMatMul(transB=1), so that it is stored once. Floating-point weights are float32 to all nodes, whatever
+    the `dtype` in which a file will hold them. Nothing is read here.
     """
     graph = model.graph
     shared: dict[TensorSource, ir.Value] = {}
@@ -42,7 +47,7 @@ def bind(model: ir.Model, sources: Mapping[str, TensorSource]) -> None:
         graph.initializers.add(value)
     turned = {value for value in shared.values() if _only_linear(value)}
     for source, value in shared.items():
-        tensor = bound_tensor(source, value.name or "", transposed=value in turned)
+        tensor = bound_tensor(source, value.name or "", transposed=value in turned, dtype=dtype)
         value.const_value, value.shape, value.dtype = tensor, tensor.shape, tensor.dtype
     for node in list(graph):
         if node.domain == LINEAR_DOMAIN:
@@ -55,34 +60,52 @@ def unbound(model: ir.Model) -> list[str]:
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
-def bound_tensor(source: TensorSource, name: str, *, transposed: bool = False) -> ir.LazyTensor:
+def bound_tensor(
+    source: TensorSource, name: str, *, transposed: bool = False, dtype: WeightType = "float32"
+) -> ir.LazyTensor:
     """A lazy float32 view of a checkpoint tensor (integers keep their type), [in, out] where `transposed`.
 
-    Evaluating it raises CorruptFileError when the weights hold NaN.
+    What the file is to hold is `stored_type`'s. Evaluating it raises CorruptFileError when the weights hold NaN or
+    infinity, UnsupportedModelError when they do not fit into `dtype`.
     """
-    dtype = ir.DataType.FLOAT if source.dtype in _FLOATS else source.dtype
-    if source.dtype not in _FLOATS and not source.dtype.is_integer() and source.dtype != ir.DataType.BOOL:
-        raise UnsupportedModelError(
-            f"{source.name} is stored as {source.dtype}, which onnxpress does not read",
-            hint="convert the checkpoint to float32, float16 or bfloat16",
-        )
-    shape = source.shape[::-1] if transposed else source.shape
+    if source.dtype not in _FLOATS:
+        if not source.dtype.is_integer() and source.dtype != ir.DataType.BOOL:
+            raise UnsupportedModelError(
+                f"{source.name} is stored as {source.dtype}, which onnxpress does not read",
+                hint="convert the checkpoint to float32, float16 or bfloat16",
+            )
+        return source.lazy(name)
+    kept = stored_type(source, dtype)
+    held = source.lazy(name)
+    if held.dtype != kept and (kept in HALVES or held.dtype == ir.DataType.DOUBLE):
+        held = _narrowed(held, kept)
+    if kept in HALVES:
+        return StoredTensor(held, turned=transposed)
+    if held.dtype == kept and not transposed:
+        return held
+    wide = WideTensor(held, turned=transposed)
+    if source.shape and (isinstance(held, FileTensor) or (isinstance(held, RowTensor) and not transposed)):
+        return wide
+    whole = lambda: ir.Tensor(widen(held.numpy().T if transposed else held.numpy()))  # noqa: E731
+    return ir.LazyTensor(whole, dtype=kept, shape=wide.shape, name=name)
 
-    def cast(array: np.ndarray) -> np.ndarray:
-        if dtype == ir.DataType.FLOAT:
-            array = array.astype(np.float32, copy=False)
-            if np.isnan(array.sum()) and np.isnan(array).any():
-                raise CorruptFileError(f"{source.name} holds NaN", hint="the checkpoint is damaged; fetch it again")
-        return array
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        return cast(source.numpy()[:, start:stop]).T if transposed else cast(source.rows(start, stop))
+def stored_type(source: TensorSource, dtype: WeightType) -> ir.DataType:
+    """The format in which a file holds a floating-point parameter.
 
-    mapped = isinstance(source, FileTensor)  # of a mapped file, a few columns too cost little
-    if shape and (mapped or (source.reads_rows and not transposed)):
-        return RowTensor(rows, dtype, shape, name=name)
-    evaluate = lambda: ir.Tensor(np.ascontiguousarray(cast(source.numpy()).T if transposed else cast(source.numpy())))  # noqa: E731
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
+    Vectors (norms, biases) are a ten-thousandth of the bytes, and float32 always, as in .gguf files.
+    """
+    if len(source.shape) < 2 or dtype == "float32" or (dtype == "auto" and source.dtype not in HALVES):
+        return ir.DataType.FLOAT
+    return source.dtype if dtype == "auto" else ir.DataType[dtype.upper()]
+
+
+def _narrowed(held: ir.LazyTensor, dtype: ir.DataType) -> ir.LazyTensor:
+    shape, name = concrete_shape(held), held.name
+    if isinstance(held, (FileTensor, RowTensor)) and shape:
+        return RowTensor(lambda a, b: narrow(held.rows(a, b), dtype.numpy(), name), dtype, shape, name=name)
+    whole = lambda: ir.Tensor(narrow(held.numpy(), dtype.numpy(), name), dtype=dtype)  # noqa: E731
+    return ir.LazyTensor(whole, dtype=dtype, shape=ir.Shape(shape), name=name)
 
 
 def _only_linear(value: ir.Value) -> bool:

@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress import tensors
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
+from onnxpress.floats import require_finite
+from onnxpress.tensors import RowTensor
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -75,6 +78,14 @@ class TensorSource(ABC):
         """`numpy()[start:stop]` along the leading axis."""
         return self.numpy()[start:stop]
 
+    def lazy(self, name: str) -> ir.LazyTensor:
+        """The same as a weight of a graph. Reading it raises CorruptFileError where it holds NaN or infinity."""
+        if self.reads_rows and self.shape:
+            rows = lambda start, stop: require_finite(self.rows(start, stop), name)  # noqa: E731
+            return RowTensor(rows, self.dtype, self.shape, name=name)
+        evaluate = lambda: ir.Tensor(require_finite(self.numpy(), name), dtype=self.dtype)  # noqa: E731
+        return ir.LazyTensor(evaluate, dtype=self.dtype, shape=ir.Shape(self.shape), name=name)
+
     def __repr__(self) -> str:
         shape = ",".join(map(str, self.shape))
         return f"{type(self).__name__}({self.name}: {self.dtype}[{shape}])"
@@ -99,24 +110,10 @@ class FileTensor(TensorSource):
 
     def numpy(self) -> np.ndarray:
         dtype = self.dtype.numpy()
-        return map_file(self.path, self.offset, self.nbytes).view(dtype).reshape(self.shape)
+        return tensors.map_file(self.path, self.offset, self.nbytes).view(dtype).reshape(self.shape)
 
-
-def map_file(path: Path, offset: int, nbytes: int) -> np.ndarray:
-    """A read-only uint8 view of part of a file.
-
-    Raises:
-        CorruptFileError: the file became unreadable or shorter since its header was read.
-    """
-    if nbytes == 0:
-        return np.empty(0, dtype=np.uint8)
-    try:
-        return np.asarray(np.memmap(path, mode="r", dtype=np.uint8, offset=offset, shape=(nbytes,)))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(
-            f"{path}: cannot read {nbytes} bytes at {offset}: {error}",
-            hint="the file changed or vanished after it was opened; start again",
-        ) from error
+    def lazy(self, name: str) -> ir.LazyTensor:
+        return tensors.FileTensor(self.path, self.offset, self.dtype, self.shape, name=name, finite=True)
 
 
 class ArrayTensor(TensorSource):
@@ -139,7 +136,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """
     header, start, file_size = _read_header(path)
     header.pop("__metadata__", None)
-    tensors: dict[str, FileTensor] = {}
+    found: dict[str, FileTensor] = {}
     extents: list[tuple[int, int]] = []
     for name, entry in header.items():
         shape, code, begin, end = _parse_entry(path, name, entry)
@@ -161,7 +158,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
                 f"its offsets give {end - begin}",
                 hint="the header is damaged; fetch the file again",
             )
-        tensors[name] = tensor
+        found[name] = tensor
         extents.append((begin, end))
     position = 0
     for begin, end in sorted(extents):
@@ -170,7 +167,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
         position = end
     if position != file_size - start:
         raise CorruptFileError(f"{path}: {file_size - start - position} bytes belong to no tensor")
-    return tensors
+    return found
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -215,35 +212,10 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], st
     return tuple(shape), code, begin, end
 
 
-def check_finite(source: TensorSource, *, chunk: int = 1 << 20) -> None:
-    """Read a tensor in pieces and refuse NaN and infinity; integers always pass.
-
-    Args:
-        chunk: elements per piece, which bounds the temporary memory.
-
-    Raises:
-        CorruptFileError: the tensor holds NaN or infinity; the message counts them.
-    """
-    if not source.dtype.is_floating_point():
-        return
-    bad = sum(_count_not_finite(piece) for piece in _pieces(source.numpy(), chunk))
-    if bad:
-        raise CorruptFileError(
-            f"weight {source.name} has {bad} NaN or infinite values out of {source.size}",
-            hint="the checkpoint is damaged or its training diverged; a graph made from it would answer NaN",
-        )
-
-
 def _pieces(array: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     flat = array.reshape(-1)
     for begin in range(0, flat.size, chunk):
         yield flat[begin : begin + chunk]
-
-
-def _count_not_finite(values: np.ndarray) -> int:
-    if values.dtype.kind != "f":  # ml_dtypes' types have no fast isfinite of their own
-        values = values.astype(np.float32)
-    return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def same_values(a: TensorSource, b: TensorSource, *, chunk: int = 1 << 22) -> bool:

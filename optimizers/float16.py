@@ -19,7 +19,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import UnsupportedModelError, UsageError
+from onnxpress.errors import UsageError
+from onnxpress.floats import narrow
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.matching import add_weight, drop_unused_weights
 from onnxpress.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
@@ -233,15 +234,5 @@ def _converter(tensor: ir.TensorProtocol, name: str) -> Callable[[], ir.TensorPr
 
 def _to_half(array: Array | np.float32, name: str, may_clip: bool = False) -> Array:
     """Round to float16. A finite number that becomes infinite is an error, unless `may_clip`."""
-    with np.errstate(over="ignore"):
-        half = np.asarray(array).astype(np.float16)
-    overflow = np.isinf(half) & np.isfinite(array)
-    if overflow.any():
-        if not may_clip:
-            worst = float(np.abs(np.asarray(array)[overflow]).max())
-            raise UnsupportedModelError(
-                f"Weight {name!r} does not fit into float16: {worst:g} is beyond {LARGEST:g}.",
-                hint="Leave its operator in float32 (block), or choose another format.",
-            )
-        half = np.clip(half, -LARGEST, LARGEST).astype(np.float16)
-    return half
+    values = np.asarray(array)
+    return narrow(np.clip(values, -LARGEST, LARGEST) if may_clip else values, np.float16, name)

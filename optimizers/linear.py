@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.floats import require_finite
 from onnxpress.optimizers.base import Report
 from onnxpress.tensors import concrete_shape
 
@@ -126,11 +127,7 @@ def read_rows(linear: Linear) -> NDArray[np.float32]:
 
 def read_matrix(tensor: ir.TensorProtocol, name: str, *, transpose: bool = False) -> NDArray[np.float32]:
     """A matrix that is about to be quantized, checked to be finite."""
-    from onnxpress.errors import CorruptFileError
-
-    matrix = np.asarray(tensor.numpy(), dtype=np.float32)
-    if not np.isfinite(matrix).all():
-        raise CorruptFileError(f"{name} holds NaN or infinity and cannot be quantized.")
+    matrix: NDArray[np.float32] = require_finite(np.asarray(tensor.numpy(), dtype=np.float32), name)
     return np.ascontiguousarray(matrix.T) if transpose else matrix
 
 

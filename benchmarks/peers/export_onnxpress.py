@@ -1,12 +1,13 @@
-"""onnxpress's exporter as a contender: checkpoint to a saved float32 graph, not verified, like the other exporters.
+"""onnxpress's exporter as a contender: checkpoint to a saved graph, not verified, like the other exporters.
 
-usage: export_onnxpress.py CHECKPOINT FOLDER (in onnxpress's environment)
+usage: export_onnxpress.py CHECKPOINT FOLDER [DTYPE] (in onnxpress's environment)
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from onnxpress.artifact_folder import write_companions, write_graphs
 from onnxpress.exporter.export import export
@@ -18,7 +19,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     checkpoint = resolve(sys.argv[1])
     assert isinstance(checkpoint, Checkpoint)
-    artifact = export(checkpoint)
+    dtype: Any = sys.argv[3] if len(sys.argv) > 3 else "float32"
+    artifact = export(checkpoint, dtype=dtype)
     write_graphs(artifact.graphs, folder)
     write_companions(artifact, folder)
 

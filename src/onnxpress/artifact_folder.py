@@ -29,6 +29,7 @@ from onnxpress.manifest import Manifest
 from onnxpress.merged_decoder import merge_decoders, share_weights
 from onnxpress.optimizers.linear import OFFSETS, SCALES
 from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
+from onnxpress.storage import stored
 from onnxpress.tensors import concrete_shape
 
 GRAPHS = "onnx"
@@ -194,9 +195,9 @@ def weight_format(value: ir.Value) -> str | None:
 
 
 def weight_bytes(*models: ir.Model) -> int:
-    """Bytes of the weights; of several graphs of one model, those with one name, dtype and shape are one weight."""
+    """Bytes of the weights in a file; those of one name, dtype and shape in several graphs of one model are one."""
     found = {
-        (value.name, value.const_value.dtype, concrete_shape(value.const_value)): value.const_value.nbytes
+        (value.name, value.const_value.dtype, concrete_shape(value.const_value)): stored(value.const_value).nbytes
         for model in models
         for graph in model.graphs()
         for value in graph.initializers.values()

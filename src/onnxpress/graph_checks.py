@@ -12,12 +12,15 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from onnxpress import storage
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UnsafeInputError, UnsupportedModelError
 from onnxpress.tensors import FileTensor, concrete_shape
 
 
 def load_graph(path: Path | str) -> ir.Model:
     """Read an ONNX file; its external weights stay on disk as FileTensors until they are used.
+
+    Weights that the graph only casts to float32 are float32 in the result (see `onnxpress.storage`).
 
     Raises:
         SourceNotFoundError: there is no such file.
@@ -47,6 +50,7 @@ def load_graph(path: Path | str) -> ir.Model:
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, _locate(attribute.value, path))
     _check_inputs(model, path)
+    storage.decode(model)
     return model
 
 

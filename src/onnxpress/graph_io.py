@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxpress import storage
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
 from onnxpress.graph_checks import load_graph
 from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
@@ -91,6 +92,7 @@ def save_graphs(
     plan = _Plan(folder, external_data, Path(reuse) if reuse is not None else None)
     stored = {path: model.clone() for path, model in models.items()}
     for model in stored.values():
+        storage.encode(model)
         for value in _initializers(model):
             value.const_value = plan.place(value)
     with contextlib.ExitStack() as stack:
@@ -205,7 +207,8 @@ def _write_tensor(file: _Temporary, offset: int, tensor: ir.TensorProtocol, nbyt
         _expect(tensor, len(data := tensor.tobytes()), nbytes)
         file.write(memoryview(data), offset)
     elif isinstance(tensor, FileTensor):
-        copied = file.copy_from(tensor.path, tensor.offset, offset, nbytes)
+        # what has to be checked goes through this process, the rest does not
+        copied = 0 if tensor.finite else file.copy_from(tensor.path, tensor.offset, offset, nbytes)
         for start in range(copied, nbytes, SLAB_BYTES):
             file.write(tensor.read(start, min(SLAB_BYTES, nbytes - start)).data, offset + start)
     elif isinstance(tensor, RowTensor) and len(tensor.shape) > 0:
@@ -247,10 +250,19 @@ def _serialize(model: ir.Model) -> bytes:
     )
     if sum(_inline_bytes(value) for value in _initializers(model)) > PROTOBUF_LIMIT:
         raise too_large
-    proto: onnx.ModelProto = ir.to_proto(model)
+    try:
+        proto: onnx.ModelProto = ir.to_proto(model)
+    except ir.serde.SerdeError as error:  # a small weight that turned out to be bad when it was computed
+        raise next((cause for cause in _causes(error) if isinstance(cause, OnnxpressError)), error) from error
     if proto.ByteSize() > PROTOBUF_LIMIT:
         raise too_large
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _inline_bytes(value: ir.Value) -> int:

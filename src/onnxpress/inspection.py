@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxpress.optimizers.linear import OFFSETS
 from onnxpress.optimizers.matching import layer_of
+from onnxpress.storage import stored
 
 _NAMES = {
     ir.DataType.FLOAT: "fp32",
@@ -88,6 +89,8 @@ class Inspection:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     kv_cache_bytes_per_token: int
+    _weight_bytes: int = field(repr=False, default=0)
+    """In memory, where weights that the file holds in half the bytes are float32."""
     _values: tuple[tuple[tuple[tuple[int | str, ...], int], ...], ...] = field(repr=False, default=())
     _attention_heads: int = field(repr=False, default=0)
     _batch: frozenset[int | str] = field(repr=False, default=frozenset())
@@ -99,7 +102,7 @@ class Inspection:
             (sum(self._elements(shape, context_length) * width for shape, width in node) for node in self._values),
             default=0,
         )
-        return MemoryEstimate(self.total.bytes, self.kv_cache_bytes_per_token * context_length, max(largest, scores))
+        return MemoryEstimate(self._weight_bytes, self.kv_cache_bytes_per_token * context_length, max(largest, scores))
 
     def _elements(self, shape: tuple[int | str, ...], context_length: int) -> int:
         """Elements of a value: named dimensions are 1 for the batch and the context length otherwise."""
@@ -111,7 +114,9 @@ def inspect_graph(model: ir.Model) -> Inspection:
     layers: dict[str, LayerSummary] = {}
     formats: dict[str, Share] = {}
     total = Share()
+    resident = 0
     for value, share, form in _weights(model):
+        resident += value.const_value.nbytes if value.const_value is not None else 0
         layer = layers.setdefault(name := _layer_name(value), LayerSummary(name))
         for target in (total, layer.total, formats.setdefault(form, Share()), layer.formats.setdefault(form, Share())):
             target.add(share)
@@ -130,6 +135,7 @@ def inspect_graph(model: ir.Model) -> Inspection:
             for value in model.graph.inputs
             if value.name is not None and value.name.startswith("past_key_values.") and value.dtype is not None
         ),
+        _weight_bytes=resident,
         _values=tuple(
             tuple(
                 (_port(value).shape, value.dtype.bitwidth // 8)
@@ -157,7 +163,7 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Share, str]]:
                 continue
             counted.add(id(tensor))
             form, parameters = _format(value, tensor)
-            yield value, Share(parameters, tensor.nbytes), form
+            yield value, Share(parameters, stored(tensor).nbytes), form
 
 
 def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
@@ -181,7 +187,7 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
             form = f"{tensor.dtype.name.lower() if use.idx == 0 else 'integer'} dequantized"
             return (form, tensor.size) if use.idx == 0 else ("scales", 0)
     if tensor.dtype in _NAMES and tensor.size > 1 and not (value.name or "").endswith(_TABLES):
-        return _NAMES[tensor.dtype], tensor.size
+        return _NAMES[stored(tensor).dtype], tensor.size
     return "constants", 0
 
 

@@ -29,6 +29,7 @@ from onnxpress.work import Work
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
+    from onnxpress.exporter.lowering import WeightType
 
 __all__ = ["BuildResult", "build", "default_output", "export", "load", "optimize", "resolve"]
 
@@ -93,20 +94,24 @@ def export(
     task: str | None = None,
     logits: Logits | None = None,
     context_length: int | None = None,
+    dtype: WeightType = "float32",
     threads: int | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Only the export: an artifact with the fp32 graph, verified against the checkpoint."""
+    """Only the export: an artifact with the float32 graph, verified against the checkpoint.
+
+    `dtype`: how its file holds the weight matrices; "auto" keeps the checkpoint's bytes.
+    """
     progress = progress or Progress(enabled=False)
     output = output or default_output(model)
     check_target(output)
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
     with replacing(output) as stage:
-        work = _begin(stage, source, ANY_TARGET, Data(), threads, progress, task, context_length)
+        work = _begin(stage, source, ANY_TARGET, Data(), threads, progress, task, context_length, dtype)
         record = _press(model, work, stage, None, None, benchmark=False, last_logits=logits == "last")
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
@@ -154,17 +159,21 @@ def _begin(
     progress: Progress,
     task: str | None = None,
     context_length: int | None = None,
+    dtype: WeightType = "float32",
 ) -> Work:
     """source -> export: the graphs to start from, those of a checkpoint verified against it."""
     if isinstance(source, Artifact):
+        if dtype != "float32":
+            raise UsageError("--dtype is for checkpoints; this is ONNX already", hint="see: onnxpress list passes")
         return Work(stage.work, source, target, data, threads, progress)
     from onnxpress.exporter.export import export as export_checkpoint
 
     began = time.perf_counter()
     with progress.stage("exporting"):
-        artifact = export_checkpoint(source, task=task, context_length=context_length)
+        artifact = export_checkpoint(source, task=task, context_length=context_length, dtype=dtype)
     work = Work(stage.work, artifact, target, data, threads, progress)
-    work.check_export(Step("export", {}, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), source)
+    options = {} if dtype == "float32" else {"dtype": dtype}
+    work.check_export(Step("export", options, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), source)
     return work
 
 

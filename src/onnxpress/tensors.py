@@ -1,6 +1,7 @@
 """Weights that are computed or read only when they are written.
 
-FileTensor   bytes in a file: read with `pread` on each access, never mapped, so they never count as resident memory.
+FileTensor   bytes in a file: read with `pread` on each access, so that they never count as resident memory; `columns`
+             maps them for as long as its result lives.
 RowTensor    computed a slab of rows at a time: a cast, a transpose, a concatenation. Memory: one slab.
 LazyGroup    one computation that yields several tensors, such as quantized weights, their scales and zero points.
 ViewTensor   the bytes of another tensor in another shape: a file holds them once.
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import CorruptFileError, VerificationError
+from onnxpress.floats import require_finite
 
 Array = NDArray[Any]
 
@@ -64,11 +66,20 @@ class FileTensor(ir.LazyTensor):
     """A tensor whose little-endian bytes lie in a file."""
 
     def __init__(
-        self, path: Path, offset: int, dtype: ir.DataType, shape: Sequence[int], *, name: str | None = None
+        self,
+        path: Path,
+        offset: int,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        *,
+        name: str | None = None,
+        finite: bool = False,
     ) -> None:
+        """`finite`: whatever is read is checked, and CorruptFileError raised for NaN and infinity."""
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self.path = path
         self.offset = offset
+        self.finite = finite
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows `[start, stop)` of the leading axis."""
@@ -79,8 +90,17 @@ class FileTensor(ir.LazyTensor):
         raw = self.read(start * row_bytes, (stop - start) * row_bytes)
         return raw.view(self.dtype.numpy()).reshape(stop - start, *shape[1:])
 
+    def columns(self, start: int, stop: int) -> Array:
+        """Columns `[start, stop)` of a matrix, as a read-only view of the mapped file."""
+        raw = map_file(self.path, self.offset, self.nbytes)
+        part = raw.view(self.dtype.numpy()).reshape(concrete_shape(self))[:, start:stop]
+        return require_finite(part, self.name) if self.finite else part
+
     def read(self, start: int, length: int) -> NDArray[np.uint8]:
-        """Bytes `[start, start + length)` of the tensor; CorruptFileError if the file has become shorter."""
+        """Bytes `[start, start + length)` of the tensor, both multiples of its elements' size.
+
+        CorruptFileError if the file has become shorter.
+        """
         raw = np.empty(length, np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -92,6 +112,8 @@ class FileTensor(ir.LazyTensor):
                     done += got
         except OSError as error:
             raise CorruptFileError(f"Cannot read tensor {self.name!r} from {self.path}: {error.strerror}.") from error
+        if self.finite:
+            require_finite(raw.view(self.dtype.numpy()), self.name)
         return raw
 
     def tobytes(self) -> bytes:
@@ -102,6 +124,23 @@ class FileTensor(ir.LazyTensor):
         if self.dtype.bitwidth < 8:
             return ir.PackedTensor(raw, self.dtype, shape=shape)
         return ir.Tensor(raw.view(self.dtype.numpy()).reshape(concrete_shape(self)), dtype=self.dtype, shape=shape)
+
+
+def map_file(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    """A read-only uint8 view of part of a file.
+
+    Raises:
+        CorruptFileError: the file became unreadable or shorter since its header was read.
+    """
+    if nbytes == 0:
+        return np.empty(0, dtype=np.uint8)
+    try:
+        return np.asarray(np.memmap(path, mode="r", dtype=np.uint8, offset=offset, shape=(nbytes,)))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path}: cannot read {nbytes} bytes at {offset}: {error}",
+            hint="the file changed or vanished after it was opened; start again",
+        ) from error
 
 
 class LazyGroup:

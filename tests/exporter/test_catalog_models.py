@@ -12,7 +12,6 @@ from onnxpress.errors import SourceNotFoundError
 from onnxpress.exporter.binding import bind
 from onnxpress.exporter.hub import Snapshot
 from onnxpress.exporter.source import Checkpoint, resolve
-from onnxpress.exporter.weights import check_finite
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +42,7 @@ def test_smollm2() -> None:
     binding = bind(model, found.tensors)
     assert binding.unused == []
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    check_finite(binding["model.layers.29.mlp.down_proj.weight"])
+    binding["model.layers.29.mlp.down_proj.weight"].lazy("down").numpy()  # which refuses what is not finite
     tokenizer = t.AutoTokenizer.from_pretrained(found.folder)
     assert tokenizer("In 2024, it's").input_ids == [788, 216, 34, 32, 34, 36, 28, 357, 506]
     prompt = tokenizer.apply_chat_template(

@@ -45,10 +45,9 @@ def test_weights_are_those_of_the_file(tmp_path: Path) -> None:
         if node.op_type != "MatMulNBits":
             continue
         bits, size = node.attributes.get_int("bits"), node.attributes.get_int("block_size")
-        codes, cast = node.inputs[1].const_value.numpy(), node.inputs[2].producer()  # type: ignore[union-attr]
-        scales = cast.inputs[0].const_value.numpy()  # type: ignore[union-attr]
+        codes, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
         values = (unpack(codes, bits, size) - 2.0 ** (bits - 1)) * scales[..., None]
-        offsets = graph.graph.initializers.get(str(cast.inputs[0].name).replace(".scales", ".offsets"))  # type: ignore[union-attr]
+        offsets = graph.graph.initializers.get(str(node.inputs[2].name).replace(".scales", ".offsets"))  # type: ignore[union-attr]
         if offsets is not None:
             values += offsets.const_value.numpy().T[..., None]  # type: ignore[union-attr]
         rows = values.astype(np.float32).reshape(len(values), -1)

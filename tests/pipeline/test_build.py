@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +263,35 @@ def test_a_pass_that_finds_nothing_is_an_error_unless_optional(
     assert found.stderr.startswith("error: quantize-embedding found nothing to do")
     assert list(tmp_path.iterdir()) == []
     assert run("optimize", mlp, *options, "--pass", "quantize-embedding:optional=true").code == 0
+
+
+def test_weights_as_the_checkpoint_stores_them_give_the_same_artifact(
+    run: Run, checkpoint: Path, profile: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """With a recipe that quantizes every matrix; others would keep two bytes for those that they leave alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    brain = tmp_path / "brain"
+    shutil.copytree(checkpoint, brain)
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(brain)
+    built, exported, again = (tmp_path / name for name in ("built", "exported", "again"))
+    every = tmp_path / "every.toml"
+    embedding = '[[pass]]\nname = "quantize-embedding"\nbits = 8\nblock_size = 32\nmin_rows = 1\n'
+    every.write_text(recipe.read_text() + embedding)
+    options = ["-p", profile, "-r", every, "--no-benchmark"]
+    assert run("build", brain, "-o", built, "--logits", "all", *options).code == 0
+    assert run("export", brain, "-o", exported, "--dtype", "auto").code == 0
+    assert run("optimize", exported, "-o", again, *options).code == 0
+    assert (again / "onnx/model_quantized.onnx").read_bytes() == (built / "onnx/model_quantized.onnx").read_bytes()
+
+    (step,) = manifest.read(exported).steps
+    assert step.options == {"dtype": "auto"}
+    assert step.metrics["max_difference"] < 1e-4, "the bytes are the checkpoint's: exact"
+    half = (brain / "model.safetensors").stat().st_size
+    assert (exported / "onnx/model.onnx").stat().st_size < 1.2 * half + 60_000, "weights take two bytes each"
+    found = run("inspect", exported, "--json").json["graphs"]["model.onnx"]
+    assert found["formats"]["bf16"]["parameters"] > 20 * found["formats"]["fp32"]["parameters"]
+    failed = run("export", exported, "-o", tmp_path / "no", "--dtype", "auto")
+    assert failed.code == 2
+    assert "ONNX already" in failed.stderr

@@ -57,6 +57,13 @@ def build(model: str, **options: Any) -> None:
 @click.command(short_help="Only the first step: a checkpoint as an fp32 ONNX artifact.")
 @click.argument("model")
 @output_option()
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="How the file holds weight matrices; auto: as the checkpoint does. Arithmetic stays float32.",
+)
 @export_options
 @source_options
 @_common
