@@ -14,7 +14,8 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
 class WholeFunctions(TorchFunctionMode):
-    """While it is entered, products of matrices are one operator, and `torch.tensor` takes a symbolic size as it is."""
+    """While it is entered, a product of matrices is one operator, a product with a parameter `operators.linear`, and
+    `torch.tensor` takes a symbolic size as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

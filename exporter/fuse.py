@@ -1,4 +1,4 @@
-"""While a model is traced, its attention, rotations, norms and products are written as fused operators.
+"""While a model is traced, its attention, rotations and norms are written as fused operators.
 
 transformers lets one register an attention and a mask function by name; registering ours makes every architecture that
 uses that interface export fused, with no pattern matching. Masks stay transformers' own: whatever function of positions
@@ -322,10 +322,8 @@ def installed(fusion: Fusion, model: nn.Module) -> Iterator[None]:
     """Put the fused forms in place for the time of one trace, and take every one of them out again."""
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module) is nn.Linear:
-                stack.enter_context(_forward(module, _linear_forward(module, transposed=False)))
-            elif type(module) is Conv1D:  # GPT-2's linear layer: weight [in, out]
-                stack.enter_context(_forward(module, _linear_forward(module, transposed=True)))
+            if type(module) is Conv1D:  # GPT-2's linear layer: weight [in, out]
+                stack.enter_context(_forward(module, _conv1d_forward(module)))
             elif (norm := recognise.rms_norm(module)) is not None:
                 stack.enter_context(_forward(module, _norm_forward(fusion, module, norm)))
         for module in fusion.rotary.modules:
@@ -360,9 +358,9 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del vars(module)["forward"]
 
 
-def _linear_forward(module: nn.Module, *, transposed: bool) -> Callable[[Tensor], Tensor]:
+def _conv1d_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(states: Tensor) -> Tensor:
-        return operators.linear(states, module.weight, module.bias, transposed=transposed)
+        return operators.linear(states, module.weight, module.bias, transposed=True)
 
     return forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -71,7 +72,8 @@ class GraphWriter:
 
     def constant(self, array: np.ndarray, name: str | None = None) -> ir.Value:
         """An initializer; equal arrays are one."""
-        key = (array.dtype.str, array.shape, array.tobytes())
+        content = np.ascontiguousarray(array).view(np.uint8).data
+        key = (array.dtype.name, array.shape, hashlib.sha256(content).digest())
         if key not in self._constants:
             tensor = ir.Tensor(array, name=self._fresh_name(name or "constant"))
             value = ir.Value(

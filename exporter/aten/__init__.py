@@ -26,5 +26,8 @@ def translate(recorder: Recorder, func: Any, made: Any, args: Any, kwargs: Any) 
     translation = TRANSLATIONS.get(f"{name}.{overload}", TRANSLATIONS.get(name))
     if translation is None:
         raise CannotRecord(f"no translation of the operator {func} to ONNX")
-    values = translation(recorder, made, *args, **kwargs)
+    try:
+        values = translation(recorder, made, *args, **kwargs)
+    except TypeError as error:  # an overload with other arguments
+        raise CannotRecord(f"no translation of the operator {func} with these arguments") from error
     return list(values) if isinstance(made, (tuple, list)) else [values]

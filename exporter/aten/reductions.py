@@ -63,6 +63,19 @@ def max_dim(r: Recorder, out: Any, x: Tensor, dim: int, keepdim: bool = False) -
     return [values, arg_max(r, out[1], x, dim, keepdim)]
 
 
+@aten("min.dim")
+def min_dim(r: Recorder, out: Any, x: Tensor, dim: int, keepdim: bool = False) -> list[ir.Value]:
+    values = r.op("ReduceMin", x, _axes(r, x, dim), keepdims=int(keepdim))
+    return [values, arg_min(r, out[1], x, dim, keepdim)]
+
+
+@aten("sort")
+def sort(r: Recorder, out: Any, x: Tensor, dim: int = -1, descending: bool = False) -> tuple[ir.Value, ...]:
+    axis = dim % max(x.dim(), 1)
+    count = r.writer.vector([r.shape(x)[axis]])
+    return r.writer.ops("TopK", r.value(x), count, outputs=2, axis=axis, largest=int(descending), sorted=1)
+
+
 @aten("any", "any.dim", "any.dims")
 def any_(r: Recorder, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> ir.Value:
     return _truth(r, "ReduceMax", x, dim, keepdim)

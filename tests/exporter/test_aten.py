@@ -169,6 +169,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Spec]]] = {
     "sum of all": (lambda x: x.sum() + x.mean() + x.max() + x.min(), SAME),
     "sum of integers": (lambda x: (x.sum(-1), x.cumsum(0), (x > 2).sum(1), (x > 2).cumsum(1)), WHOLE[:1]),
     "extremes by axis": (lambda x: (x.max(1)[0], x.argmax(1), x.argmin(-1, keepdim=True), x.argmax()), SAME),
+    "smallest by axis": (lambda x: x.min(-1), SAME),
+    "sorted": (lambda x: (*x.sort(dim=1), *x.sort(dim=-1, descending=True)), SAME),
     "truths": (lambda x, y: (x.any(), x.all(1), x.any(-1, keepdim=True)), TRUTH),
     "variance": (lambda x: x.var(1, keepdim=True) + x.var(1, correction=0, keepdim=True), SAME),
     "softmax": (lambda x: (x.softmax(-1), x.log_softmax(1), x.logsumexp(-1)), SAME),
@@ -276,6 +278,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[Spec], str]] = {
     "an unknown operator": (lambda x: torch.linalg.det(x @ x.transpose(1, 2)), SAME, "no translation of the operator"),
     "random numbers": (lambda x: x + torch.rand(4, 1), SAME, "no translation of the operator"),
     "variance over a free dimension": (lambda x: x.var(2), SAME, "free dimension"),
+    "an overload with other arguments": (
+        lambda x: x.round(decimals=1),
+        SAME,
+        "aten.round.decimals with these arguments",
+    ),
     "a sum of bools": (lambda x, y: torch.add(x, y), TRUTH, "bools"),
     "pooling that rounds up": (lambda x: functional.max_pool2d(x, 3, 2, ceil_mode=True), IMAGE[:1], "rounds"),
 }
@@ -318,6 +325,11 @@ def test_sizes_come_from_the_first_input_that_has_them() -> None:
     specs: list[Spec] = [(("a", "b"), F), (("b", "a"), F)]
     graph = traced(lambda x, y: y.reshape(-1) + torch.arange(y.shape[0] * y.shape[1]) + x.reshape(-1), specs).graph
     assert {node.inputs[0].name for node in graph if node.op_type == "Shape" and node.inputs[0]} == {"x0"}
+
+
+def test_known_tensors_may_be_written_whole_and_are_constants() -> None:
+    graph = traced(lambda x: x * torch.zeros(4, 1).add_(2).exp_(), SAME).graph
+    assert [node.op_type for node in graph] == ["Mul"]
 
 
 def test_names_of_dimensions_reach_the_outputs() -> None:
