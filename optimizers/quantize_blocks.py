@@ -212,24 +212,40 @@ def block_initializers(
     shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
     outputs, features = reversed(shape) if transpose else shape
     count = format.block_count(features)
-    scale_type = ir.DataType.FLOAT if format.scale_type == "float32" else ir.DataType.FLOAT16
-    specs: list[tuple[ir.DataType, list[int]]] = [
-        (ir.DataType.UINT8, [outputs, count, format.block_size * format.field // 8]),
-        (scale_type, [outputs, count]),
-    ]
-    names = [f"{name}.q{format.bits}b{format.block_size}", f"{name}.scales"]
+    number = ir.DataType.FLOAT16 if format.scale_type == "float16" else ir.DataType.FLOAT
+    bytes_ = ir.DataType.UINT8
+    specs: dict[str, tuple[ir.DataType, list[int]]] = {
+        f"{name}.q{format.bits}b{format.block_size}": (bytes_, [outputs, count, format.block_size * format.field // 8])
+    }
+    if format.scale_type == "int8":
+        specs[f"{name}.multipliers"] = (ir.DataType.INT8, [outputs, count])
+        specs[f"{name}.unit"] = (number, [outputs, 1])
+    else:
+        specs[f"{name}.scales"] = (number, [outputs, count])
     if format.zero_points == "integer":
-        specs.append((ir.DataType.UINT8, [outputs, -(-count * format.field // 8)]))
-        names.append(f"{name}.zero_points")
+        specs[f"{name}.zero_points"] = (bytes_, [outputs, -(-count * format.field // 8)])
     elif format.zero_points == "float":
-        specs.append((scale_type, [count, outputs]))
-        names.append(f"{name}{OFFSETS}")
-
+        specs[f"{name}{OFFSETS}"] = (number, [count, outputs])
     quantize = METHODS[method or ("least-squares" if format.field < 8 else "nearest")]
 
     def compute() -> list[NDArray[Any]]:
         matrix = read_matrix(tensor, name)
         return quantize(matrix if transpose else matrix.T, format).matmul_nbits()
 
-    group = LazyGroup(compute, specs, working_bytes=4 * tensor.nbytes)
-    return add_initializers(graph, names, group.tensors)
+    group = LazyGroup(compute, list(specs.values()), working_bytes=4 * tensor.nbytes)
+    values = add_initializers(graph, list(specs), group.tensors)
+    if format.scale_type == "int8":
+        values[1:3] = [_scales(graph, values[1], values[2], f"{name}.scales")]
+    return values
+
+
+def _scales(graph: ir.Graph, multipliers: ir.Value, unit: ir.Value, name: str) -> ir.Value:
+    """multipliers · unit, [out, blocks] float32, by nodes at the start of the graph; those of an earlier call again."""
+    for node, _ in unit.uses():
+        return node.outputs[0]
+    cast = ir.node("Cast", [multipliers], {"to": ir.DataType.FLOAT})
+    product = ir.node("Mul", [cast.outputs[0], unit])
+    graph.insert_before(graph[0], [cast, product])
+    scales = product.outputs[0]
+    scales.name, scales.type, scales.shape = name, ir.TensorType(ir.DataType.FLOAT), multipliers.shape
+    return scales

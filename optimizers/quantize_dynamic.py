@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -158,22 +158,31 @@ def _per_tensor(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.
 
 def _per_token(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     """Codes, their constant scale and zero point, and max|x| of each row [..., 1]."""
-    axes, tiny, step, middle = (
-        _constant(graph, f"per_token.{name}", array)
-        for name, array in (
-            ("axes", np.array([-1], np.int64)),
-            ("tiny", np.array(TINY, np.float32)),
-            ("step", np.array(1 / 127, np.float32)),
-            ("zero_point", np.array(128, np.uint8)),
-        )
-    )
-    magnitude = ir.node("Abs", [first.activation])
+    nodes, values = quantize_rows(first.activation, lambda name, array: _constant(graph, f"per_token.{name}", array))
+    graph.insert_before(first.node, nodes)
+    return values
+
+
+def quantize_rows(
+    activation: ir.Value, constant: Callable[[str, NDArray[Any]], ir.Value]
+) -> tuple[list[ir.Node], tuple[ir.Value, ir.Value, ir.Value, ir.Value]]:
+    """The nodes, in no graph yet, that quantize each row of an activation by its own largest magnitude.
+
+    Args:
+        constant: makes an initializer of a name and an array.
+
+    Returns:
+        The nodes; uint8 codes, their constant scale and zero point, and max|x| of each row [..., 1].
+    """
+    axes, tiny = constant("axes", np.array([-1], np.int64)), constant("tiny", np.array(TINY, np.float32))
+    step, middle = constant("step", np.array(1 / 127, np.float32)), constant("zero_point", np.array(128, np.uint8))
+    magnitude = ir.node("Abs", [activation])
     largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
     row_scale = ir.node("Max", [largest.outputs[0], tiny])
-    unit = ir.node("Div", [first.activation, row_scale.outputs[0]])
+    unit = ir.node("Div", [activation, row_scale.outputs[0]])
     codes = ir.node("QuantizeLinear", [unit.outputs[0], step, middle])
-    graph.insert_before(first.node, [magnitude, largest, row_scale, unit, codes])
-    return codes.outputs[0], step, middle, row_scale.outputs[0]
+    nodes = [magnitude, largest, row_scale, unit, codes]
+    return nodes, (codes.outputs[0], step, middle, row_scale.outputs[0])
 
 
 def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:

@@ -13,6 +13,7 @@ PASSES: dict[str, str] = {
     "fuse-foreign": "onnxpress.optimizers.fuse_foreign:FuseForeign",
     "fuse-gelu": "onnxpress.optimizers.fuse_gelu:FuseGelu",
     "fuse-skip-norm": "onnxpress.optimizers.fuse_skip_norm:FuseSkipNorm",
+    "integer-prompts": "onnxpress.optimizers.integer_prompts:IntegerPrompts",
     "keep-blocks": "onnxpress.optimizers.keep_blocks:KeepBlocks",
     "last-logits": "onnxpress.optimizers.last_logits:LastLogits",
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",

@@ -15,6 +15,8 @@ float     asymmetric with any zero point: HQQ's, or a Q4_1 tensor's minimum, whi
 Scales and offsets are stored in float32 or float16. With float16 they are rounded before codes are chosen, and a Cast
 that the runtime folds while it loads the graph widens them. With all graph optimizations off (nobody's default)
 onnxruntime 1.31 reads scales that are not constants wrongly at accuracy level 4.
+int8 is double quantization (QLoRA, Dettmers et al. 2023): a scale is a whole number, which is stored, of 127ths of its
+output's largest one; codes are chosen after that, and a Cast and a Mul are folded.
 
 onnxruntime's CPU kernel reads fields of 2, 4 and 8 bits; codes of other widths are kept in the next wider field, where
 they cost its size but keep their own values (a K-quant's 6 bits in 8).
@@ -31,7 +33,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 ZeroPoints = Literal["none", "integer", "float"]
-ScaleType = Literal["float32", "float16"]
+ScaleType = Literal["float32", "float16", "int8"]
+LARGEST_MULTIPLIER = 127
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class BlockFormat:
             raise ValueError(f"zero_points must be one of {', '.join(get_args(ZeroPoints))}, not {self.zero_points!r}")
         if self.scale_type not in get_args(ScaleType):
             raise ValueError(f"scale_type must be one of {', '.join(get_args(ScaleType))}, not {self.scale_type!r}")
+        if self.scale_type == "int8" and self.zero_points == "float":
+            raise ValueError("float zero points need scales of type float32 or float16, not int8")
 
     @property
     def top(self) -> int:
@@ -72,8 +77,8 @@ class BlockFormat:
         return next(width for width in (2, 4, 8) if width >= self.bits)
 
     def bits_per_weight(self) -> float:
-        """Storage: codes, one scale a block, and the zero point or offset."""
-        number = 32 if self.scale_type == "float32" else 16
+        """Storage: codes, one scale a block, and the zero point or offset; of int8 not the number for each output."""
+        number = {"float32": 32, "float16": 16, "int8": 8}[self.scale_type]
         zero_point = {"none": 0, "integer": self.field, "float": number}[self.zero_points]
         return self.field + (number + zero_point) / self.block_size
 
@@ -107,12 +112,18 @@ class Blocks:
 
         Codes [outputs, blocks, block_size · field / 8] uint8, scales [outputs, blocks] in the format's scale_type and,
         unless symmetric, zero points [outputs, ⌈blocks · field / 8⌉] uint8. Of the kind `float` the third is no operand
-        of the kernel: offsets [blocks, outputs], see the module's docstring.
+        of the kernel: offsets [blocks, outputs], see the module's docstring. Scales of type int8 are two operands, to
+        be multiplied: [outputs, blocks] int8 and [outputs, 1] float32.
         """
         format, codes = self.format, self.codes
         if format.zero_points != "integer":  # the kernel's own zero point is that of the whole field
             codes = np.add(codes, (1 << (format.field - 1)) - format.middle, dtype=np.uint8)
-        operands: list[NDArray[Any]] = [pack(codes, format.field), self.scales.astype(format.scale_type)]
+        scales: list[NDArray[Any]]
+        if format.scale_type == "int8":
+            scales = list(multipliers(self.scales))
+        else:
+            scales = [self.scales.astype(format.scale_type)]
+        operands: list[NDArray[Any]] = [pack(codes, format.field), *scales]
         if format.zero_points == "integer":
             operands.append(pack(self.zero_points, format.field))
         elif format.zero_points == "float":
@@ -134,6 +145,19 @@ class Blocks:
         if format.zero_points == "none":
             return [np.ascontiguousarray(codes.astype(np.int16) - format.middle).astype(np.int8), scales]
         return [np.ascontiguousarray(codes), scales, np.ascontiguousarray(self.zero_points.T).astype(np.uint8)]
+
+
+def multipliers(scales: Floats, *, up: bool = False) -> tuple[NDArray[np.int8], Floats]:
+    """Scales [rows, blocks] as nearest int8 multiples of 127ths of each row's largest magnitude, and these [rows, 1].
+
+    up: not below in magnitude, so that weights which the largest code just reaches are not clipped. Scales that are
+    such products already are found again.
+    """
+    unit = np.asarray(np.abs(scales).max(axis=1, keepdims=True) / np.float32(LARGEST_MULTIPLIER), dtype=np.float32)
+    exact = np.divide(scales, unit, out=np.zeros_like(scales), where=unit != 0)
+    if up:  # what is a whole number but for float32 rounding stays the same
+        exact = np.copysign(np.ceil(np.abs(exact) - np.float32(1e-3)), exact)
+    return np.rint(exact).astype(np.int8), unit
 
 
 def split_columns(weight: Floats, block_size: int) -> Floats:

@@ -77,7 +77,8 @@ def gptq(
         hessian = damped.astype(np.float32)
         for _ in range(sweeps):
             _sweep(state, hessian, visit)
-            _refit_scales(state, hessian)
+            if format.scale_type != "int8":  # multiples of one number: they are left as they are
+                _refit_scales(state, hessian)
     blocks = state.blocks()
     return Gptq(blocks, relative_error(weight, blocks.dequantize(), gram))
 

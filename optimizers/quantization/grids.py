@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, split_columns
+from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, multipliers, split_columns
 
 CHUNK = 1 << 18
 """Weights at a time: temporaries stay within the cache and memory within a few megabytes."""
@@ -63,7 +63,11 @@ def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Gri
     for start in range(0, outputs, step):
         slab = slice(start, start + step)
         blocks = split_columns(weight[:, slab], format.block_size)
-        grid.scales[slab], grid.zero_points[slab] = found = choose(blocks)
+        found = choose(blocks)
+        if format.scale_type == "int8":
+            whole, unit = multipliers(found.scales, up=format.bits == 8)
+            found = Grid(whole * unit, found.zero_points)
+        grid.scales[slab], grid.zero_points[slab] = found
         codes[slab] = encode(blocks, found, format)
     if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zero_points).all()):
         raise ValueError(f"scales up to {np.abs(weight).max() / format.middle:g} do not fit in {format.scale_type}")
@@ -100,7 +104,7 @@ def spanning(low: Floats, high: Floats, format: BlockFormat) -> Grid:
 def rounded_scales(scales: Floats, format: BlockFormat) -> Floats:
     """As the format stores them; what is not zero stays so in float16."""
     scales = np.where(np.abs(scales) < SMALLEST, np.float32(0), scales)
-    if format.scale_type == "float32":
+    if format.scale_type != "float16":  # int8 looks at a whole row: see `quantize`
         return scales
     with np.errstate(over="ignore"):  # `quantize` refuses infinity
         half = scales.astype(np.float16).astype(np.float32)

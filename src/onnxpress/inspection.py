@@ -192,12 +192,19 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
 
 
 def _uses(value: ir.Value) -> Iterator[Any]:
-    """Where a weight is read, also through a Cast that the runtime folds."""
+    """Where a weight is read, also through a Cast, or a Cast and a Mul, that the runtime folds."""
     for use in value.uses():
-        if use.node.op_type == "Cast" and value.is_initializer():
-            yield from use.node.outputs[0].uses()
+        if _is_folded(use.node):
+            yield from _uses(use.node.outputs[0])
         else:
             yield use
+
+
+def _is_folded(node: ir.Node) -> bool:
+    return node.op_type in ("Cast", "Mul") and all(
+        value is not None and (value.is_initializer() or ((made := value.producer()) is not None and _is_folded(made)))
+        for value in node.inputs
+    )
 
 
 def _layer_name(value: ir.Value) -> str:

@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, pack, split_columns, unpack
+from onnxpress.optimizers.quantization.block_format import (
+    BlockFormat,
+    Blocks,
+    multipliers,
+    pack,
+    split_columns,
+    unpack,
+)
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 
 Run = Callable[..., list[Any]]
@@ -156,3 +163,20 @@ def test_blocks_run_along_the_inputs() -> None:
     np.testing.assert_array_equal(blocks[1, 0], weight[:32, 1])
     np.testing.assert_array_equal(blocks[1, 1, :8], weight[32:, 1])
     np.testing.assert_array_equal(blocks[1, 1, 8:], 0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_multipliers_of_scales(seed: int, blocks: int, up: bool) -> None:
+    """Half a 127th of the row's largest from the scale, a whole one upwards; what is such a product is found again."""
+    generator = np.random.default_rng(seed)
+    scales = generator.standard_normal((5, blocks)).astype(np.float32) * generator.choice([0, 1e-20, 1, 1e4], (5, 1))
+    scales = scales.astype(np.float32)
+    whole, unit = multipliers(scales, up=up)
+    stored = whole * unit
+    assert (np.abs(stored - scales) <= unit * (1 if up else 0.5) * 1.001).all()
+    if up:
+        assert (np.abs(stored) >= np.abs(scales) - 2e-3 * unit).all()
+    again, same_unit = multipliers(stored, up=up)
+    np.testing.assert_array_equal(again, whole)
+    np.testing.assert_allclose(same_unit, unit, rtol=3e-7)
