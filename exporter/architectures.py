@@ -29,7 +29,7 @@ class Row:
     architecture: str
     task: str
     method: str
-    """`fused`, `stamped` (no fused attention), `traced` (every layer), `fallback`, or `refused`."""
+    """`fused`, `stamped` (no fused attention), `traced` (every layer), `fallback`, `refused`, or `failed`."""
     operators: tuple[str, ...] = ()
     traced_layers: str = ""
     not_fused: dict[str, str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def names() -> list[str]:
 
 
 def tiny_model(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Any:
-    """Write a tiny random checkpoint to `folder` and return its torch model (float32, eval, eager attention).
+    """Write a tiny random checkpoint to `folder` and return its torch model (float32, eval, plain attention).
 
     `changes`: of its config.
 
@@ -67,7 +67,8 @@ def tiny_model(architecture: str, folder: Path, *, seed: int = 0, **changes: Any
 
     config, task = tiny_config(architecture, **changes), catalog()[architecture]["task"]
     torch.manual_seed(seed)
-    model = tasks.model_class(config, task)._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    attention = tasks.reference_attention(config)
+    model = tasks.model_class(config, task)._from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:  # computed, such as sinusoidal positions
@@ -89,18 +90,16 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[architecture](**{**catalog()[architecture]["config"], **changes})
 
 
-def try_architecture(architecture: str, folder: Path) -> Row:
-    """Export a tiny model of `architecture` in `folder` and compare it with torch."""
+def try_architecture(architecture: str, folder: Path, **changes: Any) -> Row:
+    """Export a tiny model of `architecture` in `folder` and compare it with torch; `changes` are to its config. Raises
+    what goes wrong."""
     from onnxpress.exporter import parity
     from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export
 
     task = catalog()[architecture]["task"]
-    model = tiny_model(architecture, folder)
-    try:
-        artifact = export(load_folder(folder, Source(architecture, "huggingface-folder")), task=task, remember=False)
-    except OnnxpressError as error:
-        return Row(architecture, task, "refused", error=str(error))
+    model = tiny_model(architecture, folder, **changes)
+    artifact = export(load_folder(folder, Source(architecture, "huggingface-folder")), task=task, remember=False)
     made = artifact.export
     return Row(
         architecture,
@@ -118,6 +117,9 @@ def table(
 ) -> Iterator[Row]:
     """Try each architecture (all by default) and yield its row; takes seconds for each. Raises UsageError for a name
     that is not in the list."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     wanted = list(architectures) if architectures is not None else names()
     for name in wanted:
         if name not in catalog():
@@ -126,4 +128,10 @@ def table(
         if progress is not None:
             progress(done, len(wanted), name)
         with tempfile.TemporaryDirectory() as folder:
-            yield try_architecture(name, Path(folder))
+            try:
+                yield try_architecture(name, Path(folder))
+            except OnnxpressError as error:
+                yield Row(name, catalog()[name]["task"], "refused", error=str(error))
+            except Exception as error:  # torch's or onnxruntime's: one architecture must not cost the others
+                reason = next(iter(str(error).splitlines()), "")
+                yield Row(name, catalog()[name]["task"], "failed", error=f"{type(error).__name__}: {reason}")

@@ -23,6 +23,8 @@ import onnx_ir as ir
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -107,6 +109,21 @@ class _Pieces:
     inputs: dict[str, list[TensorSource]] = field(default_factory=lambda: defaultdict(list))
     """By source pattern, in natural order of their names (expert 2 before expert 10)."""
 
+    @property
+    def stacked(self) -> bool:
+        """Whether row i of what is made comes from input i of each pattern, as with experts that are stacked."""
+        first, *others = self.converter.operations
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in others)
+        )
+
+    def part(self, start: int, stop: int) -> _Pieces:
+        """What makes rows [start, stop)."""
+        inputs = {pattern: sources[start:stop] for pattern, sources in self.inputs.items()}
+        return _Pieces(self.converter, self.target, inputs)
+
     def convert(self, model: torch.nn.Module, load: Any) -> dict[str, torch.Tensor]:
         """Run the converter on `load(source)` for each input; returns parameters by full name."""
         converter = deepcopy(self.converter)
@@ -120,7 +137,7 @@ class _Pieces:
 class ConvertedTensor(TensorSource):
     """A parameter that transformers makes from checkpoint tensors: stacked experts, a chunk of a packed projection.
 
-    Reading it reads its pieces, so the peak is about twice the parameter.
+    Reading it reads its pieces, so the peak is about twice the parameter; experts can be read one at a time.
     """
 
     def __init__(self, name: str, meta: torch.Tensor, pieces: _Pieces, model: torch.nn.Module) -> None:
@@ -129,7 +146,17 @@ class ConvertedTensor(TensorSource):
         self._model = model
 
     def numpy(self) -> np.ndarray:
-        return to_numpy(self._pieces.convert(self._model, lambda source: to_torch(source.numpy()))[self.name])
+        return self._read(self._pieces)
+
+    @property
+    def reads_rows(self) -> bool:
+        return self._pieces.stacked and all(len(sources) == self.shape[0] for sources in self._pieces.inputs.values())
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._read(self._pieces.part(start, stop)) if self.reads_rows else super().rows(start, stop)
+
+    def _read(self, pieces: _Pieces) -> np.ndarray:
+        return to_numpy(pieces.convert(self._model, lambda source: to_torch(source.numpy()))[self.name])
 
 
 def _match_names(

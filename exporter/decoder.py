@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import operators
+from onnxpress.exporter import adapters, operators
 from onnxpress.exporter.fuse import Fusion, GraphCache, register_tables
 from onnxpress.exporter.template import Template, Traceable, build, on_meta
 
@@ -88,7 +88,7 @@ def signature(wrapper: CachedDecoder, layers: tuple[int, ...], shapes: list[tupl
 
 def cache_shapes(model: nn.Module) -> dict[int, tuple[int, int]]:
     """(kv_heads, head_dim) of the keys of each layer of a model on the meta device, found by running it once."""
-    with torch.no_grad():
+    with torch.no_grad(), adapters.installed(model, Fusion(fuse_attention=False).attention):
         tokens = torch.zeros(1, 1, dtype=torch.int64, device="meta")
         output = model(input_ids=tokens, use_cache=True)
     cache = getattr(output, "past_key_values", None)

@@ -25,11 +25,10 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from onnxpress.exporter import operators, recognise
+from onnxpress.exporter import adapters, experts, operators, recognise
+from onnxpress.exporter.experts import Experts
+from onnxpress.exporter.patching import registered, replaced_forward
 from onnxpress.exporter.rotary import APPLY, Rotary, Table
-
-IMPLEMENTATION = "onnxpress"
-"""The name under which our attention and mask functions are registered."""
 
 
 class Refused(Exception):
@@ -46,6 +45,7 @@ class Fusion:
     """What is known while one model is traced."""
 
     rotary: Rotary = field(default_factory=Rotary)
+    experts: Experts = field(default_factory=Experts)
     fuse_attention: bool = True
     defer_rotary: bool = True
     """Leave the rotation to GroupQueryAttention; otherwise write RotaryEmbedding nodes."""
@@ -76,6 +76,7 @@ class Fusion:
         self.cache, self.position_ids, self.lengths = cache, position_ids, lengths
         self.key_positions, self.cache_positions = key_positions, cache_positions
         self.made.clear()
+        self.experts.begin()
         self._angles.clear()
         self._rotated.clear()
         self.tables = {
@@ -323,39 +324,33 @@ def installed(fusion: Fusion, model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if type(module) is Conv1D:  # GPT-2's linear layer: weight [in, out]
-                stack.enter_context(_forward(module, _conv1d_forward(module)))
+                stack.enter_context(replaced_forward(module, _conv1d_forward(module)))
+            elif type(module) is not nn.Linear and recognise.is_linear(module):
+                stack.enter_context(replaced_forward(module, _linear_forward(module)))
             elif (norm := recognise.rms_norm(module)) is not None:
-                stack.enter_context(_forward(module, _norm_forward(fusion, module, norm)))
+                stack.enter_context(replaced_forward(module, _norm_forward(fusion, module, norm)))
         for module in fusion.rotary.modules:
-            stack.enter_context(_forward(module, fusion.rotary_forward(module, module.forward)))
+            stack.enter_context(replaced_forward(module, fusion.rotary_forward(module, module.forward)))
         for place, original in fusion.rotary.functions.items():
             stack.enter_context(mock.patch.object(place, APPLY, _bound(fusion.apply_rotary, original)))
-        stack.enter_context(_registered(ALL_ATTENTION_FUNCTIONS, fusion.attention))
-        stack.enter_context(_registered(ALL_MASK_ATTENTION_FUNCTIONS, fusion.mask))
+        stack.enter_context(adapters.installed(model, fusion.attention))
+        stack.enter_context(experts.installed(fusion.experts, fusion.made))
+        stack.enter_context(registered(ALL_ATTENTION_FUNCTIONS, fusion.attention))
+        stack.enter_context(registered(ALL_MASK_ATTENTION_FUNCTIONS, fusion.mask))
         yield
-
-
-@contextmanager
-def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
-    interface.register(IMPLEMENTATION, function)
-    try:
-        yield
-    finally:
-        interface._global_mapping.pop(IMPLEMENTATION, None)
 
 
 def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, **extra: replacement(original, *arguments, **extra)
 
 
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Override one module's forward; `vars` and not `setattr`, so that the class keeps its own."""
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
+def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Of a subclass of torch's linear layer, in torch's words."""
+
+    def forward(states: Tensor) -> Tensor:
+        return nn.functional.linear(states, module.weight, module.bias)
+
+    return forward
 
 
 def _conv1d_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.weights import TensorSource
 from onnxpress.floats import narrow, widen
 from onnxpress.storage import HALVES, StoredTensor, WideTensor
-from onnxpress.tensors import FileTensor, RowTensor, concrete_shape
+from onnxpress.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
 
 LINEAR_DOMAIN = "onnxpress"
-"""Domain of the placeholder for a product with a parameter; see `operators.linear`."""
+"""Domain of the placeholders for products with parameters; see `operators.linear` and `operators.experts`."""
+ALWAYS = "experts.always"
+"""Initializer: true."""
 WeightType = Literal["auto", "float32", "float16", "bfloat16"]
 """How a file holds the weights; "auto": as the checkpoint does."""
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
 def bind(model: ir.Model, sources: Mapping[str, TensorSource], dtype: WeightType = "float32") -> None:
-    """Give every parameter of the graph its place in the checkpoint and lower the `onnxpress::Linear` placeholders.
+    """Give every parameter of the graph its place in the checkpoint and lower the placeholders.
 
     Initializers keep their checkpoint names; a weight that only products use is stored as [in, out], the layout that
     MatMul multiplies with. A weight that the embedding uses too stays [out, in] and is multiplied by
-    FusedMatMul(transB=1), so that it is stored once. Floating-point weights are float32 to all nodes, whatever
-    the `dtype` in which a file will hold them. Nothing is read here.
+    FusedMatMul(transB=1), so that it is stored once. Of experts, the rows of gate and up alternate, the only order that
+    the CPU's MoE takes. Floating-point weights are float32 to all nodes, whatever the `dtype` in which a file will hold
+    them. Nothing is read here.
     """
     graph = model.graph
     shared: dict[TensorSource, ir.Value] = {}
@@ -47,10 +51,14 @@ def bind(model: ir.Model, sources: Mapping[str, TensorSource], dtype: WeightType
         graph.initializers.add(value)
     turned = {value for value in shared.values() if _only_linear(value)}
     for source, value in shared.items():
-        tensor = bound_tensor(source, value.name or "", transposed=value in turned, dtype=dtype)
+        tensor = bound_tensor(
+            source, value.name or "", transposed=value in turned, interleaved=_is_gate_and_up(value), dtype=dtype
+        )
         value.const_value, value.shape, value.dtype = tensor, tensor.shape, tensor.dtype
     for node in list(graph):
-        if node.domain == LINEAR_DOMAIN:
+        if node.domain == LINEAR_DOMAIN and node.op_type == "Experts":
+            _lower_experts(graph, node)
+        elif node.domain == LINEAR_DOMAIN:
             _lower_linear(graph, node, node.inputs[1] in turned)
     graph.opset_imports.pop(LINEAR_DOMAIN, None)
 
@@ -61,9 +69,15 @@ def unbound(model: ir.Model) -> list[str]:
 
 
 def bound_tensor(
-    source: TensorSource, name: str, *, transposed: bool = False, dtype: WeightType = "float32"
+    source: TensorSource,
+    name: str,
+    *,
+    transposed: bool = False,
+    interleaved: bool = False,
+    dtype: WeightType = "float32",
 ) -> ir.LazyTensor:
-    """A lazy float32 view of a checkpoint tensor (integers keep their type), [in, out] where `transposed`.
+    """A lazy float32 view of a checkpoint tensor (integers keep their type), [in, out] where `transposed`; where
+    `interleaved`, the two halves of axis 1 alternate.
 
     What the file is to hold is `stored_type`'s. Evaluating it raises CorruptFileError when the weights hold NaN or
     infinity, UnsupportedModelError when they do not fit into `dtype`.
@@ -76,7 +90,7 @@ def bound_tensor(
             )
         return source.lazy(name)
     kept = stored_type(source, dtype)
-    held = source.lazy(name)
+    held = _interleaved(source.lazy(name)) if interleaved else source.lazy(name)
     if held.dtype != kept and (kept in HALVES or held.dtype == ir.DataType.DOUBLE):
         held = _narrowed(held, kept)
     if kept in HALVES:
@@ -100,6 +114,19 @@ def stored_type(source: TensorSource, dtype: WeightType) -> ir.DataType:
     return source.dtype if dtype == "auto" else ir.DataType[dtype.upper()]
 
 
+def _interleaved(held: ir.LazyTensor) -> ir.LazyTensor:
+    """[experts, 2 · inner, hidden] with row i of the first half before row i of the second, an expert at a time where
+    `held` can be read so."""
+    read = rows_of(held)
+
+    def rows(start: int, stop: int) -> Array:
+        halves = read(start, stop)
+        pairs = halves.reshape(len(halves), 2, -1, *halves.shape[2:]).swapaxes(1, 2)
+        return np.ascontiguousarray(pairs).reshape(halves.shape)
+
+    return RowTensor(rows, held.dtype, concrete_shape(held), name=held.name)
+
+
 def _narrowed(held: ir.LazyTensor, dtype: ir.DataType) -> ir.LazyTensor:
     shape, name = concrete_shape(held), held.name
     if isinstance(held, (FileTensor, RowTensor)) and shape:
@@ -111,28 +138,71 @@ def _narrowed(held: ir.LazyTensor, dtype: ir.DataType) -> ir.LazyTensor:
 def _only_linear(value: ir.Value) -> bool:
     """Whether all that use the weight are products that want it turned around."""
     return all(
-        use.node.domain == LINEAR_DOMAIN and use.idx == 1 and use.node.attributes.get_int("transposed", 0) != 1
+        use.node.domain == LINEAR_DOMAIN
+        and use.node.op_type == "Linear"
+        and use.idx == 1
+        and use.node.attributes.get_int("transposed", 0) != 1
         for use in value.uses()
     )
+
+
+def _is_gate_and_up(value: ir.Value) -> bool:
+    """Whether a weight is the gate and up projections of experts. Raises UnsupportedModelError if it is something else
+    besides."""
+    wanted = [
+        use.node.domain == LINEAR_DOMAIN and use.node.op_type == "Experts" and use.idx == 2 for use in value.uses()
+    ]
+    if any(wanted) and not all(wanted):
+        raise UnsupportedModelError(f"{value.name} is a weight of experts and of something else")
+    return any(wanted)
+
+
+def _lower_experts(graph: ir.Graph, node: ir.Node) -> None:
+    """com.microsoft::MoE; its SwiGLU with alpha 1 and beta 0 is silu(gate) · up.
+
+    onnxruntime 1.31 lets the operator write over its input and then reads zeros from it. So something has to need the
+    input afterwards: a Where that always takes the output.
+    """
+    states, logits, gate_up, down = node.inputs
+    attributes: dict[str, int | float | str] = {
+        "activation_type": "swiglu",
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "swiglu_fusion": 1,
+        "k": node.attributes.get_int("k", 1),
+        "normalize_routing_weights": node.attributes.get_int("normalized", 0),
+    }
+    mixture = ir.node("MoE", [states, logits, gate_up, None, down], attributes, domain="com.microsoft")
+    mixture.outputs[0].name = f"{node.outputs[0].name}/mixture"
+    always = graph.initializers.get(ALWAYS)
+    if always is None:
+        always = ir.Value(name=ALWAYS, const_value=ir.tensor(np.array(True), name=ALWAYS), shape=ir.Shape(()))
+        always.dtype = ir.DataType.BOOL
+        graph.register_initializer(always)
+    graph.opset_imports.setdefault("com.microsoft", 1)
+    _replace(graph, node, [mixture, ir.node("Where", [always, mixture.outputs[0], states])])
 
 
 def _lower_linear(graph: ir.Graph, node: ir.Node, turned: bool) -> None:
     """MatMul for a weight [in, out], FusedMatMul(transB=1) for one that stays [out, in]."""
     states, weight, *rest = node.inputs
-    output = node.outputs[0]
     if turned or node.attributes.get_int("transposed", 0) == 1:
         product = ir.Node("", "MatMul", [states, weight])
     else:
         attributes = [ir.AttrInt64("transB", 1), ir.AttrFloat32("alpha", 1.0)]
         product = ir.Node("com.microsoft", "FusedMatMul", [states, weight], attributes)
         graph.opset_imports.setdefault("com.microsoft", 1)
-    made = [product, ir.Node("", "Add", [product.outputs[0], rest[0]])] if rest else [product]
+    product.outputs[0].name = f"{node.outputs[0].name}/product"
+    _replace(graph, node, [product, ir.Node("", "Add", [product.outputs[0], rest[0]])] if rest else [product])
+
+
+def _replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
+    """Put the nodes `made`, each of the shape of `node`'s output, in its place."""
+    output, result = node.outputs[0], made[-1].outputs[0]
     for new in made:
         new.metadata_props.update(node.metadata_props)
         new.outputs[0].shape, new.outputs[0].type = output.shape, output.type
     graph.insert_before(node, made)
-    result = made[-1].outputs[0]
-    product.outputs[0].name = f"{output.name}/product"
     ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     result.name = output.name

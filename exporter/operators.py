@@ -1,9 +1,9 @@
 """The fused operators that the exporter writes into a traced graph.
 
 Each function takes and returns torch tensors; it writes one ONNX node into the graph being recorded (see `record.py`)
-instead of computing anything. `onnxpress::Linear` is ours: a placeholder for a product
-with a parameter, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
-transposed by torch.
+instead of computing anything. `onnxpress::Linear` and `onnxpress::Experts` are ours: placeholders for products with
+parameters, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
+rearranged by torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,17 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     inputs = [states, weight] if bias is None else [states, weight, bias]
     output = (states.dtype, [*states.shape[:-1], out_features])
     return record.active().node(LINEAR_DOMAIN, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
+
+
+def experts(states: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, k: int, normalized: bool) -> Tensor:
+    """A mixture of experts: for each token the sum over its k likeliest experts of probability · down(silu(gate) · up).
+
+    states [tokens, hidden]; logits [tokens, experts]; gate_up [experts, 2 · inner, hidden], gate above up; down
+    [experts, hidden, inner]; `normalized`: the k probabilities are made to sum to one. One placeholder node.
+    """
+    attributes = {"k": k, "normalized": int(normalized)}
+    output = (states.dtype, states.shape)
+    return record.active().node(LINEAR_DOMAIN, "Experts", [states, logits, gate_up, down], attributes, [output])[0]
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -17,6 +17,26 @@ from torch import Tensor, nn
 TOLERANCE = 1e-5
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes x · weightᵀ + bias: torch's own linear layer, or a subclass that does the same."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and _like_linear(type(module)))
+
+
+def _like_linear(kind: type[nn.Linear]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    try:
+        probe = kind(5, 3)
+        with torch.no_grad():
+            probe.weight.copy_(torch.randn(3, 5, generator=generator))
+            probe.bias.copy_(torch.randn(3, generator=generator))
+            states = torch.randn(2, 4, 5, generator=generator)
+            found, expected = probe(states), nn.functional.linear(states, probe.weight, probe.bias)
+    except Exception:  # it is built or called in another way: not a linear layer that we know
+        return False
+    same = isinstance(found, Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @dataclass(frozen=True)
 class RMSNorm:
     """x / sqrt(mean(x²) + epsilon) · (weight + offset); Gemma's family has offset 1."""
@@ -51,6 +71,61 @@ def rms_norm(module: nn.Module) -> RMSNorm | None:
         for offset in (0.0, 1.0):
             if torch.allclose(found, normal * (weight + offset), atol=TOLERANCE, rtol=TOLERANCE):
                 return RMSNorm(epsilon, offset)
+    return None
+
+
+@dataclass(frozen=True)
+class Router:
+    """softmax over all experts, then the k largest; `normalized`: divided by their sum."""
+
+    normalized: bool
+
+
+def softmax_router(module: nn.Module) -> Router | None:
+    """The Router that `module(states [tokens, hidden])` -> (logits, weights, chosen) is, or None."""
+    parameters = dict(module.named_parameters())
+    if not parameters or any(parameter.dim() > 2 for parameter in parameters.values()) or "weight" not in parameters:
+        return None
+    if parameters["weight"].dim() != 2 or parameters["weight"].numel() > 1 << 24:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        width = parameters["weight"].shape[1]
+        try:
+            logits, weights, chosen = probe(torch.randn(32, width, generator=generator) * width**-0.5)
+            probabilities, expected = torch.softmax(logits.float(), dim=-1).topk(chosen.shape[-1], dim=-1)
+        except Exception:  # another signature, or not as many results: not a router that we know
+            return None
+    if not torch.equal(chosen, expected) or weights.shape != probabilities.shape:
+        return None
+    for normalized in (False, True):
+        wanted = probabilities / probabilities.sum(-1, keepdim=True) if normalized else probabilities
+        if torch.allclose(weights, wanted, atol=TOLERANCE, rtol=TOLERANCE):
+            return Router(normalized)
+    return None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds the weights of experts and computes them through transformers' experts interface."""
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "down_proj"))
+
+
+def not_swiglu(experts: Any) -> str | None:
+    """Why experts are not down(silu(gate(x)) · up(x)) with weights [experts, out, in], gate above up; None if they
+    are."""
+    if not experts.has_gate or not experts.is_concatenated or experts.is_transposed or experts.has_bias:
+        return "its experts have biases, no gate, or weights in another order"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "its experts end in a norm"
+    states = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)) * 30  # far enough to meet a limit
+    gate, up = states.chunk(2, dim=-1)
+    with torch.no_grad():
+        found = experts._apply_gate(states)
+    if not torch.allclose(found, nn.functional.silu(gate) * up, atol=TOLERANCE, rtol=TOLERANCE):
+        return "its experts are not gated by SiLU"
     return None
 
 

@@ -39,7 +39,8 @@ class TorchReference:
         task = (task or getattr(checkpoint, "task", None) or tasks.infer_task(config)).removesuffix("-with-past")
         model_class = tasks.model_class(config, task)
         transformers.utils.logging.disable_progress_bar()
-        options = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": "eager"}
+        attention = tasks.reference_attention(config)
+        options = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": attention}
         try:
             if any(self.folder.glob("*.safetensors")):
                 model = model_class.from_pretrained(self.folder, **options)
@@ -48,7 +49,7 @@ class TorchReference:
             else:
                 arrays = {name: np.array(tensor.numpy(), np.float32) for name, tensor in checkpoint.tensors.items()}
                 weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                model = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
+                model = model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
                 missing = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
                 model.tie_weights()
                 tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()

@@ -74,6 +74,14 @@ def model_class(config: Any, task: str) -> Any:
     return getattr(transformers, name)
 
 
+def reference_attention(config: Any) -> str:
+    """The attention implementation of transformers that a model is compared with: the plain one, unless it is wrong.
+
+    Falcon's plain attention adds ALiBi to scores whose mask holds it already; its default one (`sdpa`) does not.
+    """
+    return "sdpa" if getattr(config, "model_type", None) == "falcon" else "eager"
+
+
 def _class_name(config: Any, task: str) -> str | None:
     from transformers.models.auto import modeling_auto
 

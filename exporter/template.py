@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import fuse, kinds, rotary, stamp, trace
+from onnxpress.exporter import experts, fuse, kinds, rotary, stamp, trace
 from onnxpress.exporter.fuse import Fusion, Refused
 from onnxpress.exporter.layers import CannotStamp
+from onnxpress.exporter.patching import IMPLEMENTATION
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
     use_implementation(model)
     kinds.materialise(model)
     tables = rotary.prepare(model, positions) if plan.use_rotary else rotary.Rotary()
-    fusion = Fusion(rotary=tables, fuse_attention=plan.fuse_attention, defer_rotary=plan.defer_rotary)
+    mixtures = experts.prepare(model)
+    fusion = Fusion(rotary=tables, experts=mixtures, fuse_attention=plan.fuse_attention, defer_rotary=plan.defer_rotary)
     ready = wrap(model, fusion, chosen)
     with fuse.installed(fusion, model):
         try:
@@ -125,16 +127,19 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
         graph = stamp.stamp(graph, stack, chosen, stack.path)
     if tables.reason is not None:
         plan = replace(plan, given_up={**plan.given_up, "rotary": tables.reason})
+    if mixtures.reason is not None:
+        plan = replace(plan, given_up={**plan.given_up, "experts": mixtures.reason})
     depth = stack.depth if stack is not None else 0
     return Template(graph, plan, dict(fusion.made), len(chosen), depth)
 
 
 def use_implementation(model: nn.Module) -> None:
-    """Point every config of the model at our attention and mask functions."""
+    """Point every config of the model at our attention, mask and experts functions."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
-            config._attn_implementation_internal = fuse.IMPLEMENTATION
+            config._attn_implementation_internal = IMPLEMENTATION
+            config._experts_implementation_internal = IMPLEMENTATION
 
 
 def on_meta(model_class: Any, config: Any) -> nn.Module:

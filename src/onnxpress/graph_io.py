@@ -169,6 +169,12 @@ def _unit_bytes(unit: Sequence[tuple[int, ir.TensorProtocol]]) -> int:
     return extra + sum(tensor.nbytes for _, tensor in unit)
 
 
+def _slab_bytes(tensor: ir.TensorProtocol) -> int:
+    """Memory that a streamed tensor takes: a slab, or a row that is larger than one (an expert)."""
+    rows = concrete_shape(tensor)[:1] if isinstance(tensor, RowTensor) else ()
+    return max([SLAB_BYTES, *(tensor.nbytes // max(1, count) for count in rows)])
+
+
 def _write_weights(plan: _Plan, file: _Temporary, progress: Progress | None, workers: int | None) -> None:
     """Compute and write all units, a bounded number of bytes at a time; the first error ends it."""
     budget, lock, done = _Budget(IN_FLIGHT_BYTES), threading.Lock(), 0
@@ -176,7 +182,7 @@ def _write_weights(plan: _Plan, file: _Temporary, progress: Progress | None, wor
     def write(unit: list[tuple[int, ir.TensorProtocol]]) -> None:
         nonlocal done
         streamed = len(unit) == 1 and isinstance(unit[0][1], (FileTensor, RowTensor))
-        with budget.reserve(SLAB_BYTES if streamed else _unit_bytes(unit)):
+        with budget.reserve(_slab_bytes(unit[0][1]) if streamed else _unit_bytes(unit)):
             if isinstance(unit[0][1], GroupTensor):
                 results = unit[0][1].group.evaluate()
                 for offset, tensor in unit:
