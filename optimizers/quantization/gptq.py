@@ -77,7 +77,8 @@ def gptq(
         hessian = damped.astype(np.float32)
         for _ in range(sweeps):
             _sweep(state, hessian, visit)
-            if format.scale_type != "int8":  # multiples of one number: they are left as they are
+            # Multiples of one number are left as they are, and so are scales that float16 offsets are multiples of.
+            if format.scale_type != "int8" and (format.zero_points, format.scale_type) != ("float", "float16"):
                 _refit_scales(state, hessian)
     blocks = state.blocks()
     return Gptq(blocks, relative_error(weight, blocks.dequantize(), gram))

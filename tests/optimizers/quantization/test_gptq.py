@@ -110,10 +110,14 @@ def test_activation_order_pays_where_channels_differ() -> None:
     assert np.mean(errors["activation"]) < np.mean(errors["natural"])
 
 
-def test_float16_scales_are_what_is_stored() -> None:
+@pytest.mark.parametrize("zero_points", ["none", "integer", "float"])
+def test_float16_scales_and_offsets_are_what_is_stored(zero_points: Any) -> None:
     weight, gram = case(5)
-    blocks = gptq(weight, gram, BlockFormat(4, 32, "integer", "float16")).blocks
+    blocks = gptq(weight, gram, BlockFormat(4, 32, zero_points, "float16")).blocks
     np.testing.assert_array_equal(blocks.scales.astype(np.float16).astype(np.float32), blocks.scales)
+    if zero_points == "float":
+        offsets = (8 - blocks.zero_points) * blocks.scales
+        np.testing.assert_allclose(offsets.astype(np.float16).astype(np.float32), offsets, rtol=1e-5)
 
 
 def test_silent_channels_and_silent_products() -> None:
