@@ -186,9 +186,19 @@ class Fusion:
         """Wrap a rotary module's forward to remember which table its angles stand for."""
 
         def forward(states: Tensor, position_ids: Tensor, *rest: Any, **extra: Any) -> Any:
-            cos, sin = original(states, position_ids, *rest, **extra)
             layer_type = extra.get("layer_type", rest[0] if rest else None)
             which = (id(module), layer_type)
+            kind = getattr(module, "rope_type", None)
+            kind = kind.get(layer_type) if isinstance(kind, dict) else kind
+            if which in self.tables and kind in ("dynamic", "longrope"):
+                # its forward rescales its own buffers by the length; up to the context limit the table is the same
+                table, *angles = self.tables[which]
+                cos, sin = (
+                    part.repeat_interleave(2, -1) if table.interleaved else torch.cat((part, part), -1)
+                    for part in (angle[position_ids] for angle in angles)
+                )
+            else:
+                cos, sin = original(states, position_ids, *rest, **extra)
             if which in self.tables and position_ids.dim() == 2:
                 if position_ids.shape[0] == 1 and self.position_ids is not None:
                     position_ids = self.position_ids

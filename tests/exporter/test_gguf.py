@@ -16,7 +16,9 @@ import transformers as t
 from gguf import GGMLQuantizationType as Type
 
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
+from onnxpress.exporter import parity
 from onnxpress.exporter.binding import bind
+from onnxpress.exporter.export import export
 from onnxpress.exporter.gguf import GgufTensor
 from onnxpress.exporter.gguf_header import read_header
 from onnxpress.exporter.source import Checkpoint, resolve
@@ -83,6 +85,25 @@ def phi3(path: Path) -> Path:
         shapes |= {f"blk.{i}.attn_qkv.weight": (192, 64), f"blk.{i}.ffn_up.weight": (192, 64)}
     metadata = decoder_metadata(**{"attention.head_count_kv": 4})
     return write_gguf(path, "phi3", metadata, random_tensors({**shapes, "output.weight": (len(TOKENS), 64)}))
+
+
+def scaled_phi3(path: Path) -> Path:
+    """Factors of their own for each of 8 frequencies, as Phi 3's long models have."""
+    tensors = random_tensors(
+        {"output.weight": (len(TOKENS), 64)}
+        | {
+            name: shape
+            for name, shape in decoder_shapes(kv_heads=4).items()
+            if not any(part in name for part in ("attn_q", "attn_k", "attn_v", "gate", "ffn_up"))
+        }
+        | {f"blk.{i}.{name}.weight": (192, 64) for i in range(2) for name in ("attn_qkv", "ffn_up")}
+    )
+    tensors |= {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": 3 * SHORT}
+    scaling = {"rope.scaling.original_context_length": 32, "attention.head_count_kv": 4}
+    return write_gguf(path, "phi3", decoder_metadata(**scaling), tensors)
+
+
+SHORT = np.linspace(1.0, 1.4, 8, dtype=np.float32)
 
 
 def qwen2_moe(path: Path) -> Path:
@@ -271,6 +292,45 @@ def test_gemma3_scales_its_global_layers_only(tmp_path: Path) -> None:
     ).config
     assert scaled.rope_parameters["full_attention"]["factor"] == 8.0
     assert scaled.rope_parameters["sliding_attention"]["rope_type"] == "default"
+
+
+def exported_differences(path: Path, folder: Path, **expected: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """What is said of the export of a .gguf, and its differences from a torch model whose config is set by hand."""
+    found = checkpoint(path)
+    config = t.AutoConfig.from_pretrained(found.folder)
+    for key, value in expected.items():
+        setattr(config, key, value)
+    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    weights = {name: torch.from_numpy(source.numpy()) for name, source in bind(model, found.tensors).items()}
+    model.load_state_dict({name: value * (0.15 if value.dim() > 1 else 1) for name, value in weights.items()})
+    for source in found.tensors.values():  # standard normal weights saturate: the comparison wants finer answers
+        if len(source.shape) > 1:
+            source.numpy = lambda original=source.numpy: original() * np.float32(0.15)  # type: ignore[method-assign]
+            source.rows = lambda a, b, whole=source.numpy: whole()[a:b]  # type: ignore[method-assign]
+    artifact = export(found, remember=False)
+    return artifact.export, parity.differences(artifact, model, folder)
+
+
+def test_scaled_positions_are_exported_as_torch_computes_them(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": SHORT.tolist(),
+        "long_factor": (3 * SHORT).tolist(),
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 1.0,
+    }
+    path = scaled_phi3(tmp_path / "tiny.gguf")
+    said, differences = exported_differences(path, tmp_path, rope_parameters=scaling)
+    assert (said["method"], said["context_length"]) == ("fused", 32)
+    assert "longrope" in said["context_limit"]
+    assert max(differences.values()) <= 1e-4, differences
+
+
+def test_gemma3_is_exported_as_torch_computes_it(tmp_path: Path) -> None:
+    said, differences = exported_differences(gemma3(tmp_path / "tiny.gguf"), tmp_path)
+    assert said["method"] == "fused"
+    assert max(differences.values()) <= 1e-4, differences
 
 
 # Hostile and damaged files
