@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
@@ -85,7 +85,7 @@ class QuantizeDynamic(CalibratedPass):
                 report.skip("small")
             else:
                 groups.setdefault(linear.activation, []).append(linear)
-        if self.needs_samples and not self.has_samples_for(model):
+        if self.needs_samples and not self.calibration.fits(model):
             report.skip(NO_SAMPLES, sum(map(len, groups.values())))
             return
         for activation in self._too_coarse(model, groups):
@@ -100,16 +100,31 @@ class QuantizeDynamic(CalibratedPass):
         """Activations whose quantization costs their products more than `max_error`."""
         if self.max_error is None or not groups:
             return []
-        errors: dict[ir.Value, list[float]] = {activation: [] for activation in groups}
-        for found in observe(model, list(groups), self.samples):
-            for activation, linears in groups.items():
-                x = found[str(activation.name)]
-                difference = quantize_activation(x, self.activations) - x
-                weights = [read_rows(linear).T for linear in linears]
-                spoiled = sum(np.square(difference @ weight).sum(axis=1) for weight in weights)
-                whole = sum(np.square(x @ weight).sum(axis=1) for weight in weights)
-                errors[activation].append(float(np.mean(spoiled / np.maximum(whole, TINY))))
-        return [activation for activation, values in errors.items() if np.mean(values) > self.max_error]
+        probes = {str(value.name): _Coarseness(linears, self.activations) for value, linears in groups.items()}
+        self.calibration.observe(model, {name: [probe] for name, probe in probes.items()})
+        return [value for value in groups if probes[str(value.name)].error > self.max_error]
+
+
+class _Coarseness:
+    """|q(x)·W − x·W|² / |x·W|² of products that read the same activation, averaged over tokens."""
+
+    def __init__(self, linears: Sequence[Linear], activations: Activations) -> None:
+        self.linears, self.activations = linears, activations
+        self.errors: list[float] = []
+
+    def update(self, x: NDArray[np.float32], sample: int) -> None:
+        difference = quantize_activation(x, self.activations) - x
+        spoiled, whole = np.zeros(len(x)), np.zeros(len(x))
+        for linear in self.linears:
+            weight = read_rows(linear).T
+            spoiled += np.square(difference @ weight).sum(axis=1)
+            whole += np.square(x @ weight).sum(axis=1)
+        self.errors.append(float(np.mean(spoiled / np.maximum(whole, TINY))))
+
+    @property
+    def error(self) -> float:
+        """The mean of all samples."""
+        return float(np.mean(self.errors))
 
 
 def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:

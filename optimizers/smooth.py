@@ -18,9 +18,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibrate import NO_SAMPLES, CalibratedPass, observe
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import Linear, find_linears, read_matrix
 from onnxpress.optimizers.quantization.channel_scaling import smoothing_factors
+from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 Floats = NDArray[np.float32]
@@ -54,18 +55,17 @@ class Smooth(CalibratedPass):
         sites = list(_sites(model.graph, report))
         if not sites:
             return
-        if not self.has_samples_for(model):
+        if not self.calibration.fits(model):
             report.skip(NO_SAMPLES, len(sites))
             return
-        loudest: dict[str, Floats] = {}
-        for found in observe(model, [norm.outputs[0] for norm, _ in sites], self.samples):
-            for name, activation in found.items():
-                peaks = np.abs(activation).max(axis=0)
-                loudest[name] = np.maximum(loudest[name], peaks) if name in loudest else peaks
-        for norm, linears in sites:
-            factors = smoothing_factors(
-                loudest[str(norm.outputs[0].name)], np.max([_row_peaks(linear) for linear in linears], 0), self.strength
-            )
+        names = [str(norm.outputs[0].name) for norm, _ in sites]
+        seen = {
+            name: ChannelStatistics(linears[0].shape[0], name) for name, (_, linears) in zip(names, sites, strict=True)
+        }
+        self.calibration.observe(model, {name: [found] for name, found in seen.items()})
+        for name, (norm, linears) in zip(names, sites, strict=True):
+            weight_peaks = np.max([_row_peaks(linear) for linear in linears], 0)
+            factors = smoothing_factors(seen[name].peaks(), weight_peaks, self.strength)
             for position in NORMS[norm.domain, norm.op_type]:
                 if position is not None and position < len(norm.inputs) and norm.inputs[position] is not None:
                     _divide(norm, position, factors)

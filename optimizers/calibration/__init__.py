@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from onnxpress.optimizers.calibration.calibrated_pass import NO_SAMPLES, CalibratedPass, Calibration
 from onnxpress.optimizers.calibration.samples import Feeds, check_samples, token_count
 from onnxpress.optimizers.calibration.walk import Accumulator, Step, Walk
 
-__all__ = ["Accumulator", "Feeds", "Step", "Walk", "check_samples", "token_count"]
+__all__ = [
+    "NO_SAMPLES",
+    "Accumulator",
+    "CalibratedPass",
+    "Calibration",
+    "Feeds",
+    "Step",
+    "Walk",
+    "check_samples",
+    "token_count",
+]

@@ -26,6 +26,17 @@ MASKS = {
 """By input, what tells its padding: the first of these that a sample has."""
 
 
+def feeds_graph(sample: Feeds, model: ir.Model) -> bool:
+    """Whether a sample has all inputs of a graph that cannot be left out."""
+    names = (str(value.name) for value in model.graph.inputs if not value.is_initializer())
+    return all(name in sample or _is_optional(name) for name in names)
+
+
+def _is_optional(name: str) -> bool:
+    """An empty cache will do, unless it holds what an encoder made."""
+    return name.startswith(PAST) and ".encoder." not in name
+
+
 def check_samples(model: ir.Model, samples: Sequence[Feeds]) -> None:
     """Raise BadInputError, naming the sample and the input, where samples do not fit the inputs of a graph."""
     if not samples:
@@ -34,7 +45,7 @@ def check_samples(model: ir.Model, samples: Sequence[Feeds]) -> None:
         sizes: dict[str, tuple[int, str]] = {}
         for value in model.graph.inputs:
             name = str(value.name)
-            if value.is_initializer() or (name.startswith(PAST) and name not in sample):
+            if value.is_initializer() or (_is_optional(name) and name not in sample):
                 continue
             if name not in sample:
                 raise BadInputError(

@@ -47,8 +47,8 @@ Feed = Literal["modified", "original"]
 class Accumulator(Protocol):
     """What is kept of an activation while it streams by."""
 
-    def add(self, rows: NDArray[np.float32], /) -> None:
-        """Take in some more rows [rows, features], padding left out."""
+    def update(self, x: NDArray[np.float32], sample: int) -> None:
+        """Take in what sample number `sample` made of it, [tokens, features], padding left out."""
 
 
 @dataclass
@@ -236,6 +236,12 @@ class Step:
     def title(self) -> str:
         return self.segment.title
 
+    @property
+    def values(self) -> set[str]:
+        """What can be observed here: all that the segment reads or makes."""
+        made = {str(output.name) for node in self.segment.nodes for output in node.outputs}
+        return made | {str(value.name) for value in self.segment.inputs()}
+
     def observe(self, wanted: Mapping[str, Sequence[Accumulator]]) -> None:
         """Run this segment on all samples and hand the rows of each value named in `wanted` to its accumulators.
 
@@ -251,7 +257,7 @@ class Step:
                 for name in names:
                     rows = walk.real_rows(self.number, name, arrays[name], sample)
                     for accumulator in wanted[name]:
-                        accumulator.add(rows)
+                        accumulator.update(rows, sample)
                 if keep:
                     walk.keep(self.number, sample, arrays)
 

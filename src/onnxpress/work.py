@@ -24,7 +24,7 @@ from onnxpress.evaluation import Evaluation
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.calibrate import CalibratedPass, Feeds
+from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
@@ -89,7 +89,8 @@ class Work:
         began = time.perf_counter()
         if isinstance(one, CalibratedPass) and one.needs_samples:
             with self.progress.stage("sampling inputs"):
-                self.samples = one.samples = self.samples or sample_feeds(main_graph(self.reference), self.threads)
+                self.samples = self.samples or sample_feeds(main_graph(self.reference), self.threads)
+            one.calibration = Calibration(self.samples, threads=self.threads)
         with self.progress.stage(spec.name):
             graphs, report = _run_pass(one, self.current)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))

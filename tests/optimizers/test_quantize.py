@@ -13,6 +13,7 @@ import pytest
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
 from onnxpress.graph_io import save_graph
+from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantization.block_format import BlockFormat
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
@@ -171,7 +172,7 @@ def test_activations_that_one_range_would_spoil_are_left_alone(siblings: ir.Mode
     loud[0, 0] *= 1000
     for sample, left in ((x["x"], 0), (loud, 2)):
         optimizer = QuantizeDynamic("uint8", max_error=1e-3)
-        optimizer.samples = [{"x": sample}]
+        optimizer.calibration = Calibration([{"x": sample}])
         report = optimizer(siblings.clone()).report  # type: ignore[attr-defined]
         assert report.skipped.get("error above 0.001", 0) == left
     report = QuantizeDynamic("uint8", max_error=1e-3)(siblings).report  # type: ignore[attr-defined]
@@ -283,7 +284,7 @@ def test_smoothing_changes_nothing_but_makes_int8_better(
     expected, _ = run(plain, x)
     smoothed = plain.clone()
     optimizer = Smooth()
-    optimizer.samples = [x]
+    optimizer.calibration = Calibration([x])
     assert optimizer(smoothed).report.matched == {"norm and its products": 1}  # type: ignore[attr-defined]
     # Two float32 roundings more per factor: 64 terms, each within 3 units of 2^-24 of the largest product.
     np.testing.assert_allclose(run(smoothed, x)[0], expected, rtol=1e-4, atol=1e-3)

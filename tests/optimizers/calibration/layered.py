@@ -76,8 +76,8 @@ class Rows:
     def __init__(self) -> None:
         self.parts: list[Floats] = []
 
-    def add(self, rows: Floats) -> None:
-        self.parts.append(rows.copy())
+    def update(self, x: Floats, sample: int) -> None:
+        self.parts.append(x.copy())
 
     @property
     def all(self) -> Floats:

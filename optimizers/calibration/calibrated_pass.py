@@ -1,0 +1,57 @@
+"""Passes that look at activations, and what the driver gives them for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.calibration.samples import Feeds, feeds_graph
+from onnxpress.optimizers.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
+
+NO_SAMPLES = "no sample inputs for this graph"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples, and what may be spent on them."""
+
+    samples: Sequence[Feeds] = ()
+    """Inputs by name, each one run of the graph; an empty key/value cache may be left out."""
+    folder: Path | None = None
+    """Where progress is kept, see `Walk`."""
+    memory_bytes: int = MEMORY_BYTES
+    threads: int | None = None
+
+    def fits(self, model: ir.Model) -> bool:
+        """Whether there are samples and they are for this graph."""
+        return bool(self.samples) and all(feeds_graph(sample, model) for sample in self.samples)
+
+    def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "") -> Walk:
+        """A walk over `model`; one without a method keeps nothing that another process could use."""
+        folder = self.folder if method else None
+        return Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads)
+
+    def observe(self, model: ir.Model, wanted: Mapping[str, Sequence[Accumulator]]) -> None:
+        """Hand what a graph computes for each value named in `wanted` to its accumulators."""
+        left = set(wanted)
+        for step in self.walk(model, feed="original"):
+            here = left & step.values
+            step.observe({name: wanted[name] for name in wanted if name in here})
+            left -= here
+            if not left:
+                return
+
+
+class CalibratedPass(Pass):
+    """A pass that looks at activations; the driver sets `calibration` before it runs it on a graph."""
+
+    calibration: Calibration = Calibration()
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether this pass, with its options, looks at activations at all."""
+        return True
