@@ -8,7 +8,7 @@ FusedMatMul(x, W, transB=0|1)    com.microsoft, alpha = 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -32,11 +32,16 @@ class Linear:
     """y = x · W (+ b), W constant."""
 
     node: ir.Node
-    activation: ir.Value
     weight: ir.Value
     """The initializer, [in, out], or [out, in] if `transposed`."""
     transposed: bool
     bias: ir.Value | None = None
+
+    @property
+    def activation(self) -> ir.Value:
+        """x, as it is by now: what computed it may have been replaced."""
+        assert self.node.inputs[0] is not None
+        return self.node.inputs[0]
 
     @property
     def name(self) -> str:
@@ -51,9 +56,10 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
-def find_linears(graph: ir.Graph, report: Report | None = None) -> Iterator[Linear]:
-    """All float32 products with a constant matrix, in graph order; those that must be left alone go to the report."""
-    for node in graph:
+def find_linears(nodes: Iterable[ir.Node], report: Report | None = None) -> Iterator[Linear]:
+    """All float32 products with a constant matrix among the nodes of a graph, in their order; those that must be left
+    alone go to the report."""
+    for node in nodes:
         candidate = _match(node)
         if candidate is None:
             continue
@@ -70,22 +76,22 @@ def _match(node: ir.Node) -> Linear | None:
     inputs = node.inputs
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
         return None
-    activation, weight = inputs[0], inputs[1]
+    weight = inputs[1]
     if node.domain == "" and node.op_type == "MatMul":
         producer = weight.producer()
         if producer is not None and producer.op_type == "Transpose" and producer.domain == "":
             source = producer.inputs[0]
             if source is not None and source.is_initializer() and _ints(producer, "perm") in ((), (1, 0)):
-                return Linear(node, activation, source, transposed=True)
+                return Linear(node, source, transposed=True)
             return None
-        return Linear(node, activation, weight, transposed=False) if weight.is_initializer() else None
+        return Linear(node, weight, transposed=False) if weight.is_initializer() else None
     if not weight.is_initializer():
         return None
     if node.domain == "" and node.op_type == "Gemm":
         plain = _number(node, "alpha", 1.0) == _number(node, "beta", 1.0) == 1.0 and _number(node, "transA", 0) == 0
         bias = inputs[2] if len(inputs) > 2 else None
         transposed = bool(_number(node, "transB", 0))
-        linear = Linear(node, activation, weight, transposed, bias)
+        linear = Linear(node, weight, transposed, bias)
         if not plain or (bias is not None and (bias.shape is None or list(bias.shape) != [_out_features(linear)])):
             return None
         return linear
@@ -93,7 +99,7 @@ def _match(node: ir.Node) -> Linear | None:
         others = ("transA", "transBatchA", "transBatchB")
         if _number(node, "alpha", 1.0) != 1.0 or any(_number(node, name, 0) for name in others):
             return None
-        return Linear(node, activation, weight, bool(_number(node, "transB", 0)))
+        return Linear(node, weight, bool(_number(node, "transB", 0)))
     return None
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.fit_blocks import CALIBRATED, CalibratedMethod, fit_blocks
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     OFFSETS,
@@ -26,19 +28,26 @@ from onnxpress.optimizers.quantization.hqq import hqq
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
 from onnxpress.tensors import LazyGroup
 
-Method = Literal["nearest", "least-squares", "hqq"]
-METHODS: dict[Method, Callable[[Floats, BlockFormat], Blocks]] = {
+DataFree = Literal["nearest", "least-squares", "hqq"]
+Method = Literal[DataFree, CalibratedMethod]
+METHODS: dict[DataFree, Callable[[Floats, BlockFormat], Blocks]] = {
     "nearest": round_to_nearest,
     "least-squares": fit_least_squares,
     "hqq": hqq,
 }
 
 
-class QuantizeBlocks(Pass):
+class QuantizeBlocks(CalibratedPass):
     """Replace products with a constant matrix by MatMulNBits, whose kernel also quantizes activations block by block.
 
     The last block of a row that `block_size` does not divide is padded, which the report says. Weights are quantized
-    when they are written.
+    when they are written, unless the method looks at activations.
+
+    nearest          round to nearest, on grids that reach the largest weights
+    least-squares    grids with the least squared error of the weights
+    hqq              grids that let outliers go
+    importance       least squares, every input channel weighted by how loud it is on sample inputs
+    gptq             rounding that makes up for the errors already made, on sample inputs
     """
 
     name = "quantize-blocks"
@@ -92,7 +101,12 @@ class QuantizeBlocks(Pass):
             raise ValueError(f"bits must be 2, 4 or 8, not {format.bits}: the kernel stores them in {format.field}")
         return format
 
+    @property
+    def needs_samples(self) -> bool:
+        return self.method in CALIBRATED
+
     def apply(self, model: ir.Model, report: Report) -> None:
+        chosen: dict[str, BlockFormat] = {}
         for linear in list(find_linears(model.graph, report)):
             format = self.format_of(linear.name)
             if not selected(linear.name, self.include, self.exclude):
@@ -102,12 +116,24 @@ class QuantizeBlocks(Pass):
             elif reason := obstacle(linear, format):
                 report.skip(reason)
             else:
-                quantize_linear(linear, format, self.accuracy_level, self.method)
-                report.match(f"MatMulNBits {format.bits} bits, blocks of {format.block_size}")
-                if linear.shape[0] % format.block_size:
-                    report.match("last block padded")
+                chosen[linear.name] = format
+        if self.method == "gptq" or self.method == "importance":
+            if not self.calibration.fits(model):
+                report.skip(NO_SAMPLES, len(chosen))
+                return
+            for linear, tensors in fit_blocks(model, chosen, self.method, self.calibration, report):
+                self._put(linear, chosen[linear.name], report, tensors=tensors)
+        else:
+            for linear in [one for one in find_linears(model.graph) if one.name in chosen]:
+                self._put(linear, chosen[linear.name], report, method=self.method)
         if report.matched:
             model.opset_imports.setdefault(MICROSOFT, 1)
+
+    def _put(self, linear: Linear, format: BlockFormat, report: Report, **operands: Any) -> None:
+        quantize_linear(linear, format, self.accuracy_level, **operands)
+        report.match(f"MatMulNBits {format.bits} bits, blocks of {format.block_size}")
+        if linear.shape[0] % format.block_size:
+            report.match("last block padded")
 
     def format_of(self, name: str) -> BlockFormat:
         """The format that the options give to the weight called `name`."""
@@ -123,12 +149,24 @@ def obstacle(linear: Linear, format: BlockFormat) -> str | None:
     return None if linear.activation.shape is not None else "float zero points need inputs of known rank"
 
 
-def quantize_linear(linear: Linear, format: BlockFormat, accuracy_level: int, method: Method | None = None) -> None:
-    """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it."""
+def quantize_linear(
+    linear: Linear,
+    format: BlockFormat,
+    accuracy_level: int,
+    method: DataFree | None = None,
+    tensors: Sequence[ir.TensorProtocol] | None = None,
+) -> None:
+    """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it.
+
+    Args:
+        tensors: operands that are known already; by default `method` computes them when they are written.
+    """
     graph = linear.node.graph
     assert isinstance(graph, ir.Graph)
     features, outputs = linear.shape
-    operands = block_initializers(graph, linear.weight, format, transpose=not linear.transposed, method=method)
+    operands = block_initializers(
+        graph, linear.weight, format, transpose=not linear.transposed, method=method, tensors=tensors
+    )
     before: list[ir.Node] = []
     codes, scales, *rest = [as_float32(operand, before) for operand in operands]
     offsets = rest.pop() if format.zero_points == "float" else None
@@ -199,12 +237,19 @@ def _block_sums(reshape: ir.Node) -> Sequence[ir.Value]:
 
 
 def block_initializers(
-    graph: ir.Graph, weight: ir.Value, format: BlockFormat, *, transpose: bool, method: Method | None = None
+    graph: ir.Graph,
+    weight: ir.Value,
+    format: BlockFormat,
+    *,
+    transpose: bool,
+    method: DataFree | None = None,
+    tensors: Sequence[ir.TensorProtocol] | None = None,
 ) -> list[ir.Value]:
-    """Codes, scales and zero points or offsets of a matrix as lazy initializers; those of an earlier call are reused.
+    """Codes, scales and zero points or offsets of a matrix as initializers; those of an earlier call are reused.
 
     Args:
         transpose: the weight is stored [in, out], so that blocks run down its columns.
+        tensors: what they hold, if it is known; by default `method` computes it when they are written.
     """
     tensor, name = weight.const_value, weight.name
     assert tensor is not None
@@ -232,8 +277,9 @@ def block_initializers(
         matrix = read_matrix(tensor, name)
         return quantize(matrix if transpose else matrix.T, format).matmul_nbits()
 
-    group = LazyGroup(compute, list(specs.values()), working_bytes=4 * tensor.nbytes)
-    values = add_initializers(graph, list(specs), group.tensors)
+    if tensors is None:
+        tensors = LazyGroup(compute, list(specs.values()), working_bytes=4 * tensor.nbytes).tensors
+    values = add_initializers(graph, list(specs), tensors)
     if format.scale_type == "int8":
         values[1:3] = [_scales(graph, values[1], values[2], f"{name}.scales")]
     return values

@@ -11,7 +11,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType
-from onnxpress.optimizers.quantize_blocks import Method, as_float32, block_initializers, quantize_linear
+from onnxpress.optimizers.quantize_blocks import DataFree, as_float32, block_initializers, quantize_linear
 from onnxpress.tensors import ViewTensor
 
 
@@ -78,7 +78,7 @@ def quantize_table(
     format: BlockFormat,
     accuracy_level: int,
     report: Report,
-    method: Method | None = None,
+    method: DataFree | None = None,
 ) -> None:
     """Quantize one table and all that reads it. Raises UnsupportedModelError where blocks do not divide its rows."""
     rows, columns = shape_of(table)

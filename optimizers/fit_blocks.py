@@ -1,0 +1,101 @@
+"""Codes of weights in blocks, fitted to what the products read: the calibrated methods of quantize-blocks.
+
+A block of the transformer at a time, its products in the order in which they run: those that read one activation are
+fitted together, put in place, and only then is the next activation looked at. So each product makes up for what the
+ones before it lost, within its layer and across layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.errors import BadInputError
+from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.calibration import Calibration, Step, token_count
+from onnxpress.optimizers.linear import Linear, find_linears, read_rows
+from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.gptq import gptq, relative_error
+from onnxpress.optimizers.quantization.least_squares import fit_least_squares
+from onnxpress.optimizers.quantization.statistics import Gram
+
+CalibratedMethod = Literal["gptq", "importance"]
+CALIBRATED: tuple[CalibratedMethod, ...] = get_args(CalibratedMethod)
+FEWEST_TOKENS = 256
+"""Fewer say next to nothing about the correlations of hundreds of channels."""
+
+Operands = Sequence[ir.TensorProtocol]
+
+
+def fit_blocks(
+    model: ir.Model,
+    formats: Mapping[str, BlockFormat],
+    method: CalibratedMethod,
+    calibration: Calibration,
+    report: Report,
+) -> Iterator[tuple[Linear, Operands]]:
+    """Yield every product whose weight `formats` names, with its operands; the caller puts them into the graph at once.
+
+    Raises:
+        BadInputError: too few tokens, or an activation that is not finite.
+    """
+    tokens = token_count(calibration.samples)
+    if 0 < tokens < FEWEST_TOKENS:
+        raise BadInputError(
+            f"{method} has {tokens} tokens to calibrate with; it needs at least {FEWEST_TOKENS}",
+            hint="give a longer text with --calibration, or choose method = least-squares, which needs none",
+        )
+    name = f"quantize-blocks {method} {sorted((key, repr(value)) for key, value in formats.items())}"
+    known: dict[str, Operands] = {}
+    for step in calibration.walk(model, method=name):
+        for number, linears in enumerate(_stages(step, formats)):
+            fresh = [linear for linear in linears if linear.name not in known]  # a weight may serve several products
+            found = step.results(str(number), partial(_solve, step, fresh, formats, method))
+            for linear in fresh:
+                keys = sorted(key for key in found if key.startswith(f"{linear.name}#operand"))
+                known[linear.name] = [found[key] for key in keys]
+                report.measure(linear.name, float(found[f"{linear.name}#error"].numpy()[0]))
+            for linear in linears:
+                yield linear, known[linear.name]
+
+
+def _stages(step: Step, formats: Mapping[str, BlockFormat]) -> list[list[Linear]]:
+    """Products of one segment that read the same activation, in the order in which they run."""
+    stages: dict[ir.Value, list[Linear]] = {}
+    for linear in find_linears(step.segment.nodes):
+        if linear.name in formats:
+            stages.setdefault(linear.activation, []).append(linear)
+    return list(stages.values())
+
+
+def _solve(
+    step: Step, linears: Sequence[Linear], formats: Mapping[str, BlockFormat], method: CalibratedMethod
+) -> dict[str, NDArray[Any]]:
+    """Operands and relative errors of products that read one activation, by `weight#operand0`, `weight#error`."""
+    if not linears:
+        return {}
+    activation, features = str(linears[0].activation.name), linears[0].shape[0]
+    gram = Gram(features, activation)
+    step.observe({activation: [gram]})
+    moments = gram.matrix()
+    arrays: dict[str, NDArray[Any]] = {}
+    for linear in linears:
+        weight, format = read_rows(linear).T, formats[linear.name]
+        blocks = _blocks(weight, moments, format, method)
+        for index, operand in enumerate(blocks.matmul_nbits()):
+            arrays[f"{linear.name}#operand{index}"] = operand
+        arrays[f"{linear.name}#error"] = np.array([relative_error(weight, blocks.dequantize(), moments)])
+    return arrays
+
+
+def _blocks(
+    weight: NDArray[np.float32], moments: NDArray[np.float64], format: BlockFormat, method: CalibratedMethod
+) -> Blocks:
+    if method == "gptq":
+        return gptq(weight, moments, format).blocks
+    return fit_least_squares(weight, format, np.diagonal(moments).astype(np.float32))
