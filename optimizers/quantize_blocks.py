@@ -52,6 +52,8 @@ class QuantizeBlocks(CalibratedPass):
 
     name = "quantize-blocks"
     exact = False
+    wanted_rows = 32
+    wanted_length = 256
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxpress.optimizers.linear import OFFSETS
 from onnxpress.optimizers.matching import MICROSOFT, is_op, only_reader, other_input, producer
 from onnxpress.tensors import concrete_shape
 
@@ -87,10 +88,12 @@ def _float_product(node: ir.Node) -> Product | None:
     transpose = producer(value, "Transpose")
     if transpose is not None:
         value, transposed = transpose.inputs[0], not transposed
-    dequantize = producer(value, "DequantizeLinear")
-    if dequantize is not None:
-        value = dequantize.inputs[0]
+    stored = producer(value, "DequantizeLinear") or producer(value, "Cast")
+    if stored is not None:
+        value = stored.inputs[0]
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return None
+    if str(value.name).endswith(OFFSETS):
         return None
     shape = concrete_shape(value.const_value)
     if len(shape) != 2:
@@ -127,6 +130,8 @@ def _product(
             reader = only_reader(output)
             if reader is not None and reader.op_type == op_type:
                 output = reader.outputs[0]
+    if node.op_type == "MatMulNBits":
+        output = _with_offsets(output)
     scaled = only_reader(output)
     if node.op_type == "MatMulIntegerToFloat" and is_op(scaled, "Mul"):  # times the magnitude of each token
         assert scaled is not None
@@ -140,6 +145,14 @@ def _product(
         if tensor is not None and concrete_shape(tensor) == (features[1],):
             bias, output = other, add.outputs[0]
     return Product(node, activation, weight, features, bias, output)
+
+
+def _with_offsets(output: ir.Value) -> ir.Value:
+    """What MatMulNBits makes, plus the offsets of its blocks where they are a product of their own."""
+    add = only_reader(output)
+    correction = producer(other_input(add, output), "MatMul") if add is not None and is_op(add, "Add") else None
+    offsets = correction.inputs[1] if correction is not None else None
+    return add.outputs[0] if add is not None and str(offsets and offsets.name).endswith(OFFSETS) else output
 
 
 def _is_set(node: ir.Node, name: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -25,6 +26,8 @@ class Calibration:
     """Where progress is kept, see `Walk`."""
     memory_bytes: int = MEMORY_BYTES
     threads: int | None = None
+    walks: list[Walk] = field(default_factory=list, compare=False)
+    """All that were begun and keep files."""
 
     def fits(self, model: ir.Model) -> bool:
         """Whether there are samples and they are for this graph."""
@@ -33,7 +36,15 @@ class Calibration:
     def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "") -> Walk:
         """A walk over `model`; one without a method keeps nothing that another process could use."""
         folder = self.folder if method else None
-        return Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads)
+        walk = Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads)
+        if folder is not None:
+            self.walks.append(walk)
+        return walk
+
+    def discard(self) -> None:
+        """Remove what walks kept; the graphs have been written."""
+        while self.walks:
+            self.walks.pop().discard()
 
     def observe(self, model: ir.Model, wanted: Mapping[str, Sequence[Accumulator]]) -> None:
         """Hand what a graph computes for each value named in `wanted` to its accumulators."""
@@ -50,6 +61,9 @@ class CalibratedPass(Pass):
     """A pass that looks at activations; the driver sets `calibration` before it runs it on a graph."""
 
     calibration: Calibration = Calibration()
+    wanted_rows: ClassVar[int] = 4
+    wanted_length: ClassVar[int] = 64
+    """Rows, and tokens in each, that do for this pass where the user does not say how many to take."""
 
     @property
     def needs_samples(self) -> bool:

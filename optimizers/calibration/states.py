@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,14 +78,6 @@ class States:
         self._memory.clear()
         if self._temporary is not None:
             self._temporary.cleanup()
-
-    def clear(self) -> None:
-        """Forget everything, files included."""
-        self._memory.clear()
-        self._numbers.clear()
-        self._used = 0
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, name: str, sample: int) -> Path:
         return self._path() / f"{self._numbers[name]}_{sample}.npy"

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +66,8 @@ class Walk:
     memory_bytes: int = MEMORY_BYTES
     """Of hidden states kept in memory, and of activations looked at in one run."""
     folder: Path | None = None
-    """Where progress is kept: a walk of the same method over the same graph and samples goes on from where another was
-    killed. Results are kept in memory without it."""
+    """Where progress is kept, in a folder of its own for each graph, samples and method: a walk goes on from where
+    another was killed. Results are kept in memory without it."""
     method: str = ""
     """Names the method and its options, for `folder`."""
     threads: int | None = None
@@ -85,6 +86,8 @@ class Walk:
         self._inputs = [[str(value.name) for value in segment.inputs()] for segment in self.segments]
         self.outputs = self._crossing()
         """By segment, what it makes and a later one reads."""
+        if self.folder is not None:
+            self.folder /= fingerprint(self.model, self.samples, f"{self.method} {self.feed}")
         self._states = States(self.memory_bytes, self.folder / "states" if self.folder else None)
         self._finished = self._resume()
 
@@ -105,12 +108,9 @@ class Walk:
 
     def discard(self) -> None:
         """Remove what is kept in `folder`, results included: call it when the graph has been written."""
-        self._states.clear()
+        self._states.close()
         if self.folder is not None:
-            for path in [*self.folder.glob("result_*"), self.folder / "progress.json"]:
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, number: int, outputs: Sequence[str], receive: Callable[[int, dict[str, Array]], None]) -> None:
         """Run segment `number` as it is now on all samples; `receive(sample, arrays by name)` after each."""
@@ -193,7 +193,7 @@ class Walk:
                 self._stale.append(name)
         if self.folder is not None:
             alive = {name: n for name, n in self._states.numbers.items() if name not in self._stale}
-            progress = {"fingerprint": self._fingerprint, "finished": number + 1, "states": alive}
+            progress = {"finished": number + 1, "states": alive}
             aside = self.folder / ".progress.json"
             aside.write_text(json.dumps(progress), encoding="utf-8")
             aside.replace(self.folder / "progress.json")
@@ -206,18 +206,10 @@ class Walk:
         if self.folder is None:
             return 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = fingerprint(self.model, self.samples, f"{self.method} {self.feed}")
         path = self.folder / "progress.json"
         progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if progress.get("fingerprint") != self._fingerprint:
-            self.discard()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.folder / ".progress.json"
-            aside.write_text(json.dumps({"fingerprint": self._fingerprint, "finished": 0, "states": {}}), "utf-8")
-            aside.replace(path)
-            return 0
-        self._states.adopt(progress["states"])
-        return int(progress["finished"])
+        self._states.adopt(progress.get("states", {}))
+        return int(progress.get("finished", 0))
 
 
 @dataclass

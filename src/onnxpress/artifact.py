@@ -38,6 +38,8 @@ class Step:
     """What the pass did, as counts: `{"SkipSimplifiedLayerNormalization": 60}`."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What it looked at and left alone, by reason."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """What was lost where, by weight: |x·Ŵ − x·W|² / |x·W|² on the samples, of passes that know it."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Measured against the reference after this step: `kl`, `top1_agreement`, `max_difference`, ..."""
 

@@ -1,38 +1,272 @@
-"""Sample inputs for passes that look at activations: text that the reference writes, or the built-in sentences."""
+"""Sample inputs for passes that look at activations: from the user's data, or from what the model writes itself."""
 
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.opening import open_model, random_feeds
+from onnxpress import probes
+from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_records
+from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.runtime import EncoderSession
 from onnxpress.samples import encoder_rows
-from onnxpress.texts import pad, written_windows
+from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
+from onnxpress.texts import Ids, load_tokenizer, pad, written_windows
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
 
 ROWS, LENGTH = 4, 64
+BATCH = 8
+"""Rows in one run."""
 SEED = 1
 """Not evaluation's, so that nothing is judged on the text that it was fitted to."""
+ANSWER = 24
+"""Tokens that an encoder-decoder answers with where the data does not say what it should."""
+SAMPLING_RATE = 16_000
 
 
-def sample_feeds(graph: Path, threads: int | None = None) -> list[dict[str, NDArray[Any]]]:
-    """Inputs by name for one or more runs of `graph`; an empty key/value cache is left out.
+STALE = 7 * 24 * 3600
+"""Seconds after which what an interrupted calibration left is of no use."""
 
-    A decoder writes `ROWS` texts of `LENGTH` tokens; an encoder gets sentences, a graph of neither kind random inputs.
-    An encoder-decoder has none yet.
-    """
-    opened = open_model(graph, threads=threads)
+
+def calibration_folder() -> Path:
+    """Where calibrations keep what they know, so that one that was killed goes on; old ones are removed."""
+    from onnxpress.exporter.cache import cache_folder
+
+    folder = cache_folder() / "calibration"
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if time.time() - old.stat().st_mtime > STALE:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What to calibrate with; anything left out is decided by the pass that asks."""
+
+    source: str | None = None
+    """A file, a folder or the name of a data set, see `calibration_files`; none: what the model writes itself."""
+    samples: int | None = None
+    """Rows: windows of text, sentences, recordings."""
+    length: int | None = None
+    """Tokens in a row."""
+    seed: int = SEED
+    """Of the text that the model writes."""
+
+    def feeds(
+        self, graph: Path, rows: int = ROWS, length: int = LENGTH, threads: int | None = None
+    ) -> dict[str, list[Feeds]]:
+        """Samples for each graph of a model, by its stem ("" for a model of one graph).
+
+        Args:
+            graph: by which the model is opened.
+            rows, length: what the pass wants, unless the user said something else.
+
+        Raises:
+            BadInputError: there is too little data, or it is of a kind that the model does not take.
+        """
+        rows, length = self.samples or rows, self.length or length
+        opened = open_model(graph, threads=threads)
+        if self.source is None:
+            return _self_made(opened, rows, length, self.seed)
+        records = list(islice(read_records(self.source), 100_000))
+        if not records:
+            raise BadInputError(f"{self.source} holds no samples")
+        return _from_records(opened, records, rows, length, self.source)
+
+
+def _self_made(opened: Opened, rows: int, length: int, seed: int) -> dict[str, list[Feeds]]:
+    """A decoder writes; an encoder gets the built-in sentences, a graph of neither kind random inputs."""
     if opened.kind == "decoder":
-        ids = np.concatenate(written_windows(opened.model, ROWS, LENGTH, opened.starts, SEED))
-        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
-        return [{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}]
-    if opened.kind == "encoder":
-        rows, _ = encoder_rows((opened,), None, LENGTH, SEED)
-        ids, mask = pad(rows[:32])
-        return [{"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}]
+        length = min(length, _longest(opened, length))
+        written = [
+            np.concatenate(written_windows(opened.model, min(32, rows - start), length, opened.starts, seed + start))
+            for start in range(0, rows, 32)
+        ]
+        return {"": [_decoder_feeds(ids) for whole in written for ids in _batches(whole)]}
+    if opened.kind in ("encoder", "encoder-decoder") and _takes_tokens(opened):
+        found, _ = encoder_rows((opened,), None, length, seed)
+        found = found[: max(rows, 32)]
+        if opened.kind == "encoder":
+            return {"": [_encoder_feeds(found)]}
+        return _translator_feeds(opened, [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)], None)
+    if opened.kind == "encoder-decoder":
+        feeds = [random_feeds(opened.model.encoder, opened.config, seed + i) for i in range(min(rows, 4))]
+        return _translator_feeds(opened, feeds, None)
     if isinstance(opened.model, EncoderSession):
-        return [random_feeds(opened.model, opened.config, SEED)]
-    return []
+        return {"": [random_feeds(opened.model, opened.config, seed)]}
+    return {}
+
+
+def _from_records(
+    opened: Opened, records: Sequence[Record], rows: int, length: int, source: str
+) -> dict[str, list[Feeds]]:
+    kinds = {Texts if isinstance(one, Texts) else Recording if isinstance(one, Recording) else dict for one in records}
+    if len(kinds) > 1:
+        raise BadInputError(f"{source} mixes texts, recordings and inputs")
+    (kind,) = kinds
+    if kind is dict:
+        return {"": _input_feeds([one for one in records if isinstance(one, Mapping)][:rows])}
+    if kind is Recording:
+        feeds = [_recording_feeds(opened, one) for one in records[:rows] if isinstance(one, Recording)]
+        return _translator_feeds(opened, feeds, None) if opened.kind == "encoder-decoder" else {"": feeds}
+    texts = [one for one in records if isinstance(one, Texts)]
+    tokenizer = load_tokenizer(opened.folder)
+    if tokenizer is None:
+        raise BadInputError("the model has no tokenizer.json to read text with", hint="give token ids, as .npz")
+    length = _longest(opened, length)
+    if opened.kind == "decoder":
+        return {"": [_decoder_feeds(ids) for ids in _batches(_windows(opened, tokenizer, texts, rows, length, source))]}
+    if not _takes_tokens(opened):
+        raise BadInputError(f"{opened.name} takes no text", hint="give recordings, or inputs as .npz")
+    if len(texts) == 1 and texts[0].second is None:  # a whole file: a line is a sentence
+        texts = [Texts(line) for line in texts[0].first.splitlines() if line.strip()]
+    texts = texts[:rows]
+    if opened.kind == "encoder":
+        together = "SequenceClassification" in str(opened.config.get("architectures"))
+        batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+        return {"": [_text_feeds(tokenizer, batch, length, together) for batch in batches]}
+    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+    answers = [
+        [tokenizer.encode(one.second).ids[:length] if one.second else None for one in batch] for batch in batches
+    ]
+    feeds = [_text_feeds(tokenizer, [Texts(one.first) for one in batch], length, False) for batch in batches]
+    return _translator_feeds(opened, feeds, answers)
+
+
+def _longest(opened: Opened, length: int) -> int:
+    limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions")
+    return min(length, int(limit)) if limit else length
+
+
+def _takes_tokens(opened: Opened) -> bool:
+    encoder = getattr(opened.model, "encoder", opened.model)
+    return "input_ids" in getattr(encoder, "inputs", ())
+
+
+def _batches(ids: Ids) -> Iterator[Ids]:
+    for start in range(0, len(ids), BATCH):
+        yield ids[start : start + BATCH]
+
+
+def _windows(opened: Opened, tokenizer: Any, texts: Sequence[Texts], rows: int, length: int, source: str) -> Ids:
+    """Texts one after the other, cut into rows [rows, length] that begin as the model's texts do."""
+    start = opened.config.get("bos_token_id")
+    starts = start is not None and tokenizer.encode("a").ids[:1] == [start]
+    size = length - starts
+    ids: list[int] = []
+    for text in texts:
+        for part in (text.first, text.second):
+            ids += tokenizer.encode(part, add_special_tokens=False).ids if part else []
+        if len(ids) >= rows * size:
+            break
+    if len(ids) < 2:
+        raise BadInputError(f"{source} has {len(ids)} tokens", hint="give a text of at least a few sentences")
+    size = min(size, len(ids))
+    count = min(rows, len(ids) // size)
+    found: Ids = np.array(ids[: count * size], np.int64).reshape(count, size)
+    return np.concatenate([np.full((count, 1), start, np.int64), found], axis=1) if starts else found
+
+
+def _decoder_feeds(ids: Ids) -> Feeds:
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
+
+
+def _encoder_feeds(rows: Sequence[Sequence[int]]) -> Feeds:
+    ids, mask = pad(rows)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def _text_feeds(tokenizer: Any, texts: Sequence[Texts], length: int, together: bool) -> Feeds:
+    """A row a text; both texts of a pair in one row if `together`, as a cross-encoder reads them, else in two."""
+    if together:
+        found = [tokenizer.encode(one.first, one.second) for one in texts]
+    else:
+        found = [tokenizer.encode(part) for one in texts for part in (one.first, one.second) if part]
+    feeds = _encoder_feeds([one.ids[:length] for one in found])
+    feeds["token_type_ids"], _ = pad([one.type_ids[:length] for one in found])
+    return feeds
+
+
+def _input_feeds(records: Sequence[Inputs]) -> list[Feeds]:
+    """Batches of records of one shape."""
+    feeds: list[Feeds] = []
+    group: list[Inputs] = []
+    for record in [*records, None]:
+        if group and (record is None or len(group) == BATCH or _shapes(record) != _shapes(group[0])):
+            feeds.append({name: np.stack([one[name] for one in group]) for name in group[0]})
+            group = []
+        if record is not None:
+            group.append(record)
+    return feeds
+
+
+def _shapes(record: Inputs) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in record.items()}
+
+
+def _recording_feeds(opened: Opened, recording: Recording) -> Feeds:
+    """A recording as the input of a model that takes samples. Recordings are not resampled."""
+    encoder = getattr(opened.model, "encoder", opened.model)
+    if "input_values" not in getattr(encoder, "inputs", ()):
+        raise UnsupportedModelError(
+            f"{opened.name} takes no samples of sound", hint="give what its feature extractor makes of them, as .npz"
+        )
+    settings = read_json(opened.folder / "preprocessor_config.json") if opened.folder else {}
+    rate = int(settings.get("sampling_rate", SAMPLING_RATE))
+    if recording.rate != rate:
+        raise BadInputError(
+            f"{recording.name} has {recording.rate} samples a second; the model takes {rate}",
+            hint=f"resample it: ffmpeg -i {recording.name} -ar {rate} out.wav",
+        )
+    samples = recording.samples[None, : 30 * rate]
+    if settings.get("do_normalize", True):
+        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+    return {"input_values": samples.astype(np.float32), "attention_mask": np.ones(samples.shape, np.int64)}
+
+
+def _translator_feeds(
+    opened: Opened, batches: Sequence[Feeds], answers: Sequence[Sequence[Sequence[int] | None]] | None
+) -> dict[str, list[Feeds]]:
+    """Samples for the encoder and for both decoders, whose inputs the encoder and the first decoder compute.
+
+    Decoders read the answers in the data, where there are some, or what the model finds most likely.
+    """
+    model = opened.model
+    start = int(opened.config.get("decoder_start_token_id") or 0)
+    found: dict[str, list[Feeds]] = {ENCODER: [], DECODER: [], DECODER_WITH_PAST: []}
+    for number, feeds in enumerate(batches):
+        states = model.encode(feeds)
+        known = answers[number] if answers is not None else []
+        if known and all(known):
+            ids, mask = pad([[start, *(one or [])] for one in known])
+        else:
+            ids = probes.continuation(model, np.full((len(states), 1), start, np.int64), ANSWER)
+            mask = np.ones_like(ids)
+            model.encode(feeds)
+        context = {
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": feeds.get("attention_mask", np.ones(states.shape[:2], np.int64)),
+        }
+        if context["encoder_attention_mask"].shape != states.shape[:2]:  # of samples of sound, not of states
+            context["encoder_attention_mask"] = np.ones(states.shape[:2], np.int64)
+        found[ENCODER].append(feeds)
+        found[DECODER].append({"input_ids": ids, "decoder_attention_mask": mask, **context})
+        half = max(1, ids.shape[1] // 2)
+        model.prefill(ids[:, :half])
+        cached = {name: array.copy() for name, array in model.cache.items()}
+        later = {"input_ids": ids[:, half : half + 1], "decoder_attention_mask": mask[:, : half + 1]}
+        if later["input_ids"].shape[1]:
+            found[DECODER_WITH_PAST].append({**later, **context, **cached})
+    return found

@@ -41,6 +41,7 @@ class StepRecord(_Record):
     seconds: float
     matched: dict[str, int] = {}
     skipped: dict[str, int] = {}
+    errors: dict[str, float] = {}
     metrics: dict[str, float] = {}
 
     @classmethod
@@ -52,6 +53,7 @@ class StepRecord(_Record):
                 "seconds": round(step.seconds, 3),
                 "matched": dict(step.matched),
                 "skipped": dict(step.skipped),
+                "errors": {weight: float(f"{error:.4g}") for weight, error in step.errors.items()},
                 "metrics": dict(step.metrics),
             }
         )

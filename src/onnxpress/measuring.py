@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxpress import probes
 from onnxpress.benchmark import benchmark
+from onnxpress.calibration import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
 from onnxpress.metrics import log_softmax, require_finite
@@ -35,10 +36,11 @@ TIPPED_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Data:
-    """What the user wants to be measured on; by default the reference writes text itself."""
+    """What the user wants to be measured on, and calibrated with; by default the reference writes text itself."""
 
     text: Path | None = None
     pairs: Path | None = None
+    calibration: CalibrationData = field(default_factory=CalibrationData)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from onnxpress.artifact import Artifact, Step
+from onnxpress.calibration import CalibrationData
 from onnxpress.errors import UsageError
 from onnxpress.gates import Gates
 from onnxpress.manifest import Manifest
@@ -58,6 +59,7 @@ def build(
     gates: Gates | None = None,
     text: Path | None = None,
     pairs: Path | None = None,
+    calibration: CalibrationData | None = None,
     benchmark: bool = True,
     task: str | None = None,
     logits: Logits | None = None,
@@ -81,7 +83,16 @@ def build(
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
     with replacing(output) as stage:
-        work = _begin(stage, source, target, Data(text, pairs), threads, progress, task, context_length)
+        work = _begin(
+            stage,
+            source,
+            target,
+            Data(text, pairs, calibration or CalibrationData()),
+            threads,
+            progress,
+            task,
+            context_length,
+        )
         chosen = chosen or _default_recipe(model, work.artifact.task, target)
         record = _press(model, work, stage, chosen, gates, benchmark, last_logits=logits != "all")
     return BuildResult(output, record, work.steps, tuple(work.notes))
@@ -126,6 +137,7 @@ def optimize(
     gates: Gates | None = None,
     text: Path | None = None,
     pairs: Path | None = None,
+    calibration: CalibrationData | None = None,
     benchmark: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -144,7 +156,7 @@ def optimize(
     if artifact is None:
         raise UsageError(f"{source} is a checkpoint", hint="optimize takes ONNX; from a checkpoint: onnxpress build")
     with replacing(output) as stage:
-        work = _begin(stage, artifact, target, Data(text, pairs), threads, progress)
+        work = _begin(stage, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress)
         chosen = chosen or _default_recipe(source, artifact.task, target)
         record = _press(artifact.source.name, work, stage, chosen, gates, benchmark, last_logits=False)
     return BuildResult(output, record, work.steps, tuple(work.notes))

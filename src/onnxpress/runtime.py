@@ -177,6 +177,11 @@ class EncoderDecoderSession:
         """Of the encoder and of the decoder or decoders."""
         return list(dict.fromkeys(part.session for part in (self.encoder, self.first, self.later)))
 
+    @property
+    def cache(self) -> Feeds:
+        """What the later decoder is fed next to the new token, by the names of its inputs."""
+        return self._cache
+
     def reset(self) -> None:
         self._cache: dict[str, NDArray[Any]] = {}
         self._length = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 
 from onnxpress import artifact_folder
 from onnxpress.artifact import Artifact, Step
-from onnxpress.calibration import sample_feeds
+from onnxpress.calibration import calibration_folder
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation import Evaluation
 from onnxpress.graph_io import load_graph, save_graph
@@ -55,8 +54,8 @@ class Work:
     meter: Meter = field(init=False)
     lossy: bool = False
     """Whether a pass before was not exact."""
-    samples: Sequence[Feeds] = ()
-    """Inputs for passes that look at activations."""
+    samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)
+    """Inputs for passes that look at activations: for each graph, by rows and length that a pass asked for."""
 
     def __post_init__(self) -> None:
         """Write the graphs as they came."""
@@ -87,15 +86,16 @@ class Work:
     def apply(self, spec: PassSpec, one: Pass) -> None:
         """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError."""
         began = time.perf_counter()
-        if isinstance(one, CalibratedPass) and one.needs_samples:
-            with self.progress.stage("sampling inputs"):
-                self.samples = self.samples or sample_feeds(main_graph(self.reference), self.threads)
-            one.calibration = Calibration(self.samples, threads=self.threads)
+        calibrations = self._calibrations(one)
         with self.progress.stage(spec.name):
-            graphs, report = _run_pass(one, self.current)
+            graphs, report = _run_pass(one, self.current, calibrations)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
+        if report.errors:
+            step = replace(step, errors=dict(report.errors))
         if report.matched:
             before, self.current = self.current, self._save(graphs, spec.name)
+            for calibration in calibrations.values():
+                calibration.discard()  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
                 found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
             step = replace(step, metrics=found)
@@ -108,6 +108,20 @@ class Work:
             )
         self._record(replace(step, seconds=time.perf_counter() - began))
 
+    def _calibrations(self, one: Pass) -> dict[str, Calibration]:
+        """Samples of each graph, by its stem, for a pass that looks at activations."""
+        if not isinstance(one, CalibratedPass) or not one.needs_samples:
+            return {}
+        wanted = (one.wanted_rows, one.wanted_length)
+        if wanted not in self.samples:
+            with self.progress.stage("sampling inputs"):
+                self.samples[wanted] = self.data.calibration.feeds(main_graph(self.reference), *wanted, self.threads)
+        samples, folder = self.samples[wanted], calibration_folder()
+        return {
+            stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads)
+            for stem in self.current
+        }
+
     def evaluate(self) -> Evaluation:
         """The quality that the artifact is judged by."""
         with self.progress.stage("measuring quality") as update:
@@ -116,7 +130,7 @@ class Work:
     def cut_logits(self) -> None:
         """Keep the logits of the last position only, where the graph has a head that can be cut."""
         began = time.perf_counter()
-        graphs, report = _run_pass(LastLogits(), self.current)
+        graphs, report = _run_pass(LastLogits(), self.current, {})
         step = Step(LastLogits.name, {}, 0.0, dict(report.matched), dict(report.skipped))
         if report.matched:
             before, self.current = self.current, self._save(graphs, LastLogits.name)
@@ -156,17 +170,22 @@ def graph_bytes(paths: Mapping[str, Path]) -> int:
     return sum(map(artifact_folder.weight_bytes, models.values())) + artifact_folder.weight_bytes(*decoders)
 
 
-def _run_pass(one: Pass, paths: Mapping[str, Path]) -> tuple[dict[str, ir.Model], Report]:
+def _run_pass(
+    one: Pass, paths: Mapping[str, Path], calibrations: Mapping[str, Calibration]
+) -> tuple[dict[str, ir.Model], Report]:
     """Every graph after the pass, and what was done to all of them."""
     graphs = {stem: load_graph(path) for stem, path in paths.items()}
-    matched, skipped = Counter[str](), Counter[str]()
-    for model in graphs.values():
+    total = Report()
+    for stem, model in graphs.items():
+        if isinstance(one, CalibratedPass):
+            one.calibration = calibrations.get(stem, Calibration())
         try:
             report = one.call(model).report
         except OnnxpressError:
             raise
         except Exception as error:
             raise VerificationError(f"pass {one.name} failed: {type(error).__name__}: {error}") from error
-        matched += report.matched
-        skipped += report.skipped
-    return graphs, Report(matched, skipped)
+        total.matched += report.matched
+        total.skipped += report.skipped
+        total.errors |= report.errors
+    return graphs, total

@@ -116,7 +116,7 @@ def test_experts_are_no_feed_forward(exported: Callable[..., ir.Model]) -> None:
 STAGES = (
     "pack-projections",
     "quantize-blocks:bits=4,block_size=16,include=['*mlp.gate_proj*']",
-    "quantize-blocks:bits=8,block_size=16,include=['*mlp.down_proj*']",
+    "quantize-blocks:bits=4,block_size=16,zero_points='float',include=['*mlp.down_proj*']",
     "quantize-dynamic:include=['*self_attn*']",
     "quantize-dynamic:activations=per_token,include=['*mlp.up_proj*']",
     "quantize-embedding:min_rows=16",

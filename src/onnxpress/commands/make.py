@@ -9,6 +9,7 @@ import click
 
 from onnxpress.commands.options import (
     all_of,
+    calibration_options,
     data_options,
     debug_option,
     export_options,
@@ -34,6 +35,7 @@ _common = all_of(threads_option, json_option, debug_option)
 @output_option()
 @gate_options
 @data_options
+@calibration_options
 @click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
 @export_options
 @source_options
@@ -90,6 +92,7 @@ def export(model: str, **options: Any) -> None:
 @profile_option
 @gate_options
 @data_options
+@calibration_options
 @click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
 @_common
 def optimize(source: str, **options: Any) -> None:
@@ -117,12 +120,16 @@ def _progress(options: dict[str, Any]) -> Any:
 
 def _keywords(options: dict[str, Any]) -> dict[str, Any]:
     """The options as `onnxpress.pipeline` names them."""
+    from onnxpress.calibration import CalibrationData
     from onnxpress.gates import Gates
 
     rest = {key: value for key, value in options.items() if key != "as_json"}
     if "max_loss" in rest:
         names = ("max_loss", "max_size", "max_latency", "max_memory")
         rest["gates"] = Gates(*(rest.pop(name) for name in names))
+    if "calibration" in rest:
+        names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
+        rest["calibration"] = CalibrationData(*(rest.pop(name) for name in names))
     if "no_benchmark" in rest:
         rest["benchmark"] = not rest.pop("no_benchmark")
     return rest

@@ -87,6 +87,21 @@ data_options = all_of(
     click.option("--text", type=_TEXT, help="Measure on this text. [default: text the model writes itself]"),
     click.option("--pairs", type=_TEXT, help="Measure on scored sentence pairs: CSV or TSV of two texts and a score."),
 )
+calibration_options = all_of(
+    click.option(
+        "--calibration",
+        metavar="FILE|FOLDER|NAME",
+        help="Calibrate with this: text, .jsonl, .csv, .npz, a folder of .wav, a data set. "
+        "[default: text the model writes itself]",
+    ),
+    click.option(
+        "--calibration-samples", type=click.IntRange(min=1), metavar="N", help="Rows. [default: what a pass needs]"
+    ),
+    click.option(
+        "--calibration-length", type=click.IntRange(min=2), metavar="N", help="Tokens in a row. [default: likewise]"
+    ),
+    click.option("--calibration-seed", type=int, default=1, show_default=True, help="Of the text the model writes."),
+)
 gate_options = all_of(
     click.option(
         "--max-loss",

@@ -186,8 +186,9 @@ class TestResume:
     def test_discard_leaves_nothing(self, tiny: ModuleType, tmp_path: Path) -> None:
         walk = Walk(tiny.layered(2), tiny.samples(), folder=tmp_path / "walk", method="centre")
         tiny.centre(walk)
+        assert len(list((tmp_path / "walk").rglob("result_*.bin"))) == 2
         walk.discard()
-        assert not (tmp_path / "walk").exists()
+        assert not list((tmp_path / "walk").iterdir())
 
 
 class TestRefusals:
