@@ -295,3 +295,21 @@ def test_weights_as_the_checkpoint_stores_them_give_the_same_artifact(
     failed = run("export", exported, "-o", tmp_path / "no", "--dtype", "auto")
     assert failed.code == 2
     assert "ONNX already" in failed.stderr
+
+
+def test_calibration_with_a_text(run: Run, checkpoint: Path, profile: Path, tmp_path: Path) -> None:
+    """GPTQ on a text of the user's: what each weight lost is recorded, and nothing stays in the cache."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (tmp_path / "gptq.toml").write_text(
+        'name = "gptq"\n[[pass]]\nname = "quantize-blocks"\nbits = 4\nblock_size = 32\nmethod = "gptq"\n'
+    )
+    options = ["-p", profile, "-r", tmp_path / "gptq.toml", "--no-benchmark", "-o", tmp_path / "artifact", "--json"]
+    calibration = ["--calibration", tmp_path / "text.txt", "--calibration-length", "64"]
+    outcome = run("build", checkpoint, *options, *calibration)
+    assert outcome.code == 0, outcome.stderr
+    (step,) = [step for step in outcome.json["steps"] if step["name"] == "quantize-blocks"]
+    assert len(step["errors"]) == sum(count for name, count in step["matched"].items() if name.startswith("MatMul"))
+    assert all(0 < error < 0.2 for error in step["errors"].values())
+    short = run("build", checkpoint, *options, *calibration, "--calibration-samples", "2")
+    assert short.code == 3
+    assert "needs at least 256" in short.stderr
