@@ -12,6 +12,7 @@ from onnxpress.benchmark import benchmark as measure_speed
 from onnxpress.errors import UsageError
 from onnxpress.evaluation import evaluate as measure_quality
 from onnxpress.golden import replay_golden
+from onnxpress.opening import find_graphs
 from onnxpress.progress import Progress
 from onnxpress.resolving import resolve
 from onnxpress.runtime_profiles import profile as profiles
@@ -52,8 +53,16 @@ def benchmark(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Speed and memory of an artifact or an ONNX file, with the session options of `profile` or of the artifact."""
+    """Speed and memory of an artifact or an ONNX file, with the session options of `profile` or of the artifact.
+
+    Raises UsageError for a checkpoint.
+    """
     progress = progress or Progress(enabled=False)
+    if folder.is_dir() and not find_graphs(folder):
+        raise UsageError(
+            f"{folder} has no ONNX graph to benchmark",
+            hint="a checkpoint: onnxpress build, or export, first",
+        )
     options = dict(profiles.load(profile).session_options) if profile else None
     with progress.stage("measuring speed and memory"):
         return measure_speed(folder, threads=threads, session_options=options, profile=operators).to_dict()

@@ -133,6 +133,12 @@ def test_evaluate_against_the_checkpoint_it_names(artifact: Path, run: Run) -> N
     assert {"perplexity", "reference_perplexity", "modes", "loss"} <= found.json.keys()
 
 
+def test_a_checkpoint_is_not_benchmarked(checkpoint: Path, run: Run) -> None:
+    outcome = run("benchmark", checkpoint)
+    assert outcome.code == 2
+    assert "onnxpress build" in outcome.stderr
+
+
 def test_benchmark(artifact: Path, run: Run) -> None:
     found = run("benchmark", artifact, "--json")
     assert found.code == 0, found.stderr
