@@ -6,5 +6,5 @@ import subprocess
 import sys
 from pathlib import Path
 
-for name in ("export_cost.py", "decoder.py", "encoder.py"):
+for name in ("export_cost.py", "calibration_cost.py", "decoder.py", "encoder.py"):
     subprocess.run([sys.executable, Path(__file__).with_name(name), *sys.argv[1:]], check=True)

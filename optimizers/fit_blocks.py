@@ -7,9 +7,10 @@ ones before it lost, within its layer and across layers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -32,14 +33,27 @@ FEWEST_TOKENS = 256
 Operands = Sequence[ir.TensorProtocol]
 
 
+class Fitted(NamedTuple):
+    """What was found for a weight."""
+
+    digest: bytes
+    """Of the float weight."""
+    operands: Operands
+
+
 def fit_blocks(
     model: ir.Model,
     formats: Mapping[str, BlockFormat],
     method: CalibratedMethod,
     calibration: Calibration,
     report: Report,
+    known: dict[str, Fitted],
 ) -> Iterator[tuple[Linear, Operands]]:
     """Yield every product whose weight `formats` names, with its operands; the caller puts them into the graph at once.
+
+    Args:
+        known: what was fitted already, by weight, and is added to: a weight that serves several products, or several
+            graphs, as those of an encoder-decoder's two decoders do, is fitted once and stays the same in all.
 
     Raises:
         BadInputError: too few tokens, or an activation that is not finite.
@@ -51,17 +65,21 @@ def fit_blocks(
             hint="give a longer text with --calibration, or choose method = least-squares, which needs none",
         )
     name = f"quantize-blocks {method} {sorted((key, repr(value)) for key, value in formats.items())}"
-    known: dict[str, Operands] = {}
     for step in calibration.walk(model, method=name):
         for number, linears in enumerate(_stages(step, formats)):
-            fresh = [linear for linear in linears if linear.name not in known]  # a weight may serve several products
+            digests = {linear.name: _digest(linear) for linear in linears}
+            fresh = [one for one in linears if one.name not in known or known[one.name].digest != digests[one.name]]
             found = step.results(str(number), partial(_solve, step, fresh, formats, method))
             for linear in fresh:
                 keys = sorted(key for key in found if key.startswith(f"{linear.name}#operand"))
-                known[linear.name] = [found[key] for key in keys]
+                known[linear.name] = Fitted(digests[linear.name], [found[key] for key in keys])
                 report.measure(linear.name, float(found[f"{linear.name}#error"].numpy()[0]))
             for linear in linears:
-                yield linear, known[linear.name]
+                yield linear, known[linear.name].operands
+
+
+def _digest(linear: Linear) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(read_rows(linear)).view(np.uint8).data, digest_size=16).digest()
 
 
 def _stages(step: Step, formats: Mapping[str, BlockFormat]) -> list[list[Linear]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
-from onnxpress.optimizers.fit_blocks import CALIBRATED, CalibratedMethod, fit_blocks
+from onnxpress.optimizers.fit_blocks import CALIBRATED, CalibratedMethod, Fitted, fit_blocks
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     OFFSETS,
@@ -86,6 +86,7 @@ class QuantizeBlocks(CalibratedPass):
         self.format = self._checked(BlockFormat(bits, block_size, zero_points, scale_type))
         self.method = method
         self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
+        self.fitted: dict[str, Fitted] = {}
         self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
@@ -123,7 +124,7 @@ class QuantizeBlocks(CalibratedPass):
             if not self.calibration.fits(model):
                 report.skip(NO_SAMPLES, len(chosen))
                 return
-            for linear, tensors in fit_blocks(model, chosen, self.method, self.calibration, report):
+            for linear, tensors in fit_blocks(model, chosen, self.method, self.calibration, report, self.fitted):
                 self._put(linear, chosen[linear.name], report, tensors=tensors)
         else:
             for linear in [one for one in find_linears(model.graph) if one.name in chosen]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +26,7 @@ class Calibration:
     """Where progress is kept, see `Walk`."""
     memory_bytes: int = MEMORY_BYTES
     threads: int | None = None
+    progress: Callable[[int, int], None] | None = None
     walks: list[Walk] = field(default_factory=list, compare=False)
     """All that were begun and keep files."""
 
@@ -36,7 +37,7 @@ class Calibration:
     def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "") -> Walk:
         """A walk over `model`; one without a method keeps nothing that another process could use."""
         folder = self.folder if method else None
-        walk = Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads)
+        walk = Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads, self.progress)
         if folder is not None:
             self.walks.append(walk)
         return walk

@@ -71,6 +71,8 @@ class Walk:
     method: str = ""
     """Names the method and its options, for `folder`."""
     threads: int | None = None
+    progress: Callable[[int, int], None] | None = None
+    """Called with the segments done and all there are."""
     reason: str | None = field(init=False, default=None)
     """Why the graph is walked in one step, if it is."""
 
@@ -103,6 +105,8 @@ class Walk:
                 if not step.forwarded:
                     self._forward(number)
                 self._commit(number)
+                if self.progress is not None:
+                    self.progress(number + 1, len(self.segments))
         finally:
             self._states.close()
 

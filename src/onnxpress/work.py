@@ -87,7 +87,8 @@ class Work:
         """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError."""
         began = time.perf_counter()
         calibrations = self._calibrations(one)
-        with self.progress.stage(spec.name):
+        with self.progress.stage(spec.name) as update:
+            calibrations = {stem: replace(found, progress=update) for stem, found in calibrations.items()}
             graphs, report = _run_pass(one, self.current, calibrations)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
         if report.errors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.artifact import Source
+from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers.base import Pass, PassResult
 
 Array = NDArray[Any]
@@ -152,3 +155,21 @@ def check() -> Callable[..., Checked]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ir.Model]:
+    """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter, each exported once."""
+
+    @cache
+    def graphs(name: str) -> dict[str, ir.Model]:
+        from onnxpress.exporter import architectures
+        from onnxpress.exporter.checkpoint import load_folder
+        from onnxpress.exporter.export import export
+
+        folder = tmp_path_factory.mktemp(name)
+        architectures.tiny_model(name, folder)
+        task = architectures.catalog()[name]["task"]
+        return dict(export(load_folder(folder, Source(name, "huggingface-folder")), task=task, remember=False).graphs)
+
+    return lambda name, stem="model": copy_graph(graphs(name)[stem])

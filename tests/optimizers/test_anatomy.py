@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.artifact import Source
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import architectures
-from onnxpress.exporter.checkpoint import load_folder
-from onnxpress.exporter.export import export
 from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers import recipe
 from onnxpress.optimizers.anatomy import Product, anatomy_of, split_layers
 from onnxpress.optimizers.anatomy.products import find_products
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ir.Model]:
-    """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs, each exported once."""
-
-    @cache
-    def graphs(name: str) -> dict[str, ir.Model]:
-        folder: Path = tmp_path_factory.mktemp(name)
-        architectures.tiny_model(name, folder)
-        task = architectures.catalog()[name]["task"]
-        return dict(export(load_folder(folder, Source(name, "huggingface-folder")), task=task, remember=False).graphs)
-
-    return lambda name, stem="model": copy_graph(graphs(name)[stem])
 
 
 def leaf(product: Product | None) -> str | None:

@@ -85,6 +85,23 @@ def test_products_make_up_for_what_those_before_them_lost(layers: ir.Model, rng:
     assert (one.numpy() != other.numpy()).any()
 
 
+def test_a_weight_of_two_graphs_is_fitted_once(layers: ir.Model, rng: np.random.Generator) -> None:
+    """As in an encoder-decoder's two decoders, which share one file of weights."""
+    first, second = copy_graph(layers), copy_graph(layers)
+    table = second.graph.initializers["h.1.down"]
+    assert table.const_value is not None
+    table.const_value = ir.tensor(table.const_value.numpy() * np.float32(1.01))  # another weight of the same name
+    optimizer = QuantizeBlocks(bits=4, block_size=32, method="gptq", zero_points="integer")
+    for model in (first, second):
+        optimizer.calibration = Calibration(rows(rng, 3))
+        assert optimizer(model).modified
+    for name in ("h.0.up", "h.0.down", "h.1.up", "h.1.down"):
+        one, other = (model.graph.initializers[f"{name}.scales"].const_value for model in (first, second))
+        assert one is not None
+        assert other is not None
+        assert (one.numpy() == other.numpy()).all() == (name != "h.1.down"), name
+
+
 def test_too_few_tokens(layers: ir.Model, rng: np.random.Generator) -> None:
     with pytest.raises(BadInputError, match=r"gptq has 19 tokens to calibrate with; it needs at least 256"):
         quantized(
