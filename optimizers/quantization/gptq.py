@@ -49,7 +49,7 @@ def gptq(
     gram: Doubles,
     format: BlockFormat,
     *,
-    damping: float = 0.01,
+    damping: float = 0.03,
     order: Order = "activation",
     sweeps: int = 2,
     grid: Blocks | None = None,
@@ -59,7 +59,8 @@ def gptq(
     Args:
         weight: float32, finite.
         gram: [features, features], E[x xᵀ]; symmetric, positive semi-definite, finite.
-        damping: times the mean of the diagonal, added to it: how far to mistrust correlations seen in few samples.
+        damping: times the mean of the diagonal, added to it: how far to mistrust correlations seen in few samples. On
+            6,000 to 8,000 tokens, 0.1 was best for MiniLM and 0.03 for SmolLM2, judged by other tokens.
         order: `activation` visits the loudest inputs first, while most others can still make up for their errors.
         sweeps: of choosing all codes again and refitting the scales.
         grid: where scales and zero points start from, instead of the least squares above.

@@ -54,7 +54,7 @@ def test_the_same_codes_as_optimal_brain_quantization(order: Any, zero_points: A
     weight, gram = case(1, features, 10)
     format = BlockFormat(4, size, zero_points)
     grid = fit_least_squares(weight, format)
-    ours = gptq(weight, gram, format, order=order, sweeps=0, grid=grid).blocks
+    ours = gptq(weight, gram, format, order=order, damping=0.01, sweeps=0, grid=grid).blocks
     codes = ours.codes.reshape(10, -1)[:, :features].T
     expected = optimal_brain_quantization(weight, gram, grid, 0.01, order)
     # A tie between two codes may fall differently in single precision, and then changes what comes after it.
@@ -94,7 +94,7 @@ def test_sweeps_only_lower_the_damped_error() -> None:
         damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(256)
         format = BlockFormat(3, 32, "integer", scale_type)  # type: ignore[arg-type]
         course = [
-            relative_error(weight, gptq(weight, gram, format, sweeps=sweeps).blocks.dequantize(), damped)
+            relative_error(weight, gptq(weight, gram, format, damping=0.01, sweeps=sweeps).blocks.dequantize(), damped)
             for sweeps in range(5)
         ]
         assert all(after <= before * (1 + 1e-5) for before, after in pairwise(course))
