@@ -60,7 +60,7 @@ def find_linears(nodes: Iterable[ir.Node], report: Report | None = None) -> Iter
     """All float32 products with a constant matrix among the nodes of a graph, in their order; those that must be left
     alone go to the report."""
     for node in nodes:
-        candidate = _match(node)
+        candidate = match_linear(node)
         if candidate is None:
             continue
         if (candidate.weight.name or "").endswith(OFFSETS):
@@ -72,7 +72,8 @@ def find_linears(nodes: Iterable[ir.Node], report: Report | None = None) -> Iter
             report.skip(f"{node.op_type}: {reason}")
 
 
-def _match(node: ir.Node) -> Linear | None:
+def match_linear(node: ir.Node) -> Linear | None:
+    """A product with an initializer of any type and rank, if the node is one."""
     inputs = node.inputs
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
         return None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.linear import OFFSETS
+from onnxpress.optimizers.linear import OFFSETS, match_linear
 from onnxpress.optimizers.matching import MICROSOFT, is_op, only_reader, other_input, producer
 from onnxpress.tensors import concrete_shape
 
@@ -80,27 +80,24 @@ def _match(node: ir.Node) -> Product | None:
 
 
 def _float_product(node: ir.Node) -> Product | None:
-    activation, value = node.inputs[0], node.inputs[1]
+    """A product with float weights, or with codes that a DequantizeLinear or a Cast makes float."""
+    linear = match_linear(node)
+    if linear is not None:
+        weight, transposed, bias = linear.weight, linear.transposed, linear.bias
+    else:
+        stored = producer(node.inputs[1], "DequantizeLinear") or producer(node.inputs[1], "Cast")
+        if stored is None or stored.inputs[0] is None or _is_set(node, "transA"):
+            return None
+        weight, transposed = stored.inputs[0], _is_set(node, "transB")
+        bias = _input(node, 2) if node.op_type == "Gemm" else None
+    tensor = weight.const_value if weight.is_initializer() and not weight.is_graph_input() else None
+    if tensor is None or len(tensor.shape) != 2 or str(weight.name).endswith(OFFSETS):
+        return None
+    rows, columns = concrete_shape(tensor)
+    activation = node.inputs[0]
     assert activation is not None
-    transposed = _is_set(node, "transB")
-    if any(_is_set(node, name) for name in ("transA", "transBatchA", "transBatchB")):
-        return None
-    transpose = producer(value, "Transpose")
-    if transpose is not None:
-        value, transposed = transpose.inputs[0], not transposed
-    stored = producer(value, "DequantizeLinear") or producer(value, "Cast")
-    if stored is not None:
-        value = stored.inputs[0]
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return None
-    if str(value.name).endswith(OFFSETS):
-        return None
-    shape = concrete_shape(value.const_value)
-    if len(shape) != 2:
-        return None
-    features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    bias = _input(node, 2) if node.op_type == "Gemm" else None
-    return _product(node, _before_codes(activation) or activation, value, features, bias)
+    features = (columns, rows) if transposed else (rows, columns)
+    return _product(node, _before_codes(activation) or activation, weight, features, bias)
 
 
 def _before_codes(value: ir.Value) -> ir.Value | None:
