@@ -83,6 +83,24 @@ def our_tokens(folder: Path, feeds: dict[str, np.ndarray], start: int) -> list[l
     return rows
 
 
+def assert_same_up_to_a_tie(folder: Path, feeds: dict[str, np.ndarray], start: int, found: list[int]) -> None:
+    """`found` are our own runner's tokens for one row, or part from them where two words are all but equally likely.
+
+    The client computes its features itself: in int8 the last bit of one may tip a random model's choice.
+    """
+    from onnxpress.opening import open_model
+
+    model = open_model(folder).model
+    model.encode(feeds)
+    assert found[0] == start
+    logits = model.prefill(np.array([[start]]))[0, -1]
+    for token in found[1:]:
+        if token != logits.argmax():
+            assert logits.max() - logits[token] < 0.05 * logits.std()
+            break
+        logits = model.decode(np.array([[token]]))[0, -1]
+
+
 def until_end(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end, 1)] if end in tokens[1:] else tokens
 
@@ -171,9 +189,9 @@ def test_speech(node: Callable[..., str], checkpoints: Checkpoints, kind: str, t
                 ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         expected = ids.tolist()
         assert len(set(expected[0])) > 3
+        assert until_end(found[0], 2) == until_end(expected[0], 2)
     else:
-        expected = our_tokens(artifact, {"input_features": features}, 3)
-    assert until_end(found[0], 2) == until_end(expected[0], 2)
+        assert_same_up_to_a_tie(artifact, {"input_features": features}, 3, until_end(found[0], 2))
 
 
 @pytest.mark.client
