@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 from numpy.typing import NDArray
 
 from onnxpress.graph_io import copy_graph, save_graph
@@ -43,6 +44,8 @@ def extract(model: ir.Model, inputs: Mapping[str, ir.DataType], outputs: Sequenc
         value.type, value.shape = ir.TensorType(inputs[str(value.name)]), None
     read = {value for node in part.graph for value in node.inputs}
     part.graph.inputs[:] = [value for value in part.graph.inputs if value in read]
+    if any(value.type is None for value in part.graph.outputs):
+        common_passes.ShapeInferencePass()(part)
     for value in part.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         value.shape = None
