@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.linear import MICROSOFT
+from onnxpress.optimizers.linear import MICROSOFT, add_constant
 from onnxpress.optimizers.quantize_dynamic import quantize_rows
 
 POINTWISE = frozenset("Add Div Erf Gelu HardSwish Identity Mul Relu Sigmoid Silu Softplus Split Sub Swish Tanh".split())
@@ -162,14 +162,7 @@ class _Switch:
         return self._late[shape]
 
     def _constant(self, name: str, value: Any) -> ir.Value:
-        return _register(self.graph, f"integer_prompts.{name}", np.array(value, np.int64))
-
-
-def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
+        return add_constant(self.graph, f"integer_prompts.{name}", np.array(value, np.int64))
 
 
 def _branch(graph: ir.Graph, run: Sequence[ir.Node], switch: _Switch, prefix: str) -> None:
@@ -287,5 +280,4 @@ class _Branch:
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         """An initializer of the branch; the same for the same name."""
-        full = f"{self.prefix}.{name}"
-        return self.graph.initializers[full] if full in self.graph.initializers else _register(self.graph, full, array)
+        return add_constant(self.graph, f"{self.prefix}.{name}", array)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,8 +24,6 @@ from onnxpress.tensors import concrete_shape
 MICROSOFT = "com.microsoft"
 OFFSETS = ".offsets"
 """Ends the names of the offsets of quantized blocks, whose product is part of a larger one."""
-SCALES = ".scales"
-"""Ends the names of scales; like offsets they may be stored in float16 without anything being computed in it."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,11 @@ def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir
             )
         values.append(graph.initializers[name])
     return values
+
+
+def add_constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """The initializer of this name, made of a numpy array where there is none yet."""
+    return add_initializers(graph, [name], [ir.tensor(array)])[0]
 
 
 def replace(linear_node: ir.Node, *nodes: ir.Node) -> None:

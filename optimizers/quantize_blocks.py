@@ -26,6 +26,7 @@ from onnxpress.optimizers.linear import (
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.hqq import hqq
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
+from onnxpress.storage import StoredTensor
 from onnxpress.tensors import LazyGroup
 
 DataFree = Literal["nearest", "least-squares", "hqq"]
@@ -110,6 +111,7 @@ class QuantizeBlocks(CalibratedPass):
 
     def apply(self, model: ir.Model, report: Report) -> None:
         chosen: dict[str, BlockFormat] = {}
+        linears: list[Linear] = []
         for linear in list(find_linears(model.graph, report)):
             format = self.format_of(linear.name)
             if not selected(linear.name, self.include, self.exclude):
@@ -120,6 +122,7 @@ class QuantizeBlocks(CalibratedPass):
                 report.skip(reason)
             else:
                 chosen[linear.name] = format
+                linears.append(linear)
         if self.method == "gptq" or self.method == "importance":
             if not self.calibration.fits(model):
                 report.skip(NO_SAMPLES, len(chosen))
@@ -127,7 +130,7 @@ class QuantizeBlocks(CalibratedPass):
             for linear, tensors in fit_blocks(model, chosen, self.method, self.calibration, report, self.fitted):
                 self._put(linear, chosen[linear.name], report, tensors=tensors)
         else:
-            for linear in [one for one in find_linears(model.graph) if one.name in chosen]:
+            for linear in linears:
                 self._put(linear, chosen[linear.name], report, method=self.method)
         if report.matched:
             model.opset_imports.setdefault(MICROSOFT, 1)
@@ -170,10 +173,8 @@ def quantize_linear(
     operands = block_initializers(
         graph, linear.weight, format, transpose=not linear.transposed, method=method, tensors=tensors
     )
-    before: list[ir.Node] = []
-    codes, scales, *rest = [as_float32(operand, before) for operand in operands]
-    offsets = rest.pop() if format.zero_points == "float" else None
-    inputs: list[ir.Value | None] = [linear.activation, codes, scales, *rest]
+    offsets = operands.pop() if format.zero_points == "float" else None
+    inputs: list[ir.Value | None] = [linear.activation, *operands]
     if linear.bias is not None:
         inputs += [None] * (5 - len(inputs)) + [linear.bias]
     product = ir.node(
@@ -190,23 +191,8 @@ def quantize_linear(
         name=linear.node.name,
     )
     after = [] if offsets is None else _add_offsets(graph, linear, product, offsets, format.block_size)
-    replace(linear.node, *before, product, *after)
+    replace(linear.node, product, *after)
     drop_unused(graph, linear.weight)
-
-
-def as_float32(operand: ir.Value, nodes: list[ir.Node]) -> ir.Value:
-    """A float16 initializer as the kernel wants it: the runtime folds the Cast when it loads the graph. A new Cast is
-    appended to `nodes`."""
-    if operand.dtype != ir.DataType.FLOAT16:
-        return operand
-    known = [node for node in operand.consumers() if node.op_type == "Cast"]
-    if known:
-        return known[0].outputs[0]
-    cast = ir.node("Cast", [operand], {"to": ir.DataType.FLOAT}, name=f"{operand.name}.cast")
-    cast.outputs[0].name = f"{operand.name}.float32"
-    cast.outputs[0].shape, cast.outputs[0].type = operand.shape, ir.TensorType(ir.DataType.FLOAT)
-    nodes.append(cast)
-    return cast.outputs[0]
 
 
 def _add_offsets(
@@ -282,6 +268,8 @@ def block_initializers(
 
     if tensors is None:
         tensors = LazyGroup(compute, list(specs.values()), working_bytes=4 * tensor.nbytes).tensors
+    # Numbers that the file holds in float16 are float32 to the graph.
+    tensors = [StoredTensor(one) if one.dtype == ir.DataType.FLOAT16 else one for one in tensors]
     values = add_initializers(graph, list(specs), tensors)
     if format.scale_type == "int8":
         values[1:3] = [_scales(graph, values[1], values[2], f"{name}.scales")]

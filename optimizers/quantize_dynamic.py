@@ -14,6 +14,7 @@ from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
+    add_constant,
     add_initializers,
     drop_unused,
     find_linears,
@@ -173,7 +174,7 @@ def _per_tensor(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.
 
 def _per_token(graph: ir.Graph, first: Linear) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     """Codes, their constant scale and zero point, and max|x| of each row [..., 1]."""
-    nodes, values = quantize_rows(first.activation, lambda name, array: _constant(graph, f"per_token.{name}", array))
+    nodes, values = quantize_rows(first.activation, lambda name, array: add_constant(graph, f"per_token.{name}", array))
     graph.insert_before(first.node, nodes)
     return values
 
@@ -198,10 +199,6 @@ def quantize_rows(
     codes = ir.node("QuantizeLinear", [unit.outputs[0], step, middle])
     nodes = [magnitude, largest, row_scale, unit, codes]
     return nodes, (codes.outputs[0], step, middle, row_scale.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    return add_initializers(graph, [name], [ir.tensor(array)])[0]
 
 
 def _weights(graph: ir.Graph, linear: Linear, weight_type: WeightType) -> list[ir.Value]:

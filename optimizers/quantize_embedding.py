@@ -11,7 +11,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType
-from onnxpress.optimizers.quantize_blocks import DataFree, as_float32, block_initializers, quantize_linear
+from onnxpress.optimizers.quantize_blocks import DataFree, block_initializers, quantize_linear
 from onnxpress.tensors import ViewTensor
 
 
@@ -95,11 +95,9 @@ def quantize_table(
     )
     for node, _ in list(table.uses()):
         if _table(node) is table:
-            casts: list[ir.Node] = []
-            scales = as_float32(operands[1], casts)
             gather = ir.node(
                 "GatherBlockQuantized",
-                [flat, node.inputs[1], scales, *operands[2:]],
+                [flat, node.inputs[1], *operands[1:]],
                 attributes={
                     "bits": format.field,
                     "block_size": format.block_size,
@@ -109,7 +107,7 @@ def quantize_table(
                 domain=MICROSOFT,
                 name=node.name,
             )
-            replace(node, *casts, gather)
+            replace(node, gather)
             report.match(f"GatherBlockQuantized {format.bits} bits, blocks of {format.block_size}")
     for linear in [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]:
         quantize_linear(linear, format, accuracy_level, method)

@@ -164,12 +164,12 @@ def log_one_plus(r: Recorder, out: Tensor, x: Tensor) -> ir.Value:
     return r.op("Log", r.op("Add", r.cast(x, out.dtype), r.scalar(1, out.dtype)))
 
 
-@aten("maximum")
+@aten("maximum", "max.other")
 def maximum(r: Recorder, out: Tensor, x: Tensor, y: Tensor) -> ir.Value:
     return r.op("Max", r.cast(x, out.dtype), r.cast(y, out.dtype))
 
 
-@aten("minimum")
+@aten("minimum", "min.other")
 def minimum(r: Recorder, out: Tensor, x: Tensor, y: Tensor) -> ir.Value:
     return r.op("Min", r.cast(x, out.dtype), r.cast(y, out.dtype))
 

@@ -47,16 +47,6 @@ def min_all(r: Recorder, out: Tensor, x: Tensor) -> ir.Value:
     return r.op("ReduceMin", x, keepdims=0)
 
 
-@aten("max.other")
-def max_other(r: Recorder, out: Tensor, x: Tensor, y: Tensor) -> ir.Value:
-    return r.op("Max", r.cast(x, out.dtype), r.cast(y, out.dtype))
-
-
-@aten("min.other")
-def min_other(r: Recorder, out: Tensor, x: Tensor, y: Tensor) -> ir.Value:
-    return r.op("Min", r.cast(x, out.dtype), r.cast(y, out.dtype))
-
-
 @aten("max.dim")
 def max_dim(r: Recorder, out: Any, x: Tensor, dim: int, keepdim: bool = False) -> list[ir.Value]:
     values = r.op("ReduceMax", x, _axes(r, x, dim), keepdims=int(keepdim))

@@ -27,7 +27,6 @@ from onnxpress.errors import CorruptFileError, VerificationError
 from onnxpress.graph_io import load_graph, save_graph, save_graphs
 from onnxpress.manifest import Manifest
 from onnxpress.merged_decoder import merge_decoders, share_weights
-from onnxpress.optimizers.linear import OFFSETS, SCALES
 from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
 from onnxpress.storage import stored
 from onnxpress.tensors import concrete_shape
@@ -183,8 +182,6 @@ def weight_format(value: ir.Value) -> str | None:
     Packed 4-bit weights look like bytes: the `bits` of the operator that reads them tells.
     """
     dtype = value.const_value.dtype if value.const_value is not None else None
-    if (value.name or "").endswith((SCALES, OFFSETS)):
-        return None
     if dtype in _HALF_BYTE or (dtype in _ONE_BYTE and _bits(value) == 4):
         return "4-bit"
     if dtype in _ONE_BYTE:

@@ -18,9 +18,9 @@ from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_r
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.runtime import EncoderSession
-from onnxpress.samples import encoder_rows
+from onnxpress.samples import encoder_rows, first_token, longest
 from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
-from onnxpress.texts import Ids, load_tokenizer, pad, written_windows
+from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -33,8 +33,6 @@ SEED = 1
 ANSWER = 24
 """Tokens that an encoder-decoder answers with where the data does not say what it should."""
 SAMPLING_RATE = 16_000
-
-
 STALE = 7 * 24 * 3600
 """Seconds after which what an interrupted calibration left is of no use."""
 
@@ -88,7 +86,7 @@ class CalibrationData:
 def _self_made(opened: Opened, rows: int, length: int, seed: int) -> dict[str, list[Feeds]]:
     """A decoder writes; an encoder gets the built-in sentences, a graph of neither kind random inputs."""
     if opened.kind == "decoder":
-        length = min(length, _longest(opened, length))
+        length = longest(opened, length)
         written = [
             np.concatenate(written_windows(opened.model, min(32, rows - start), length, opened.starts, seed + start))
             for start in range(0, rows, 32)
@@ -124,7 +122,7 @@ def _from_records(
     tokenizer = load_tokenizer(opened.folder)
     if tokenizer is None:
         raise BadInputError("the model has no tokenizer.json to read text with", hint="give token ids, as .npz")
-    length = _longest(opened, length)
+    length = longest(opened, length)
     if opened.kind == "decoder":
         return {"": [_decoder_feeds(ids) for ids in _batches(_windows(opened, tokenizer, texts, rows, length, source))]}
     if not _takes_tokens(opened):
@@ -132,21 +130,15 @@ def _from_records(
     if len(texts) == 1 and texts[0].second is None:  # a whole file: a line is a sentence
         texts = [Texts(line) for line in texts[0].first.splitlines() if line.strip()]
     texts = texts[:rows]
+    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
     if opened.kind == "encoder":
         together = "SequenceClassification" in str(opened.config.get("architectures"))
-        batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
         return {"": [_text_feeds(tokenizer, batch, length, together) for batch in batches]}
-    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
     answers = [
         [tokenizer.encode(one.second).ids[:length] if one.second else None for one in batch] for batch in batches
     ]
     feeds = [_text_feeds(tokenizer, [Texts(one.first) for one in batch], length, False) for batch in batches]
     return _translator_feeds(opened, feeds, answers)
-
-
-def _longest(opened: Opened, length: int) -> int:
-    limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions")
-    return min(length, int(limit)) if limit else length
 
 
 def _takes_tokens(opened: Opened) -> bool:
@@ -161,21 +153,13 @@ def _batches(ids: Ids) -> Iterator[Ids]:
 
 def _windows(opened: Opened, tokenizer: Any, texts: Sequence[Texts], rows: int, length: int, source: str) -> Ids:
     """Texts one after the other, cut into rows [rows, length] that begin as the model's texts do."""
-    start = opened.config.get("bos_token_id")
-    starts = start is not None and tokenizer.encode("a").ids[:1] == [start]
-    size = length - starts
     ids: list[int] = []
     for text in texts:
         for part in (text.first, text.second):
             ids += tokenizer.encode(part, add_special_tokens=False).ids if part else []
-        if len(ids) >= rows * size:
+        if len(ids) >= rows * length:
             break
-    if len(ids) < 2:
-        raise BadInputError(f"{source} has {len(ids)} tokens", hint="give a text of at least a few sentences")
-    size = min(size, len(ids))
-    count = min(rows, len(ids) // size)
-    found: Ids = np.array(ids[: count * size], np.int64).reshape(count, size)
-    return np.concatenate([np.full((count, 1), start, np.int64), found], axis=1) if starts else found
+    return cut(ids, rows, length, first_token(opened, tokenizer), source)
 
 
 def _decoder_feeds(ids: Ids) -> Feeds:

@@ -12,7 +12,6 @@ from onnxpress import artifact_folder, manifest
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.graph_io import load_graph
 from onnxpress.inspection import Inspection, inspect_graph
-from onnxpress.optimizers.linear import OFFSETS, SCALES
 from onnxpress.runtime_profiles.profile import Profile
 
 CONTEXTS = (512, 2048, 8192)
@@ -68,8 +67,10 @@ def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:
             f"{name}: {signed} products with signed 8-bit weights saturate on x86 without VNNI: "
             "use unsigned weights, or the session option session.x64quantprecision"
         )
-    weights = [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT16]
-    if "float16" not in profile.dtypes and not all(name.endswith((SCALES, OFFSETS)) for name in weights):
+    weights = (value.const_value for value in model.graph.initializers.values())
+    if "float16" not in profile.dtypes and any(
+        item is not None and item.dtype == ir.DataType.FLOAT16 for item in weights
+    ):
         found.append(f"{name}: float16 weights, for which {profile.name} has no fast kernels")
     return found
 

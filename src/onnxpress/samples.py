@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import BadInputError
 from .opening import Opened, random_feeds
-from .texts import Ids, Progress, file_windows, load_tokenizer, pad, read_text, sentences, written_windows
+from .texts import Ids, Progress, Tokenizer, file_windows, load_tokenizer, pad, read_text, sentences, written_windows
 
 
 def decoder_windows(
@@ -23,8 +23,7 @@ def decoder_windows(
     progress: Progress | None,
 ) -> tuple[list[Ids], str]:
     """Token windows [1, length] to measure decoders on, and a word on where they come from."""
-    limit = reference.config.get("max_position_embeddings") or reference.config.get("n_positions") or window
-    window = min(window, int(limit))
+    window = longest(reference, window)
     if text is None:
         pieces = written_windows(reference.model, windows, window, reference.starts, seed, progress)
         return pieces, "written by the reference"
@@ -33,10 +32,22 @@ def decoder_windows(
     tokenizer = load_tokenizer(reference.folder) or load_tokenizer(candidate.folder)
     if tokenizer is None:
         raise BadInputError("neither model has a tokenizer.json to read text with", hint="leave out --text")
-    # Models that were trained with a first token behave badly without it; those that were not have none in the config.
-    start = reference.config.get("bos_token_id")
-    adds_start = tokenizer.encode("a").ids[:1] == [start]
-    return file_windows(Path(text), tokenizer, windows, window, start if adds_start else None), str(text)
+    return file_windows(Path(text), tokenizer, windows, window, first_token(reference, tokenizer)), str(text)
+
+
+def longest(opened: Opened, length: int) -> int:
+    """`length`, or all positions that the model has if they are fewer."""
+    limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions") or length
+    return min(length, int(limit))
+
+
+def first_token(opened: Opened, tokenizer: Tokenizer) -> int | None:
+    """The token that the model's texts begin with, if its tokenizer puts one there.
+
+    Models that were trained with a first token behave badly without it; those that were not have none in the config.
+    """
+    start = opened.config.get("bos_token_id")
+    return start if tokenizer.encode("a").ids[:1] == [start] else None
 
 
 def padded_rows(pieces: Sequence[Ids], longest: int = 64) -> list[Ids]:

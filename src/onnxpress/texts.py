@@ -74,15 +74,18 @@ def file_windows(path: Path, tokenizer: Tokenizer, windows: int, window: int, st
 
     A text shorter than one window is one shorter piece; a rest shorter than a window is left out otherwise.
     """
-    ids = np.array(tokenizer.encode(read_text(path), add_special_tokens=False).ids, np.int64)
+    ids = tokenizer.encode(read_text(path), add_special_tokens=False).ids
+    return [piece[None] for piece in cut(ids, windows, window, start, path)]
+
+
+def cut(ids: Sequence[int], windows: int, window: int, start: int | None, source: str | Path) -> Ids:
+    """[windows, window] of consecutive token ids, see `file_windows`. BadInputError, naming `source`, for too few."""
     if len(ids) < 2:
-        raise BadInputError(f"{path} has {len(ids)} tokens", hint="give a text of at least a few sentences")
+        raise BadInputError(f"{source} has {len(ids)} tokens", hint="give a text of at least a few sentences")
     size = min(window - (start is not None), len(ids))
     count = min(windows, len(ids) // size)
-    pieces = ids[: count * size].reshape(count, size)
-    if start is not None:
-        pieces = np.concatenate([np.full((count, 1), start, np.int64), pieces], axis=1)
-    return [piece[None] for piece in pieces]
+    pieces: Ids = np.array(ids[: count * size], np.int64).reshape(count, size)
+    return pieces if start is None else np.concatenate([np.full((count, 1), start, np.int64), pieces], axis=1)
 
 
 def written_windows(

@@ -20,6 +20,7 @@ from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
 from onnxpress.optimizers.smooth import Smooth
+from onnxpress.storage import encode
 
 Graph = Callable[..., ir.Model]
 Check = Callable[..., Any]
@@ -94,30 +95,34 @@ a.weight.zero_points)
     }
 
 
-def test_float_zero_points_golden(check: Check, siblings: ir.Model, x: dict[str, np.ndarray]) -> None:
-    """Symmetric codes, and offsets times the sums of the inputs by block, which siblings share."""
-    check(
+def test_float_zero_points_golden(
+    check: Check, siblings: ir.Model, x: dict[str, np.ndarray], listing: Callable[[ir.Model], str]
+) -> None:
+    """Symmetric codes, and offsets times the sums of the inputs by block, which siblings share; the file holds the
+    float16 numbers and casts them."""
+    found = check(
         QuantizeBlocks(4, 32, "float", accuracy_level=0, scale_type="float16", min_features=2),
         siblings,
         x,
         golden="""
-        a.weight.scales.float32 = Cast[to=1](a.weight.scales)
-        a.weight.offsets.float32 = Cast[to=1](a.weight.offsets)
         val_0 = MatMulNBits[K=64, N=96, accuracy_level=0, bits=4, block_size=32](x, a.weight.q4b32, \
-a.weight.scales.float32)
+a.weight.scales)
         val_1 = Reshape(x, block_shape3.2.32)
         x.block_sums32 = ReduceSum[keepdims=0](val_1, block_axis)
-        val_2 = MatMul(x.block_sums32, a.weight.offsets.float32)
+        val_2 = MatMul(x.block_sums32, a.weight.offsets)
         y = Add(val_0, val_2)
-        b.weight.scales.float32 = Cast[to=1](b.weight.scales)
-        b.weight.offsets.float32 = Cast[to=1](b.weight.offsets)
         val_3 = MatMulNBits[K=64, N=32, accuracy_level=0, bits=4, block_size=32](x, b.weight.q4b32, \
-b.weight.scales.float32)
-        val_4 = MatMul(x.block_sums32, b.weight.offsets.float32)
+b.weight.scales)
+        val_4 = MatMul(x.block_sums32, b.weight.offsets)
         z = Add(val_3, val_4)
         """,
         tolerance=5,
     )
+    encode(found.model)
+    halves = [f"{weight}.weight.{part}" for weight in "ab" for part in ("scales", "offsets")]
+    casts = [f"{name}/float32 = Cast[to=1]({name})" for name in halves]
+    assert listing(found.model).splitlines()[: len(casts)] == casts
+    assert {found.model.graph.initializers[name].dtype for name in halves} == {ir.DataType.FLOAT16}
 
 
 @pytest.mark.parametrize(
