@@ -19,6 +19,7 @@ the constructor.
 from __future__ import annotations
 
 import inspect
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ def parse_pass(text: str) -> PassSpec:
     """A pass from the command line, `NAME[:key=value,…]`; values are TOML where they parse as such, else strings."""
     name, _, rest = text.partition(":")
     options = {}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, re.split(r",(?![^\[\]]*\])", rest)):  # commas within a list belong to it
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(

@@ -9,6 +9,7 @@ from onnxpress.optimizers.base import Pass
 
 PASSES: dict[str, str] = {
     "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
+    "equalize": "onnxpress.optimizers.equalize:Equalize",
     "float16": "onnxpress.optimizers.float16:Float16",
     "fuse-foreign": "onnxpress.optimizers.fuse_foreign:FuseForeign",
     "fuse-gelu": "onnxpress.optimizers.fuse_gelu:FuseGelu",

@@ -1,4 +1,4 @@
-"""quantize-blocks, quantize-embedding, quantize-dynamic and smooth on small graphs."""
+"""quantize-blocks, quantize-embedding and quantize-dynamic on small graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
-from onnxpress.optimizers.smooth import Smooth
 from onnxpress.storage import encode
 
 Graph = Callable[..., ir.Model]
@@ -267,53 +266,3 @@ def test_a_weight_that_is_not_finite_is_refused(siblings: ir.Model, tmp_path: Pa
     QuantizeBlocks(8, 32)(siblings)
     with pytest.raises(CorruptFileError, match=r"a\.weight"):
         save_graph(siblings, tmp_path / "m.onnx", external_data="m.data")
-
-
-NORM = """g (float[B, S, 64] x, float[64] gain, float[64] bias, float[64, 96] a, float[64, 32] b)
-    => (float[B, S, 96] y, float[B, S, 32] z) <float[B, S, 64] n> {{
-        n = LayerNormalization(x, gain, bias)  y = MatMul(n, a)  z = MatMul({0}, b) }}"""
-
-
-def normed(graph: Graph, rng: np.random.Generator, second: str = "n") -> ir.Model:
-    gain = rng.uniform(0.5, 2, 64).astype(np.float32)
-    gain[5] = 60  # an outlier channel
-    shapes = {"bias": 64, "a": (64, 96), "b": (64, 32)}
-    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return graph(NORM.format(second), gain=gain, **weights)
-
-
-def test_smoothing_changes_nothing_but_makes_int8_better(
-    graph: Graph, run: Run, rng: np.random.Generator, x: dict[str, np.ndarray]
-) -> None:
-    plain = normed(graph, rng)
-    expected, _ = run(plain, x)
-    smoothed = plain.clone()
-    optimizer = Smooth()
-    optimizer.calibration = Calibration([x])
-    assert optimizer(smoothed).report.matched == {"norm and its products": 1}  # type: ignore[attr-defined]
-    # Two float32 roundings more per factor: 64 terms, each within 3 units of 2^-24 of the largest product.
-    np.testing.assert_allclose(run(smoothed, x)[0], expected, rtol=1e-4, atol=1e-3)
-    again = smoothed.clone()
-    optimizer(again)
-    for name in ("a", "b", "gain"):  # smoothed activations and weights have nothing left to trade
-        once, twice = (model.graph.initializers[name].const_value for model in (smoothed, again))
-        assert once is not None
-        assert twice is not None
-        np.testing.assert_allclose(twice.numpy(), once.numpy(), rtol=1e-5)
-    errors = []
-    for model in (plain, smoothed):
-        QuantizeDynamic("uint8")(model)
-        errors.append(np.linalg.norm(run(model, x)[0] - expected))
-    assert errors[1] < errors[0] / 2
-
-
-def test_smoothing_needs_all_readers_to_be_products(graph: Graph, rng: np.random.Generator) -> None:
-    optimizer = Smooth()
-    model = normed(graph, rng, second="n")
-    model.graph.outputs.append(next(iter(model.graph)).outputs[0])
-    assert optimizer(model).report.skipped == {"norm feeds more than products": 1}  # type: ignore[attr-defined]
-    other = normed(graph, rng, second="x")
-    node = list(other.graph)[2]
-    node.replace_input_with(1, other.graph.initializers["b"])
-    list(other.graph)[1].replace_input_with(0, other.graph.inputs[0])
-    assert optimizer(other).report.skipped == {"norm feeds no product": 1}  # type: ignore[attr-defined]

@@ -128,6 +128,7 @@ def test_an_unknown_recipe_names_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
             "test-shrink:bits=4,ratio=0.5,exact-zero=true,method=hqq",
             {"bits": 4, "ratio": 0.5, "exact_zero": True, "method": "hqq"},
         ),
+        ('test-shrink:names=["a.*", "b"],bits=4', {"names": ["a.*", "b"], "bits": 4}),
     ],
 )
 def test_a_pass_on_the_command_line(text: str, options: dict[str, object]) -> None:

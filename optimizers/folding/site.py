@@ -1,0 +1,145 @@
+"""A place where channels can be rescaled for nothing: what is divided there, what is multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.linear import Linear, read_matrix
+from onnxpress.tensors import RowTensor, concrete_shape, rows_of
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+Kind = Literal["norm", "up", "value"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TITLES: Mapping[Kind, str] = {
+    "norm": "norm and its products",
+    "up": "product and those that it feeds",
+    "value": "values and what attention feeds",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A constant, some of whose channels are divided by factors."""
+
+    node: ir.Node
+    value: ir.Value
+    axis: int
+    """Along which channels lie."""
+    start: int
+    """The first channel that is meant."""
+    offset: float = 0.0
+    """What the graph adds to it: Gemma stores gains less one."""
+
+    def divide(self, factors: Floats) -> None:
+        """Divide the channels from `start` on; a constant that others read as well is left to them."""
+        tensor = _tensor(self.value)
+        shape = concrete_shape(tensor)
+        scale = np.ones(shape[self.axis], np.float32)
+        scale[self.start : self.start + len(factors)] = 1 / factors
+        scaled = scale_axis(tensor, self.axis, scale, self.offset)
+        if len(shape) == 2 or (len(self.value.uses()) == 1 and not self.value.is_graph_output()):
+            scaled.name = self.value.name
+            self.value.const_value = scaled
+            return
+        assert isinstance(self.node.graph, ir.Graph)
+        scaled.name = f"{self.value.name}.{self.node.outputs[0].name}"
+        own = ir.Value(name=scaled.name, const_value=scaled, shape=self.value.shape, type=self.value.type)
+        self.node.graph.register_initializer(own)
+        self.node.replace_input_with(self.node.inputs.index(self.value), own)
+
+
+@dataclass(frozen=True)
+class FoldingSite:
+    """An activation x [..., features] that products read, and what takes the factors."""
+
+    kind: Kind
+    linears: tuple[Linear, ...]
+    """All that reads x."""
+    slots: tuple[Slot, ...]
+    """What takes 1 / s."""
+    groups: Integers
+    """[features]: the channel of the source that each channel of x comes from. Those of one have one factor."""
+
+    @property
+    def activation(self) -> ir.Value:
+        return self.linears[0].activation
+
+    @property
+    def title(self) -> str:
+        """For reports."""
+        return TITLES[self.kind]
+
+    @property
+    def features(self) -> int:
+        return len(self.groups)
+
+    @property
+    def weights(self) -> frozenset[ir.Value]:
+        """All that folding changes."""
+        return frozenset([slot.value for slot in self.slots] + [linear.weight for linear in self.linears])
+
+    def tied(self, peaks: Floats) -> Floats:
+        """The largest value of each channel's group, [features]; factors computed of such can be folded."""
+        most = np.full(int(self.groups.max()) + 1, -np.inf, peaks.dtype)
+        np.maximum.at(most, self.groups, peaks)
+        return np.asarray(most[self.groups])
+
+    def weight_peaks(self) -> Floats:
+        """max|W| of each channel over all products, tied, [features]."""
+        peaks = [np.abs(read_weight(linear)).max(axis=1) for linear in self.linears]
+        return self.tied(np.max(peaks, axis=0))
+
+    def source_peaks(self) -> Floats:
+        """max|W| of the columns that compute each channel, [features]; only where the source is a product."""
+        matrices = [slot for slot in self.slots if len(concrete_shape(_tensor(slot.value))) == 2]
+        if len(matrices) != 1:
+            raise ValueError(f"{self.activation.name} is not computed by a product")
+        (slot,) = matrices
+        whole = np.abs(read_matrix(_tensor(slot.value), str(slot.value.name))).max(axis=1 - slot.axis)
+        return np.asarray(whole[slot.start + self.groups])
+
+    def fold(self, factors: Floats) -> None:
+        """Divide x by factors s [features] > 0 and multiply the rows of its weights by them.
+
+        Raises ValueError if channels of one group have different factors.
+        """
+        source = np.ones(int(self.groups.max()) + 1, np.float32)
+        source[self.groups] = factors
+        if not np.array_equal(source[self.groups], factors):
+            raise ValueError(f"channels of {self.activation.name} that come from one have different factors")
+        for slot in self.slots:
+            slot.divide(source)
+        for linear in {linear.weight: linear for linear in self.linears}.values():
+            scaled = scale_axis(_tensor(linear.weight), 1 if linear.transposed else 0, factors)
+            scaled.name = linear.weight.name
+            linear.weight.const_value = scaled
+
+
+def read_weight(linear: Linear) -> Floats:
+    """[in, out]"""
+    return read_matrix(_tensor(linear.weight), linear.name, transpose=linear.transposed)
+
+
+def scale_axis(tensor: ir.TensorProtocol, axis: int, scale: Floats, offset: float = 0.0) -> RowTensor:
+    """(w + offset) · scale − offset of a vector or matrix w, `scale` along one axis, computed when it is written."""
+    read, shape = rows_of(tensor), concrete_shape(tensor)
+
+    def rows(start: int, stop: int) -> Floats:
+        part = scale[start:stop].reshape(-1, *[1] * (len(shape) - 1)) if axis == 0 else scale
+        values = read(start, stop)
+        return np.asarray((values + offset) * part - offset if offset else values * part, dtype=np.float32)
+
+    return RowTensor(rows, ir.DataType.FLOAT, shape, name=tensor.name)
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
