@@ -18,6 +18,8 @@ Measured, hidden size 576, onnxruntime 1.31 on x86 with AVX-512 VNNI, one thread
     ... blocks and dynamic int8              0.99     1.02     1.02
 
 so that the copy of the Split costs what the larger product saves, and only attention is packed by default.
+
+Weights that are to keep the codes that they had in a .gguf cannot be packed with others on another grid: `one_grid`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import onnx_ir as ir
 
 from onnxpress.errors import UsageError
 from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.keep_blocks import likely_grid
 from onnxpress.optimizers.matching import (
     MICROSOFT,
     add_weight,
@@ -76,12 +79,16 @@ class PackProjections(Pass):
 
     name: ClassVar[str] = "pack-projections"
 
-    def __init__(self, which: str = "attention") -> None:
-        """`which`: `attention` (where GroupQueryAttention takes the packed result), `split` (the others) or `all`."""
+    def __init__(self, which: str = "attention", one_grid: bool = False) -> None:
+        """
+        Args:
+            which: `attention` (where GroupQueryAttention takes the packed result), `split` (the others) or `all`.
+            one_grid: leave products alone whose weights would be kept in different formats by keep-blocks.
+        """
         super().__init__()
         if which not in ("all", "attention", "split"):
             raise UsageError(f"pack-projections: which={which!r} is none of all, attention, split.")
-        self.which = which
+        self.which, self.one_grid = which, one_grid
 
     def apply(self, model: ir.Model, report: Report) -> None:
         for graph in model.graphs():
@@ -109,6 +116,9 @@ class PackProjections(Pass):
             return
         if attention is not None:
             siblings = [next(s for s in siblings if s.output is value) for value in attention.inputs[:3]]
+        if self.one_grid and len({likely_grid(s.weight) for s in siblings}) > 1:
+            report.skip("weights on different grids")
+            return
         packed, nodes = _packed_product(graph, siblings)
         old = [node for sibling in siblings for node in sibling.nodes]
         # Everything the packed product reads is known where the first of its parts was.

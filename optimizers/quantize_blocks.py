@@ -1,41 +1,29 @@
-"""quantize-blocks: weights in 4- or 8-bit blocks, multiplied by com.microsoft.MatMulNBits."""
+"""quantize-blocks: weights in blocks of 2 to 8 bits, multiplied by com.microsoft.MatMulNBits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.block_operands import AnyMethod, DataFree, block_operands
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.fit_blocks import CALIBRATED, CalibratedMethod, Fitted, fit_blocks
 from onnxpress.optimizers.linear import (
     MICROSOFT,
-    OFFSETS,
     Linear,
     add_initializers,
     drop_unused,
     find_linears,
-    read_matrix,
     replace,
     selected,
 )
-from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, ScaleType, ZeroPoints
-from onnxpress.optimizers.quantization.hqq import hqq
-from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
-from onnxpress.storage import StoredTensor
-from onnxpress.tensors import LazyGroup
+from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 
-DataFree = Literal["nearest", "least-squares", "hqq"]
 Method = Literal[DataFree, CalibratedMethod]
-METHODS: dict[DataFree, Callable[[Floats, BlockFormat], Blocks]] = {
-    "nearest": round_to_nearest,
-    "least-squares": fit_least_squares,
-    "hqq": hqq,
-}
 
 
 class QuantizeBlocks(CalibratedPass):
@@ -58,12 +46,13 @@ class QuantizeBlocks(CalibratedPass):
 
     def __init__(
         self,
-        bits: Literal[2, 4, 8] = 8,
+        bits: int = 8,
         block_size: int = 64,
         zero_points: ZeroPoints = "none",
         method: Method | None = None,
         accuracy_level: Literal[0, 1, 4] = 4,
         scale_type: ScaleType = "float32",
+        unit_size: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, int | str]] | None = None,
@@ -71,38 +60,35 @@ class QuantizeBlocks(CalibratedPass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type: see `onnxpress.optimizers.quantization.block_format`.
-            method: how codes are found; none: `least-squares` up to 4 bits, `nearest` at 8, where fitting gains little.
+            bits, block_size, zero_points, scale_type, unit_size: see `onnxpress.optimizers.quantization.block_format`.
+            method: how codes are found; none: `least-squares` up to 4 bits, `nearest` above, where it gains little.
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
             include, exclude: patterns of weight names; products with other weights are left alone.
-            overrides: by pattern of weight names, other `bits`, `block_size`, `zero_points` or `scale_type`; the first
-                that fits.
+            overrides: by pattern of weight names, other `bits`, `block_size`, `zero_points`, `scale_type`, `unit_size`;
+                the first that fits.
             min_features: products with fewer inputs or outputs are left alone.
         """
-        if accuracy_level != 4 and 8 in (bits, *(override.get("bits") for override in (overrides or {}).values())):
-            raise ValueError(
-                f"8-bit blocks at accuracy_level {accuracy_level} expand the weights on every call, "
-                "which is slower than float32; use accuracy_level = 4"
-            )
-        self.format = self._checked(BlockFormat(bits, block_size, zero_points, scale_type))
+        self.accuracy_level = accuracy_level
+        self.format = self._checked(BlockFormat(bits, block_size, zero_points, scale_type, unit_size))
         self.method = method
         self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
         self.fitted: dict[str, Fitted] = {}
-        self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
 
     def _overridden(self, options: Mapping[str, Any]) -> BlockFormat:
-        known = {"bits", "block_size", "zero_points", "scale_type"}
+        known = {"bits", "block_size", "zero_points", "scale_type", "unit_size"}
         if unknown := set(options) - known:
             raise ValueError(f"overrides may set {', '.join(sorted(known))}, not {unknown.pop()!r}")
         base = {key: getattr(self.format, key) for key in known}
         return self._checked(BlockFormat(**(base | dict(options))))
 
-    @staticmethod
-    def _checked(format: BlockFormat) -> BlockFormat:
-        if format.bits != format.field:
-            raise ValueError(f"bits must be 2, 4 or 8, not {format.bits}: the kernel stores them in {format.field}")
+    def _checked(self, format: BlockFormat) -> BlockFormat:
+        if format.field == 8 and self.accuracy_level != 4:
+            raise ValueError(
+                f"{format.bits}-bit blocks at accuracy_level {self.accuracy_level} expand the weights on every call, "
+                "which is slower than float32; use accuracy_level = 4"
+            )
         return format
 
     @property
@@ -148,6 +134,8 @@ class QuantizeBlocks(CalibratedPass):
 
 def obstacle(linear: Linear, format: BlockFormat) -> str | None:
     """Why a product cannot have this format, if it cannot."""
+    if format.unit_size and linear.shape[0] % format.unit_size:
+        return "unit_size does not divide the inputs"
     if format.zero_points != "float":
         return None
     if linear.shape[0] % format.block_size:
@@ -159,7 +147,7 @@ def quantize_linear(
     linear: Linear,
     format: BlockFormat,
     accuracy_level: int,
-    method: DataFree | None = None,
+    method: AnyMethod | None = None,
     tensors: Sequence[ir.TensorProtocol] | None = None,
 ) -> None:
     """Put MatMulNBits in place of one product and drop its float weight if nothing else uses it.
@@ -170,11 +158,12 @@ def quantize_linear(
     graph = linear.node.graph
     assert isinstance(graph, ir.Graph)
     features, outputs = linear.shape
-    operands = block_initializers(
+    operands = block_operands(
         graph, linear.weight, format, transpose=not linear.transposed, method=method, tensors=tensors
     )
-    offsets = operands.pop() if format.zero_points == "float" else None
-    inputs: list[ir.Value | None] = [linear.activation, *operands]
+    inputs: list[ir.Value | None] = [linear.activation, operands.codes, operands.scales]
+    if operands.zero_points is not None:
+        inputs.append(operands.zero_points)
     if linear.bias is not None:
         inputs += [None] * (5 - len(inputs)) + [linear.bias]
     product = ir.node(
@@ -190,6 +179,7 @@ def quantize_linear(
         domain=MICROSOFT,
         name=linear.node.name,
     )
+    offsets = operands.offsets
     after = [] if offsets is None else _add_offsets(graph, linear, product, offsets, format.block_size)
     replace(linear.node, product, *after)
     drop_unused(graph, linear.weight)
@@ -223,66 +213,3 @@ def _add_offsets(
 
 def _block_sums(reshape: ir.Node) -> Sequence[ir.Value]:
     return [node.outputs[0] for node in reshape.outputs[0].consumers() if node.op_type == "ReduceSum"]
-
-
-def block_initializers(
-    graph: ir.Graph,
-    weight: ir.Value,
-    format: BlockFormat,
-    *,
-    transpose: bool,
-    method: DataFree | None = None,
-    tensors: Sequence[ir.TensorProtocol] | None = None,
-) -> list[ir.Value]:
-    """Codes, scales and zero points or offsets of a matrix as initializers; those of an earlier call are reused.
-
-    Args:
-        transpose: the weight is stored [in, out], so that blocks run down its columns.
-        tensors: what they hold, if it is known; by default `method` computes it when they are written.
-    """
-    tensor, name = weight.const_value, weight.name
-    assert tensor is not None
-    assert name is not None
-    shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
-    outputs, features = reversed(shape) if transpose else shape
-    count = format.block_count(features)
-    number = ir.DataType.FLOAT16 if format.scale_type == "float16" else ir.DataType.FLOAT
-    bytes_ = ir.DataType.UINT8
-    specs: dict[str, tuple[ir.DataType, list[int]]] = {
-        f"{name}.q{format.bits}b{format.block_size}": (bytes_, [outputs, count, format.block_size * format.field // 8])
-    }
-    if format.scale_type == "int8":
-        specs[f"{name}.multipliers"] = (ir.DataType.INT8, [outputs, count])
-        specs[f"{name}.unit"] = (number, [outputs, 1])
-    else:
-        specs[f"{name}.scales"] = (number, [outputs, count])
-    if format.zero_points == "integer":
-        specs[f"{name}.zero_points"] = (bytes_, [outputs, -(-count * format.field // 8)])
-    elif format.zero_points == "float":
-        specs[f"{name}{OFFSETS}"] = (number, [count, outputs])
-    quantize = METHODS[method or ("least-squares" if format.field < 8 else "nearest")]
-
-    def compute() -> list[NDArray[Any]]:
-        matrix = read_matrix(tensor, name)
-        return quantize(matrix if transpose else matrix.T, format).matmul_nbits()
-
-    if tensors is None:
-        tensors = LazyGroup(compute, list(specs.values()), working_bytes=4 * tensor.nbytes).tensors
-    # Numbers that the file holds in float16 are float32 to the graph.
-    tensors = [StoredTensor(one) if one.dtype == ir.DataType.FLOAT16 else one for one in tensors]
-    values = add_initializers(graph, list(specs), tensors)
-    if format.scale_type == "int8":
-        values[1:3] = [_scales(graph, values[1], values[2], f"{name}.scales")]
-    return values
-
-
-def _scales(graph: ir.Graph, multipliers: ir.Value, unit: ir.Value, name: str) -> ir.Value:
-    """multipliers · unit, [out, blocks] float32, by nodes at the start of the graph; those of an earlier call again."""
-    for node, _ in unit.uses():
-        return node.outputs[0]
-    cast = ir.node("Cast", [multipliers], {"to": ir.DataType.FLOAT})
-    product = ir.node("Mul", [cast.outputs[0], unit])
-    graph.insert_before(graph[0], [cast, product])
-    scales = product.outputs[0]
-    scales.name, scales.type, scales.shape = name, ir.TensorType(ir.DataType.FLOAT), multipliers.shape
-    return scales

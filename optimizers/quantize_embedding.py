@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.block_operands import AnyMethod, block_operands, flat_codes
 from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType
-from onnxpress.optimizers.quantize_blocks import DataFree, block_initializers, quantize_linear
-from onnxpress.tensors import ViewTensor
+from onnxpress.optimizers.quantize_blocks import quantize_linear
 
 
 class QuantizeEmbedding(Pass):
@@ -28,28 +29,29 @@ class QuantizeEmbedding(Pass):
 
     def __init__(
         self,
-        bits: Literal[4, 8] = 8,
+        bits: int = 8,
         block_size: int = 64,
         zero_points: Literal["none", "integer"] = "none",
         accuracy_level: Literal[0, 1, 4] = 4,
         scale_type: ScaleType = "float32",
+        unit_size: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         min_rows: int = 1024,
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type: see `onnxpress.optimizers.quantization.block_format`; blocks must
-                divide the rows of the table.
+            bits, block_size, zero_points, scale_type, unit_size: see `onnxpress.optimizers.quantization.block_format`;
+                blocks must divide the rows of the table.
             accuracy_level: of the tied head, as in quantize-blocks.
             include, exclude: patterns of table names.
             min_rows: smaller tables (positions, token types) are left alone.
         """
-        if bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, not {bits}")
-        if bits == 8 and accuracy_level != 4:
-            raise ValueError("8-bit blocks need accuracy_level = 4")
-        self.format = BlockFormat(bits, block_size, zero_points, scale_type)
+        self.format = BlockFormat(bits, block_size, zero_points, scale_type, unit_size)
+        if self.format.field == 2:
+            raise ValueError(f"bits must be 3 to 8, not {bits}")
+        if self.format.field == 8 and accuracy_level != 4:
+            raise ValueError(f"{bits}-bit blocks need accuracy_level = 4")
         self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_rows = min_rows
@@ -78,26 +80,22 @@ def quantize_table(
     format: BlockFormat,
     accuracy_level: int,
     report: Report,
-    method: DataFree | None = None,
+    method: AnyMethod | None = None,
 ) -> None:
     """Quantize one table and all that reads it. Raises UnsupportedModelError where blocks do not divide its rows."""
     rows, columns = shape_of(table)
-    if columns % format.block_size:
+    if columns % (format.unit_size or format.block_size):
         raise UnsupportedModelError(
             f"quantize-embedding: blocks of {format.block_size} do not divide {columns}, the width of {table.name}",
             hint="exclude it" if columns % 16 else f"use block_size = {min(columns & -columns, 128)}",
         )
-    operands = block_initializers(graph, table, format, transpose=False, method=method)
-    codes = operands[0].const_value
-    assert codes is not None
-    (flat,) = add_initializers(
-        graph, [f"{operands[0].name}.rows"], [ViewTensor(codes, [rows, columns * format.field // 8])]
-    )
+    operands = block_operands(graph, table, format, transpose=False, method=method)
+    flat = flat_codes(graph, str(table.name), operands, [rows, columns * format.field // 8])
     for node, _ in list(table.uses()):
         if _table(node) is table:
             gather = ir.node(
                 "GatherBlockQuantized",
-                [flat, node.inputs[1], *operands[1:]],
+                [flat, node.inputs[1], operands.scales, operands.zero_points][: 3 + (operands.zero_points is not None)],
                 attributes={
                     "bits": format.field,
                     "block_size": format.block_size,
@@ -107,15 +105,35 @@ def quantize_table(
                 domain=MICROSOFT,
                 name=node.name,
             )
-            replace(node, gather)
+            after = [] if operands.offsets is None else _add_offsets(graph, node, gather, operands.offsets, format)
+            replace(node, gather, *after)
             report.match(f"GatherBlockQuantized {format.bits} bits, blocks of {format.block_size}")
     for linear in [linear for linear in find_linears(graph) if linear.weight is table and linear.transposed]:
         quantize_linear(linear, format, accuracy_level, method)
         report.match("MatMulNBits sharing the table")
     if not table.uses() and not table.is_graph_output() and table.name in graph.initializers:
         del graph.initializers[str(table.name)]
-    if not operands[0].uses():  # no head: only the flat form is read
-        del graph.initializers[str(operands[0].name)]
+    if not operands.codes.uses() and operands.codes.is_initializer():  # no head: only the flat form is read
+        del graph.initializers[str(operands.codes.name)]
+
+
+def _add_offsets(
+    graph: ir.Graph, lookup: ir.Node, gather: ir.Node, offsets: ir.Value, format: BlockFormat
+) -> list[ir.Node]:
+    """rows + the offset of each of their blocks; `lookup` is the float one."""
+    ids = lookup.inputs[1]
+    assert ids is not None
+    assert ids.shape is not None
+    lead = [0] * len(ids.shape)  # as they are
+    names = [f"row_blocks{len(lead)}.{format.block_size}", f"rows{len(lead)}", "block_axis"]
+    shapes = [[*lead, -1, format.block_size], [*lead, -1], [-1]]
+    blocks, whole, last = add_initializers(graph, names, [ir.tensor(np.array(one, np.int64)) for one in shapes])
+    by_row = ir.node("Transpose", [offsets], {"perm": (1, 0)})
+    split = ir.node("Reshape", [gather.outputs[0], blocks])
+    found = ir.node("Gather", [by_row.outputs[0], ids])
+    wide = ir.node("Unsqueeze", [found.outputs[0], last])
+    total = ir.node("Add", [split.outputs[0], wide.outputs[0]])
+    return [by_row, split, found, wide, total, ir.node("Reshape", [total.outputs[0], whole])]
 
 
 def _table(node: ir.Node) -> ir.Value | None:

@@ -104,7 +104,7 @@ class _State:
     """Codes and errors while they change, inputs along the first axis."""
 
     def __init__(self, weight: Floats, start: Blocks) -> None:
-        self.weight, self.format = weight, start.format
+        self.weight, self.format, self.start = weight, start.format, start
         self.top = np.float32(start.format.top)
         features = len(weight)
         self.block_of = np.arange(features) // start.format.block_size
@@ -142,7 +142,8 @@ class _State:
         codes = np.concatenate([self.codes.T.astype(np.uint8), self.padding], axis=1)
         shape = (outputs, len(self.scales), self.format.block_size)
         scales, zero_points = (np.ascontiguousarray(array.T) for array in (self.scales, self.zero_points))
-        return Blocks(codes.reshape(shape), scales, zero_points, self.format, features)
+        levels = (self.start.levels, self.start.minima)  # which stay as they are
+        return Blocks(codes.reshape(shape), scales, zero_points, self.format, features, *levels)
 
 
 def _descend(state: _State, feedback: Floats, visit: NDArray[np.int64]) -> None:

@@ -19,13 +19,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, multipliers, split_columns
+from onnxpress.optimizers.quantization.block_format import (
+    SMALLEST_HALF,
+    BlockFormat,
+    Blocks,
+    Floats,
+    Levels,
+    joined,
+    multipliers,
+    split_columns,
+)
 
 CHUNK = 1 << 18
 """Weights at a time: temporaries stay within the cache and memory within a few megabytes."""
 SMALLEST = np.float32(np.finfo(np.float32).tiny)
 """Scales below have no finite inverse: their blocks become zeros."""
-SMALLEST_HALF = np.float32(2.0**-24)
 
 
 class Grid(NamedTuple):
@@ -59,19 +67,26 @@ def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Gri
     count = format.block_count(features)
     codes = np.empty((outputs, count, format.block_size), np.uint8)
     grid = Grid(np.empty((outputs, count), np.float32), np.empty((outputs, count), np.float32))
+    scales: list[Levels] = []
+    minima: list[Levels] = []
     step = max(1, CHUNK // max(1, features))
     for start in range(0, outputs, step):
         slab = slice(start, start + step)
         blocks = split_columns(weight[:, slab], format.block_size)
         found = choose(blocks)
         if format.scale_type == "int8":
-            whole, unit = multipliers(found.scales, up=format.bits == 8)
-            found = Grid(whole * unit, found.zero_points)
+            scales.append(multipliers(found.scales, format, up=format.bits == 8))
+            found = Grid(scales[-1].product(), found.zero_points)
+            if format.zero_points == "float":
+                minima.append(multipliers(-found.zero_points * found.scales, format))
+                low = minima[-1].product()
+                zero_points = np.divide(-low, found.scales, out=np.zeros_like(low), where=found.scales != 0)
+                found = Grid(found.scales, zero_points)
         grid.scales[slab], grid.zero_points[slab] = found
         codes[slab] = encode(blocks, found, format)
     if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zero_points).all()):
         raise ValueError(f"scales up to {np.abs(weight).max() / format.middle:g} do not fit in {format.scale_type}")
-    return Blocks(codes, grid.scales, grid.zero_points, format, features)
+    return Blocks(codes, grid.scales, grid.zero_points, format, features, joined(scales), joined(minima))
 
 
 def full_range(weights: Floats, format: BlockFormat) -> Grid:
@@ -108,7 +123,7 @@ def rounded_scales(scales: Floats, format: BlockFormat) -> Floats:
         return scales
     with np.errstate(over="ignore"):  # `quantize` refuses infinity
         half = scales.astype(np.float16).astype(np.float32)
-    return np.where((half == 0) & (scales != 0), np.copysign(SMALLEST_HALF, scales), half)
+    return np.where((half == 0) & (scales != 0), np.copysign(np.float32(SMALLEST_HALF), scales), half)
 
 
 def rounded(grid: Grid, format: BlockFormat) -> Grid:

@@ -44,12 +44,26 @@ def write_gguf(
     writer.add_string("tokenizer.chat_template", "{{ messages[0]['content'] }}</s>")
     for name, array in tensors.items():
         kind = (types or {}).get(name, gguf.GGMLQuantizationType.F32)
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(name, stored(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def stored(array: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """A tensor's bytes; of K-quants, which gguf cannot make, any that have its float16 steps."""
+    if not kind.name.endswith("_K"):
+        return gguf.quants.quantize(array, kind)
+    generator = np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = generator.integers(0, 256, (array.size // block, size)).astype(np.uint8)
+    steps = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
+    for place, step in zip(steps, (1e-4, 8e-4), strict=False):
+        halves = (step * generator.uniform(1, 2, len(data))).astype(np.float16)
+        data[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)
+    return data.reshape(*array.shape[:-1], -1)
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:

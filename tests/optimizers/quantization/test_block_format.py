@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from onnxpress.optimizers.quantization.block_format import (
     BlockFormat,
     Blocks,
+    join_planes,
     multipliers,
     pack,
     split_columns,
+    split_planes,
     unpack,
 )
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
@@ -59,7 +61,9 @@ def test_formats_that_no_kernel_takes_are_refused(options: dict[str, Any]) -> No
         (BlockFormat(4, 32), 5),
         (BlockFormat(4, 32, "integer"), 5.125),
         (BlockFormat(4, 32, "integer", "float16"), 4.625),
-        (BlockFormat(3, 64), 4.5),
+        (BlockFormat(3, 64), 3.5),
+        (BlockFormat(2, 16, "float", "int8", 256), 3.125),
+        (BlockFormat(6, 16, "none", "int8", 256), 6.5625),
         (BlockFormat(4, 32, "float"), 6),
         (BlockFormat(4, 32, "float", "float16"), 5),
     ],
@@ -70,11 +74,22 @@ def test_bits_per_weight(format: BlockFormat, expected: float) -> None:
     assert size * 8 / (256 * 64) == expected
 
 
+def kernel_operands(blocks: Blocks) -> list[np.ndarray]:
+    """What is stored, as the nodes that `block_operands` puts before the kernel make it; offsets stay last."""
+    format, operands = blocks.format, blocks.matmul_nbits()
+    if format.planes:
+        count = len(format.planes)
+        whole = join_planes(operands[:count], format).reshape(*blocks.scales.shape, -1)
+        operands[:count] = [whole]
+    operands[1] = operands[1].astype(np.float32) / np.float32(format.shrink)
+    return operands
+
+
 def matmul_nbits(run: Run, blocks: Blocks, outputs: int) -> np.ndarray:
     """onnxruntime's MatMulNBits at accuracy level 0, multiplied with the identity: what it takes the weights to be."""
     features, format = blocks.features, blocks.format
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["m", features]))
-    tensors = [ir.tensor(operand, name=f"operand{i}") for i, operand in enumerate(blocks.matmul_nbits())]
+    tensors = [ir.tensor(operand, name=f"operand{i}") for i, operand in enumerate(kernel_operands(blocks))]
     operands = [ir.Value(name=tensor.name, const_value=tensor) for tensor in tensors]
     attributes = {
         "K": features, "N": outputs, "bits": format.field, "block_size": format.block_size, "accuracy_level": 0
@@ -106,7 +121,7 @@ def test_offsets_make_up_for_the_kernels_zero_point(
 ) -> None:
     format = BlockFormat(bits, size, "float", scale_type)
     blocks = round_to_nearest(normal(features, outputs), format)
-    packed, scales, offsets = blocks.matmul_nbits()
+    packed, scales, offsets = kernel_operands(blocks)
     codes = unpack(packed, format.field, size) - np.float32(1 << (format.field - 1))
     values = codes * scales[..., None].astype(np.float32) + offsets.T[..., None].astype(np.float32)
     np.testing.assert_allclose(values.reshape(outputs, -1)[:, :features].T, blocks.dequantize(), atol=2e-6)
@@ -165,18 +180,30 @@ def test_blocks_run_along_the_inputs() -> None:
     np.testing.assert_array_equal(blocks[1, 1, 8:], 0)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.booleans(), st.sampled_from([0, 32, 64]))
 @settings(max_examples=50, deadline=None)
-def test_multipliers_of_scales(seed: int, blocks: int, up: bool) -> None:
-    """Half a 127th of the row's largest from the scale, a whole one upwards; what is such a product is found again."""
+def test_multipliers_of_scales(seed: int, blocks: int, up: bool, unit_size: int) -> None:
+    """Half a unit from the scale, a whole one upwards."""
     generator = np.random.default_rng(seed)
-    scales = generator.standard_normal((5, blocks)).astype(np.float32) * generator.choice([0, 1e-20, 1, 1e4], (5, 1))
+    format = BlockFormat(4, 16, "none", "int8", unit_size)
+    blocks *= unit_size // 16 or 1
+    scales = generator.standard_normal((5, blocks)).astype(np.float32) * generator.choice([0, 0.1, 1, 1e4], (5, 1))
     scales = scales.astype(np.float32)
-    whole, unit = multipliers(scales, up=up)
-    stored = whole * unit
-    assert (np.abs(stored - scales) <= unit * (1 if up else 0.5) * 1.001).all()
-    if up:
+    levels = multipliers(scales, format, up=up)
+    stored, unit = levels.product(), np.broadcast_to(levels.units, levels.multipliers.shape).reshape(5, blocks)
+    slack = np.abs(scales) * (unit_size > 0) * 2.0**-11  # a unit in float16 may be so much less than a 127th
+    assert (np.abs(stored - scales) <= unit.astype(np.float32) * (1.001 if up else 0.501) + slack).all()
+    if up and not unit_size:
         assert (np.abs(stored) >= np.abs(scales) - 2e-3 * unit).all()
-    again, same_unit = multipliers(stored, up=up)
-    np.testing.assert_array_equal(again, whole)
-    np.testing.assert_allclose(same_unit, unit, rtol=3e-7)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("size", [16, 32])
+def test_planes_hold_each_bit_once(bits: int, size: int) -> None:
+    """Every code, in the upper bits of its field."""
+    format = BlockFormat(bits, size)
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (3, 4, size)).astype(np.uint8)
+    packed = pack(codes << (format.field - bits), format.field)
+    planes = split_planes(packed, format)
+    assert sum(plane.nbytes for plane in planes) * 8 == codes.size * bits
+    np.testing.assert_array_equal(join_planes(planes, format).reshape(packed.shape), packed)
