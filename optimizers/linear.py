@@ -22,8 +22,10 @@ from onnxpress.optimizers.base import Report
 from onnxpress.tensors import concrete_shape
 
 MICROSOFT = "com.microsoft"
-OFFSETS = ".offsets"
-"""Ends the names of the offsets of quantized blocks, whose product is part of a larger one."""
+OFFSETS, OUTLIERS, ROTATION = ".offsets", ".outliers", ".rotation"
+"""End the names of what belongs to a larger product: offsets of quantized blocks, the rows of channels that stay in
+floating point, the matrix that mixes inputs."""
+PARTS = (OFFSETS, OUTLIERS, ROTATION)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def find_linears(nodes: Iterable[ir.Node], report: Report | None = None) -> Iter
         candidate = match_linear(node)
         if candidate is None:
             continue
-        if (candidate.weight.name or "").endswith(OFFSETS):
+        if (candidate.weight.name or "").endswith(PARTS):
             continue
         reason = _obstacle(candidate.weight)
         if reason is None:
@@ -142,6 +144,22 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     return (not include or any(fnmatchcase(name, pattern) for pattern in include)) and not any(
         fnmatchcase(name, pattern) for pattern in exclude
     )
+
+
+def is_shared(linear: Linear, linears: Iterable[Linear]) -> bool:
+    """Whether anything but these products reads the weight of one of them."""
+    products, pending = {one.node for one in linears}, [linear.weight]
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output():
+            return True
+        for user, _ in value.uses():
+            if user in products:
+                continue
+            if user.op_type != "Transpose" or value is not linear.weight:
+                return True
+            pending += user.outputs
+    return False
 
 
 def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir.TensorProtocol]) -> list[ir.Value]:

@@ -8,6 +8,7 @@ from onnxpress.names import unknown_name
 from onnxpress.optimizers.base import Pass
 
 PASSES: dict[str, str] = {
+    "awq": "onnxpress.optimizers.awq:Awq",
     "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
     "equalize": "onnxpress.optimizers.equalize:Equalize",
     "float16": "onnxpress.optimizers.float16:Float16",
@@ -21,7 +22,9 @@ PASSES: dict[str, str] = {
     "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
+    "rotate": "onnxpress.optimizers.rotate:Rotate",
     "smooth": "onnxpress.optimizers.smooth:Smooth",
+    "split-outliers": "onnxpress.optimizers.split_outliers:SplitOutliers",
 }
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
+from onnxpress.optimizers.linear import PARTS
 
 MODULE = "onnxpress.module"
 """Where our exporter records the module that a node comes from."""
@@ -33,7 +34,7 @@ NORMS = frozenset(
 )
 
 QUANTIZERS = frozenset({"Abs", "Div", "DynamicQuantizeLinear", "Max", "QuantizeLinear", "ReduceMax"})
-"""What prepares an activation for an integer product goes with the product."""
+"""What prepares an activation for an integer product goes with the product, as do nodes named after a part of one."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ class _Places:
                 self.readers.setdefault(value, set()).add(self.places[node])
         for node in reversed(self.graph):
             users = [self.places[user] for output in node.outputs for user, _ in output.uses() if user in self.places]
-            if node.op_type in QUANTIZERS and users and not any(output.is_graph_output() for output in node.outputs):
+            prepares = node.op_type in QUANTIZERS or (node.name or "").endswith(PARTS)
+            if prepares and users and not any(output.is_graph_output() for output in node.outputs):
                 self.places[node] = max(self.places[node], min(users))
         return self.places
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.linear import OFFSETS, match_linear
+from onnxpress.optimizers.linear import PARTS, match_linear
 from onnxpress.optimizers.matching import MICROSOFT, is_op, only_reader, other_input, producer
 from onnxpress.tensors import concrete_shape
 
@@ -91,7 +91,7 @@ def _float_product(node: ir.Node) -> Product | None:
         weight, transposed = stored.inputs[0], _is_set(node, "transB")
         bias = _input(node, 2) if node.op_type == "Gemm" else None
     tensor = weight.const_value if weight.is_initializer() and not weight.is_graph_input() else None
-    if tensor is None or len(tensor.shape) != 2 or str(weight.name).endswith(OFFSETS):
+    if tensor is None or len(tensor.shape) != 2 or str(weight.name).endswith(PARTS):
         return None
     rows, columns = concrete_shape(tensor)
     activation = node.inputs[0]
@@ -127,8 +127,7 @@ def _product(
             reader = only_reader(output)
             if reader is not None and reader.op_type == op_type:
                 output = reader.outputs[0]
-    if node.op_type == "MatMulNBits":
-        output = _with_offsets(output)
+    output = _with_parts(output)
     scaled = only_reader(output)
     if node.op_type == "MatMulIntegerToFloat" and is_op(scaled, "Mul"):  # times the magnitude of each token
         assert scaled is not None
@@ -141,15 +140,18 @@ def _product(
         tensor = other.const_value if other is not None and other.is_initializer() else None
         if tensor is not None and concrete_shape(tensor) == (features[1],):
             bias, output = other, add.outputs[0]
+    output = _with_parts(output)
     return Product(node, activation, weight, features, bias, output)
 
 
-def _with_offsets(output: ir.Value) -> ir.Value:
-    """What MatMulNBits makes, plus the offsets of its blocks where they are a product of their own."""
+def _with_parts(output: ir.Value) -> ir.Value:
+    """What a product makes, plus its offsets or the share of its outliers, which are a small product of their own."""
     add = only_reader(output)
-    correction = producer(other_input(add, output), "MatMul") if add is not None and is_op(add, "Add") else None
-    offsets = correction.inputs[1] if correction is not None else None
-    return add.outputs[0] if add is not None and str(offsets and offsets.name).endswith(OFFSETS) else output
+    part = producer(other_input(add, output), "MatMul") if add is not None and is_op(add, "Add") else None
+    weight = part.inputs[1] if part is not None else None
+    if add is None or weight is None or not str(weight.name).endswith(PARTS):
+        return output
+    return add.outputs[0]
 
 
 def _is_set(node: ir.Node, name: str) -> bool:
