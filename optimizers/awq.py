@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.block_operands import METHODS, DataFree
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
-from onnxpress.optimizers.folding import KINDS, FoldingSite, Kind, find_sites, read_weight
+from onnxpress.optimizers.folding import FREE, FoldingSite, Kind, find_sites, read_weight
 from onnxpress.optimizers.linear import selected
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.channel_scaling import Awq as Found
@@ -41,7 +41,7 @@ class Awq(CalibratedPass):
         method: DataFree = "nearest",
         scale_type: ScaleType = "float32",
         strengths: int = 10,
-        sites: Sequence[Kind] = KINDS,
+        sites: Sequence[Kind] = FREE,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:

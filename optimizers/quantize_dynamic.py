@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,25 +12,20 @@ from numpy.typing import NDArray
 
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.channel_weights import integer_weight
+from onnxpress.optimizers.coarseness import TINY, Coarseness
 from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
     add_constant,
-    add_initializers,
     drop_unused,
     find_linears,
-    read_matrix,
-    read_rows,
     replace,
     selected,
 )
-from onnxpress.optimizers.quantization.channels import WeightType, quantize_channels
-from onnxpress.tensors import LazyGroup
+from onnxpress.optimizers.quantization.channels import WeightType
 
 Activations = Literal["per_tensor", "per_token"]
-
-TINY = 1e-30
-"""Smallest row scale: a row of zeros stays zeros instead of 0 / 0."""
 
 
 class QuantizeDynamic(CalibratedPass):
@@ -101,31 +97,12 @@ class QuantizeDynamic(CalibratedPass):
         """Activations whose quantization costs their products more than `max_error`."""
         if self.max_error is None or not groups:
             return []
-        probes = {str(value.name): _Coarseness(linears, self.activations) for value, linears in groups.items()}
+        probes = {
+            str(value.name): Coarseness(linears, partial(quantize_activation, activations=self.activations))
+            for value, linears in groups.items()
+        }
         self.calibration.observe(model, {name: [probe] for name, probe in probes.items()})
         return [value for value in groups if probes[str(value.name)].error > self.max_error]
-
-
-class _Coarseness:
-    """|q(x)·W − x·W|² / |x·W|² of products that read the same activation, averaged over tokens."""
-
-    def __init__(self, linears: Sequence[Linear], activations: Activations) -> None:
-        self.linears, self.activations = linears, activations
-        self.errors: list[float] = []
-
-    def update(self, x: NDArray[np.float32], sample: int) -> None:
-        difference = quantize_activation(x, self.activations) - x
-        spoiled, whole = np.zeros(len(x)), np.zeros(len(x))
-        for linear in self.linears:
-            weight = read_rows(linear).T
-            spoiled += np.square(difference @ weight).sum(axis=1)
-            whole += np.square(x @ weight).sum(axis=1)
-        self.errors.append(float(np.mean(spoiled / np.maximum(whole, TINY))))
-
-    @property
-    def error(self) -> float:
-        """The mean of all samples."""
-        return float(np.mean(self.errors))
 
 
 def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:
@@ -145,14 +122,14 @@ def quantize_siblings(linears: Sequence[Linear], weight_type: WeightType, activa
     assert isinstance(graph, ir.Graph)
     if activations == "per_tensor" and len(linears) == 1:
         (linear,) = linears
-        inputs = [linear.activation, *_weights(graph, linear, weight_type), linear.bias]
+        inputs = [linear.activation, *integer_weight(graph, linear, weight_type), linear.bias]
         replace(linear.node, _microsoft("DynamicQuantizeMatMul", inputs, linear.node.name))
         drop_unused(graph, linear.weight)
         return
     quantize = _per_tensor if activations == "per_tensor" else _per_token
     codes, scale, zero_point, row_scale = quantize(graph, linears[0])
     for linear in linears:
-        weight, weight_scale, weight_zero = _weights(graph, linear, weight_type)
+        weight, weight_scale, weight_zero = integer_weight(graph, linear, weight_type)
         inputs = [codes, weight, scale, weight_scale, zero_point, weight_zero]
         if row_scale is None:
             replace(linear.node, _microsoft("MatMulIntegerToFloat", [*inputs, linear.bias], linear.node.name))
@@ -199,25 +176,6 @@ def quantize_rows(
     codes = ir.node("QuantizeLinear", [unit.outputs[0], step, middle])
     nodes = [magnitude, largest, row_scale, unit, codes]
     return nodes, (codes.outputs[0], step, middle, row_scale.outputs[0])
-
-
-def _weights(graph: ir.Graph, linear: Linear, weight_type: WeightType) -> list[ir.Value]:
-    """Codes [in, out], scales [out] and zero points [out] of a weight as lazy initializers."""
-    tensor = linear.weight.const_value
-    assert tensor is not None
-    features, outputs = linear.shape
-    dtype = ir.DataType.INT8 if weight_type == "int8" else ir.DataType.UINT8
-
-    def compute() -> list[NDArray[Any]]:
-        return quantize_channels(read_matrix(tensor, linear.name, transpose=linear.transposed), weight_type)
-
-    group = LazyGroup(
-        compute,
-        [(dtype, [features, outputs]), (ir.DataType.FLOAT, [outputs]), (dtype, [outputs])],
-        working_bytes=3 * tensor.nbytes,
-    )
-    names = [f"{linear.name}.{weight_type}", f"{linear.name}.scales", f"{linear.name}.zero_points"]
-    return add_initializers(graph, names, group.tensors)
 
 
 def _microsoft(operator: str, inputs: Sequence[ir.Value | None], name: str | None) -> ir.Node:

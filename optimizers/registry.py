@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
     "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
+    "quantize-static": "onnxpress.optimizers.quantize_static:QuantizeStatic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
     "rotate": "onnxpress.optimizers.rotate:Rotate",
     "smooth": "onnxpress.optimizers.smooth:Smooth",

@@ -33,7 +33,8 @@ class Smooth(CalibratedPass):
         Args:
             strength: α. 0.5 shares the difficulty; 0.75 suits 8-bit weights, which have more room than activations.
             sites: `norm`: the inputs of products that come from a norm; `up`: those that come from other products, as
-                those of `down` do; `value`: those that attention computes.
+                those of `down` do; `value`: those that attention computes; `node`: all others, for a Mul each, as in
+                BERT, whose norms feed residuals.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must lie between 0 and 1, not {strength}")

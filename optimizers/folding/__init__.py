@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxpress.optimizers.folding.site import KINDS, FoldingSite, Kind, read_weight
+from onnxpress.optimizers.folding.site import FREE, FoldingSite, Kind, read_weight
 from onnxpress.optimizers.folding.tracer import find_sites
 
-__all__ = ["KINDS", "FoldingSite", "Kind", "find_sites", "read_weight"]
+__all__ = ["FREE", "FoldingSite", "Kind", "find_sites", "read_weight"]

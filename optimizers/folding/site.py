@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.linear import Linear, read_matrix
+from onnxpress.optimizers.matching import add_weight
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
-Kind = Literal["norm", "up", "value"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["norm", "up", "value", "node"]
+FREE: tuple[Kind, ...] = ("norm", "up", "value")
+"""Those that add nothing to the graph."""
 TITLES: Mapping[Kind, str] = {
     "norm": "norm and its products",
     "up": "product and those that it feeds",
     "value": "values and what attention feeds",
+    "node": "product with factors of its own",
 }
 
 
@@ -115,12 +118,26 @@ class FoldingSite:
         source[self.groups] = factors
         if not np.array_equal(source[self.groups], factors):
             raise ValueError(f"channels of {self.activation.name} that come from one have different factors")
+        if self.kind == "node":
+            self._insert(np.reciprocal(factors))
         for slot in self.slots:
             slot.divide(source)
         for linear in {linear.weight: linear for linear in self.linears}.values():
             scaled = scale_axis(_tensor(linear.weight), 1 if linear.transposed else 0, factors)
             scaled.name = linear.weight.name
             linear.weight.const_value = scaled
+
+    def _insert(self, factors: Floats) -> None:
+        """Multiply x by factors right before the first of its products."""
+        x, graph, readers = self.activation, self.linears[0].node.graph, [linear.node for linear in self.linears]
+        assert isinstance(graph, ir.Graph)
+        constant = add_weight(graph, f"{x.name}.factors", ir.tensor(factors))
+        node = ir.node("Mul", [x, constant], name=f"{constant.name}/Mul")
+        scaled = node.outputs[0]
+        scaled.name, scaled.type, scaled.shape = f"{constant.name}.output", x.type, x.shape
+        graph.insert_before(next(one for one in graph if one in readers), node)
+        for reader in readers:
+            reader.replace_input_with(0, scaled)
 
 
 def read_weight(linear: Linear) -> Floats:

@@ -12,9 +12,10 @@ what computes x. Going back from x, factors pass through
     attention                          by way of its values: what weights values by head keeps their channels apart.
                                        Query heads that share a key/value head share its factors   site "value"
 
-and through nothing else: Gelu bends differently at every scale. The key/value cache of a site "value" then holds v / s,
-so that the graph must read what it wrote itself: graphs that share caches, as the decoders of an encoder-decoder do,
-have no such sites.
+and through nothing else: Gelu bends differently at every scale. There a Mul of its own can take them: site "node".
+
+The key/value cache of a site "value" holds v / s, so that the graph must read what it wrote itself: graphs that share
+caches, as the decoders of an encoder-decoder do, have no such sites.
 
 SmoothQuant, AWQ and equalization are choices of s: see `onnxpress.optimizers.quantization.channel_scaling`.
 """
@@ -28,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.folding.site import KINDS, FoldingSite, Integers, Kind, Slot
+from onnxpress.optimizers.folding.site import FREE, FoldingSite, Integers, Kind, Slot
 from onnxpress.optimizers.linear import Linear, find_linears
 from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, scalar, weight
 from onnxpress.tensors import concrete_shape
@@ -53,7 +54,7 @@ BIAS = 3
 PAST, OF_ENCODER = "past_key_values.", ".encoder."
 
 
-def find_sites(graph: ir.Graph, report: Report, kinds: Sequence[Kind] = KINDS) -> list[FoldingSite]:
+def find_sites(graph: ir.Graph, report: Report, kinds: Sequence[Kind] = FREE) -> list[FoldingSite]:
     """All sites of these kinds, in graph order; why other inputs of products are none goes to the report.
 
     Fold from the last to the first where factors depend on weights: a site changes the columns of weights whose rows an
@@ -66,7 +67,7 @@ def find_sites(graph: ir.Graph, report: Report, kinds: Sequence[Kind] = KINDS) -
     sites = []
     for group in linears.values():
         try:
-            site = tracer.site(group)
+            site = tracer.site(group, "node" in kinds)
         except Blocked as blocked:
             report.skip(str(blocked))
             continue
@@ -105,13 +106,22 @@ class Tracer:
         self.keeps_cache = any(name.startswith(PAST) for name in names) and not any(OF_ENCODER in one for one in names)
         """Whether the values that a graph caches come back to itself alone."""
 
-    def site(self, linears: Sequence[Linear]) -> FoldingSite:
-        """Of all products that read one activation. Raises Blocked with the reason where it is none."""
+    def site(self, linears: Sequence[Linear], node: bool) -> FoldingSite:
+        """Of all products that read one activation. Raises Blocked with the reason where it is none.
+
+        node: a Mul may take factors that nothing else takes.
+        """
         nodes = frozenset(linear.node for linear in linears)
         for linear in linears:
             self._require_own(linear, nodes)
         features = linears[0].shape[0]
-        path = self._follow(_Path(linears[0].activation, nodes, features, 0, np.arange(features)))
+        channels = np.arange(features)
+        try:
+            path = self._follow(_Path(linears[0].activation, nodes, features, 0, channels))
+        except Blocked:
+            if not node:
+                raise
+            return FoldingSite("node", tuple(linears), (), channels)
         return FoldingSite(path.kind, tuple(linears), path.slots, path.groups)
 
     def _follow(self, path: _Path) -> _Path:

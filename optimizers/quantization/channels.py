@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 WeightType = Literal["uint8", "int8"]
 
 
-def quantize_channels(weights: NDArray[np.float32], weight_type: WeightType) -> list[NDArray[Any]]:
+def quantize_channels(
+    weights: NDArray[np.float32], weight_type: WeightType, least_scales: NDArray[np.float32] | float = 0.0
+) -> list[NDArray[Any]]:
     """Quantize the columns of a matrix, each with its own scale.
 
     Args:
         weights: [K, N] float32, finite.
+        least_scales: [N], or one for all; smaller scales are raised to these.
 
     Returns:
         codes [K, N], scales [N] float32, zero points [N]; codes and zero points in `weight_type`. A column of zeros
@@ -37,6 +40,7 @@ def quantize_channels(weights: NDArray[np.float32], weight_type: WeightType) -> 
     else:
         scales = (high - low) / np.float32(255)
         bottom, top = 0, 255
+    scales = np.maximum(scales, least_scales)
     scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
     if weight_type == "uint8":
         zero_points = np.rint(-low / scales)
@@ -45,6 +49,14 @@ def quantize_channels(weights: NDArray[np.float32], weight_type: WeightType) -> 
     np.rint(codes, out=codes)
     np.clip(codes, bottom, top, out=codes)
     return [codes.astype(weight_type), scales, zero_points.astype(weight_type)]
+
+
+def quantize_tensor(
+    weights: NDArray[np.float32], weight_type: WeightType, least_scale: float = 0.0
+) -> list[NDArray[Any]]:
+    """Quantize an array of any shape with one scale: codes in its shape, scale and zero point []."""
+    codes, scales, zero_points = quantize_channels(weights.reshape(-1, 1), weight_type, least_scale)
+    return [codes.reshape(weights.shape), scales.reshape(()), zero_points.reshape(())]
 
 
 def dequantize_channels(

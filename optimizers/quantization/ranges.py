@@ -8,7 +8,8 @@ percentile            a fixed share of the values is
 mean_squared_error    the least squared error, of rounding and clipping together
 entropy               the least information lost, by the measure of TensorRT and onnxruntime: symmetric about zero
 
-All return (low, high) within what was seen, except that a range with `symmetric` is (−t, t).
+All return (low, high) within what was seen, except that a range with `symmetric` is (−t, t). The mean of the samples'
+own ranges is kept by `onnxpress.optimizers.quantization.statistics.AverageRange`, which needs no histogram.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnxpress.optimizers.quantization.histogram import Counts, Histogram
-from onnxpress.optimizers.quantization.statistics import Doubles, require_data
+from onnxpress.optimizers.quantization.statistics import Doubles, Floats, require_data
 
 Range = tuple[float, float]
 
@@ -132,18 +133,30 @@ def _smoothed(counts: Doubles) -> Doubles:
     return np.where(empty, SMOOTHING, counts - SMOOTHING * empty.sum() / (len(counts) - empty.sum()))
 
 
+def round_trip(x: Floats, scale: Any, zero_point: NDArray[Any]) -> Floats:
+    """x to codes of the zero point's type and back, as QuantizeLinear and DequantizeLinear do."""
+    limits = np.iinfo(zero_point.dtype)
+    codes = np.rint(x / scale)
+    codes += zero_point.astype(np.float32)
+    np.clip(codes, limits.min, limits.max, out=codes)
+    codes -= zero_point.astype(np.float32)
+    return np.asarray(codes * scale, dtype=np.float32)
+
+
 def activation_grid(low: float, high: float, dtype: DTypeLike, *, symmetric: bool = False) -> tuple[Any, NDArray[Any]]:
     """Scale (float32) and zero point (`dtype`: int8, uint8, int16, uint16) of a range, 0.0 being a code.
 
-    x ≈ scale · (code − zero_point). Where the range is empty, scale 1 and zero point 0.
+    x ≈ scale · (code − zero_point). Symmetric signed codes leave the lowest unused. Where the range is empty, scale 1
+    and zero point 0.
     """
     limits = np.iinfo(np.dtype(dtype))
     low, high = min(low, 0.0), max(high, 0.0)
     if symmetric:
         high = max(-low, high)
         low = -high
-    scale = (high - low) / (limits.max - limits.min)
+    bottom = -limits.max if symmetric and limits.min else limits.min
+    scale = (high - low) / (limits.max - bottom)
     if scale < np.finfo(np.float32).tiny:
         return np.float32(1), np.zeros((), dtype)
-    middle = np.rint((limits.min + limits.max) / 2)
-    return np.float32(scale), np.asarray(middle if symmetric else np.rint(limits.min - low / scale)).astype(dtype)
+    zero_point = np.rint((bottom + limits.max) / 2 if symmetric else bottom - low / scale)
+    return np.float32(scale), np.asarray(zero_point).astype(dtype)

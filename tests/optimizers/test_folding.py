@@ -241,6 +241,33 @@ def test_smoothing_changes_nothing_but_makes_int8_better(graph: Graph, run: Run,
     assert errors[1] < errors[0] / 2
 
 
+def test_a_node_takes_what_nothing_else_does(graph: Graph, check: Callable[..., Any], rng: np.random.Generator) -> None:
+    """Where a norm feeds a residual, and behind Gelu; a second time these are gains like any other."""
+    body = "n = LayerNormalization(x, gain, beta)  h = MatMul(n, a)  r = Gelu(h)  y = MatMul(r, d)  z = Sigmoid(n)"
+    model = mlp(graph, body, rng)
+    x = {"x": rng.standard_normal((4, 50, 64), dtype=np.float32)}
+    optimizer = Smooth(sites=("node",))
+    optimizer.calibration = Calibration([x])
+    found = check(
+        optimizer,
+        model,
+        x,
+        golden="""
+        n = LayerNormalization(x, gain, beta)
+        n.factors.output = Mul(n, n.factors)
+        h = MatMul(n.factors.output, a)
+        r = Gelu(h)
+        r.factors.output = Mul(r, r.factors)
+        y = MatMul(r.factors.output, d)
+        z = Sigmoid(n)
+        """,
+        tolerance=1e-3,
+        relative=1e-4,
+    )
+    assert found.result.report.matched == {"product with factors of its own": 2}
+    assert [site.kind for site in sites(found.model)[0]] == ["norm", "norm"]
+
+
 def test_smoothing_without_samples(graph: Graph, rng: np.random.Generator) -> None:
     model = mlp(graph, EXACT["relu"][0], rng)
     assert not Smooth()(model).report.matched  # type: ignore[attr-defined]

@@ -176,8 +176,9 @@ def test_grids_are_onnxruntimes(one: float, other: float, dtype: str, symmetric:
 
     low, high = sorted((one, other))
     limits = np.iinfo(dtype)
+    bottom = -limits.max if symmetric and limits.min else limits.min  # as get_qmin_qmax_for_qType has it
     theirs = compute_scale_zp(
-        np.float32(low), np.float32(high), np.array(limits.min, dtype), np.array(limits.max, dtype), symmetric
+        np.float32(low), np.float32(high), np.array(bottom, dtype), np.array(limits.max, dtype), symmetric
     )
     scale, zero_point = activation_grid(low, high, dtype, symmetric=symmetric)
     assert zero_point.dtype == dtype
