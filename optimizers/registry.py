@@ -24,6 +24,7 @@ PASSES: dict[str, str] = {
     "quantize-static": "onnxpress.optimizers.quantize_static:QuantizeStatic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
     "rotate": "onnxpress.optimizers.rotate:Rotate",
+    "quantize-experts": "onnxpress.optimizers.quantize_experts:QuantizeExperts",
     "smooth": "onnxpress.optimizers.smooth:Smooth",
     "split-outliers": "onnxpress.optimizers.split_outliers:SplitOutliers",
 }

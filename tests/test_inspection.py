@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from onnxpress.inspection import Share, inspect_graph
+from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 
 TEXT = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
 g (int64[batch_size, sequence_length] input_ids, float[batch_size, 2, past_sequence_length, 8] past_key_values__0__key,
@@ -79,3 +82,20 @@ def test_tied_embeddings_count_once() -> None:
     model.graph.register_initializer(value)
     (layer,) = inspect_graph(model).layers
     assert (layer.name, layer.total) == ("embedding and head", Share(6400, 25600))
+
+
+@pytest.mark.parametrize(("bits", "zero_points"), [(6, "none"), (4, "float"), (3, "float")])
+def test_blocks_of_any_width_are_their_parameters(bits: int, zero_points: Any) -> None:
+    """Codes in planes, scales and minima in units: each parameter is counted once, every byte somewhere."""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[B, 512] x, float[512, 48] w) => (float[B, 48] y) { y = MatMul(x, w) }"""
+    model = ir.from_onnx_text(text)
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(np.random.default_rng(0).standard_normal((512, 48)).astype(np.float32))
+    model.graph.register_initializer(value)
+    QuantizeBlocks(bits, 32, zero_points, scale_type="int8", unit_size=256)(model)
+    formats = inspect_graph(model).formats
+    assert formats[f"{bits}-bit blocks of 32"].parameters == sum(one.parameters for one in formats.values()) == 512 * 48
+    assert formats[f"{bits}-bit blocks of 32"].bytes >= 512 * 48 * bits // 8 + 48 * 16 + 48 * 2 * 2
+    if zero_points == "float":
+        assert formats["block offsets"].bytes == 48 * 16 + 48 * 2 * 2

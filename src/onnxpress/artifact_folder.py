@@ -211,8 +211,9 @@ def size_bytes(folder: Path) -> int:
 def _bits(value: ir.Value) -> int:
     """Bits per element of a packed weight, as its first reader says: 8 where none says anything."""
     for node, _ in value.uses():
-        if "bits" in node.attributes:
-            return node.attributes["bits"].as_int()
+        for name in ("bits", "expert_weight_bits"):
+            if name in node.attributes:
+                return node.attributes[name].as_int()
     return 8
 
 

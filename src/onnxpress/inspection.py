@@ -6,6 +6,7 @@ Read from shapes, dtypes and attributes alone; no weight is ever loaded.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ _NAMES = {
     ir.DataType.DOUBLE: "fp64",
 }
 _DYNAMIC = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QAttention"}
+_BLOCKS = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5)}
+"""Operators on quantized blocks, and which inputs are codes."""
+_PLANE = re.compile(r"\.q(\d)b\d+\.plane\d$")
+"""Ends the names of parts of codes, see `optimizers/block_operands.py`."""
+_FOLDED = ("Cast", "Mul", "Reshape", "BitShift", "BitwiseAnd", "BitwiseOr", "Add", "Transpose")
 _EMBEDDING = ("embed", "wte", "wpe", "word_embeddings", "position_embeddings")
 _TABLES = ("cos_cache", "sin_cache")
 """Computed from the configuration: constants, not parameters."""
@@ -170,15 +176,16 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     """The number format of a weight, and how many parameters of the original model it holds."""
     for use in _uses(value):
         node = use.node
-        if (value.name or "").endswith(OFFSETS):
+        if (value.name or "").endswith((OFFSETS, ".minimum_multipliers", ".minimum_unit")):
             return "block offsets", 0
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-            bits = node.attributes.get_int("bits", 4)
+        if node.op_type in _BLOCKS:
+            plane = _PLANE.search(_origin(node.inputs[_BLOCKS[node.op_type][0]]))
+            bits = node.attributes.get_int("bits", node.attributes.get_int("expert_weight_bits", 4))
+            bits = int(plane[1]) if plane else bits
             form = f"{bits}-bit blocks of {node.attributes.get_int('block_size', 128)}"
-            codes = use.idx == (1 if node.op_type == "MatMulNBits" else 0)
-            if not codes:
+            if use.idx not in _BLOCKS[node.op_type] or tensor.dtype != ir.DataType.UINT8 or tensor.size <= 8:
                 return form, 0
-            if node.op_type == "MatMulNBits":
+            if node.op_type == "MatMulNBits" and not plane:
                 return form, node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
             return form, tensor.nbytes * 8 // bits
         if node.op_type in _DYNAMIC and tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8):
@@ -191,8 +198,15 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
     return "constants", 0
 
 
+def _origin(value: ir.Value | None) -> str:
+    """The name of the weight behind a value, through the first inputs of nodes that the runtime folds."""
+    while value is not None and (producer := value.producer()) is not None:
+        value = producer.inputs[0]
+    return "" if value is None else value.name or ""
+
+
 def _uses(value: ir.Value) -> Iterator[Any]:
-    """Where a weight is read, also through a Cast, or a Cast and a Mul, that the runtime folds."""
+    """Where a weight is read, also through nodes that the runtime folds."""
     for use in value.uses():
         if _is_folded(use.node):
             yield from _uses(use.node.outputs[0])
@@ -201,7 +215,7 @@ def _uses(value: ir.Value) -> Iterator[Any]:
 
 
 def _is_folded(node: ir.Node) -> bool:
-    return node.op_type in ("Cast", "Mul") and all(
+    return node.op_type in _FOLDED and all(
         value is not None and (value.is_initializer() or ((made := value.producer()) is not None and _is_folded(made)))
         for value in node.inputs
     )

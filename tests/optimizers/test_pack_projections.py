@@ -208,3 +208,24 @@ def test_any_siblings(
     model = graph(f"g (float[B, {depth}] x, {declared}) => ({outputs}) {{ {body} }}", **weights)
     done = check(PackProjections("all"), model, {"x": rng.standard_normal((3, depth), dtype=np.float32)})
     assert done.result.report.matched == {"packed products": 1}
+
+
+def test_weights_on_different_grids_can_be_kept_apart(graph: Any, rng: np.random.Generator) -> None:
+    """A .gguf often has values in more bits than queries and keys; with one kind it makes no difference."""
+    text = f"""g (
+        float[M, 64] x, float[64, 16] {LAYER}mlp__gate_proj__weight, float[64, 16] {LAYER}mlp__up_proj__weight
+    ) => (float[M, 16] y, float[M, 16] z) {{
+        y = MatMul(x, {LAYER}mlp__gate_proj__weight)  z = MatMul(x, {LAYER}mlp__up_proj__weight) }}"""
+    whole = rng.integers(-8, 8, (64, 16)).astype(np.float32)
+    whole[::32] = -8
+    eight = rng.integers(-127, 128, (64, 16)).astype(np.float32)
+    eight[::32] = 127
+    names = [f"{LAYER}mlp__{name}_proj__weight" for name in ("gate", "up")]
+
+    def pack(*weights: np.ndarray, **options: bool) -> Any:
+        model = graph(text, **dict(zip(names, weights, strict=True)))
+        return PackProjections("split", **options)(model).report  # type: ignore[attr-defined]
+
+    assert pack(whole, eight, one_grid=True).skipped == {"weights on different grids": 1}
+    assert pack(whole, whole * 2, one_grid=True).matched == {"packed products": 1}
+    assert pack(whole, eight).matched == {"packed products": 1}
