@@ -65,7 +65,7 @@ def fit_blocks(
             hint="give a longer text with --calibration, or choose method = least-squares, which needs none",
         )
     name = f"quantize-blocks {method} {sorted((key, repr(value)) for key, value in formats.items())}"
-    for step in calibration.walk(model, method=name):
+    for step in calibration.walk(model, method=name, by_product=True):
         for number, linears in enumerate(_stages(step, formats)):
             digests = {linear.name: _digest(linear) for linear in linears}
             fresh = [one for one in linears if one.name not in known or known[one.name].digest != digests[one.name]]
@@ -104,16 +104,19 @@ def _solve(
     arrays: dict[str, NDArray[Any]] = {}
     for linear in linears:
         weight, format = read_rows(linear).T, formats[linear.name]
-        blocks = _blocks(weight, moments, format, method)
+        blocks, error = _blocks(weight, moments, format, method)
         for index, operand in enumerate(blocks.matmul_nbits()):
             arrays[f"{linear.name}#operand{index}"] = operand
-        arrays[f"{linear.name}#error"] = np.array([relative_error(weight, blocks.dequantize(), moments)])
+        arrays[f"{linear.name}#error"] = np.array([error])
     return arrays
 
 
 def _blocks(
     weight: NDArray[np.float32], moments: NDArray[np.float64], format: BlockFormat, method: CalibratedMethod
-) -> Blocks:
+) -> tuple[Blocks, float]:
+    """Codes and the relative error of the product."""
     if method == "gptq":
-        return gptq(weight, moments, format).blocks
-    return fit_least_squares(weight, format, np.diagonal(moments).astype(np.float32))
+        found = gptq(weight, moments, format)
+        return found.blocks, found.error
+    blocks = fit_least_squares(weight, format, np.diagonal(moments).astype(np.float32))
+    return blocks, relative_error(weight, blocks.dequantize(), moments)

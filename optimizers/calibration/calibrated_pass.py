@@ -34,10 +34,12 @@ class Calibration:
         """Whether there are samples and they are for this graph."""
         return bool(self.samples) and all(feeds_graph(sample, model) for sample in self.samples)
 
-    def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "") -> Walk:
+    def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "", by_product: bool = False) -> Walk:
         """A walk over `model`; one without a method keeps nothing that another process could use."""
         folder = self.folder if method else None
-        walk = Walk(model, self.samples, feed, self.memory_bytes, folder, method, self.threads, self.progress)
+        walk = Walk(
+            model, self.samples, feed, self.memory_bytes, folder, method, self.threads, self.progress, by_product
+        )
         if folder is not None:
             self.walks.append(walk)
         return walk

@@ -10,6 +10,9 @@ Each block is run twice: once to look at what its products read, and once more, 
 hand its outputs to the next block. So every block is fitted to what the blocks before it really compute by then. A walk
 that feeds the original outputs onward runs each block once.
 
+A walk `by_product` cuts blocks where products begin to read another activation. Each part is run once, and what its
+products read is at hand without running anything.
+
 Memory holds one block, the statistics that the body asked for, and hidden states up to `memory_bytes`; more of them go
 to files. None of it grows with the depth of the model. What lies outside of the blocks and is shared by them (masks,
 positions, rotary tables) is computed once for each sample.
@@ -24,7 +27,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -40,6 +43,7 @@ from onnxpress.optimizers.calibration.results import read_results, write_results
 from onnxpress.optimizers.calibration.samples import Array, Feeds, Padding, check_samples, feed_of
 from onnxpress.optimizers.calibration.states import States
 from onnxpress.optimizers.calibration.subgraphs import extract, session_of, values_by_name
+from onnxpress.optimizers.linear import find_linears
 
 MEMORY_BYTES = 1 << 30
 Feed = Literal["modified", "original"]
@@ -73,6 +77,8 @@ class Walk:
     threads: int | None = None
     progress: Callable[[int, int], None] | None = None
     """Called with the segments done and all there are."""
+    by_product: bool = False
+    """Whether blocks are cut further, for bodies that edit products in the order in which they run."""
     reason: str | None = field(init=False, default=None)
     """Why the graph is walked in one step, if it is."""
 
@@ -82,6 +88,8 @@ class Walk:
             self.segments = split_layers(self.model.graph)
         except UnsupportedModelError as error:
             self.segments, self.reason = [Segment("the graph", None, tuple(self.model.graph))], str(error)
+        if self.by_product:
+            self.segments = [part for segment in self.segments for part in _parts(segment)]
         self._graph = self.model if self.feed == "modified" else copy_graph(self.model)
         """What is run."""
         self._padding = Padding(self.model.graph)
@@ -89,7 +97,7 @@ class Walk:
         self.outputs = self._crossing()
         """By segment, what it makes and a later one reads."""
         if self.folder is not None:
-            self.folder /= fingerprint(self.model, self.samples, f"{self.method} {self.feed}")
+            self.folder /= fingerprint(self.model, self.samples, f"{self.method} {self.feed} {len(self.segments)}")
         self._states = States(self.memory_bytes, self.folder / "states" if self.folder else None)
         self._finished = self._resume()
 
@@ -284,6 +292,24 @@ class Step:
             total += size
         if group:
             yield group
+
+
+def _parts(segment: Segment) -> Iterator[Segment]:
+    """A layer, cut before each product that reads another activation than those before it; other segments whole."""
+    if segment.layer is None:
+        yield segment
+        return
+    activations: set[ir.Value] = set()
+    nodes: list[ir.Node] = []
+    for node in segment.nodes:
+        linear = next(find_linears([node]), None)
+        if linear is not None and linear.activation not in activations:
+            if nodes:
+                yield replace(segment, nodes=tuple(nodes))
+            nodes = []
+            activations.add(linear.activation)
+        nodes.append(node)
+    yield replace(segment, nodes=tuple(nodes))
 
 
 def _rows(sample: Feeds) -> int:

@@ -83,11 +83,12 @@ def gptq(
     del root
     if sweeps:
         hessian = damped.astype(np.float32)
+        slope = hessian @ state.errors
         for _ in range(sweeps):
-            _sweep(state, hessian, visit)
+            _sweep(state, hessian, slope, visit)
             # Multiples of one number are left as they are, and so are scales that float16 offsets are multiples of.
             if format.scale_type != "int8" and (format.zero_points, format.scale_type) != ("float", "float16"):
-                _refit_scales(state, hessian)
+                _refit_scales(state, hessian, slope)
     blocks = state.blocks()
     return Gptq(blocks, relative_error(weight, blocks.dequantize(), gram))
 
@@ -131,7 +132,8 @@ class _State:
         np.multiply(target, self.inverses[block], out=code)
         code += self.zero_points[block]
         np.rint(code, out=code)
-        np.clip(code, 0, self.top, out=code)
+        np.maximum(code, 0, out=code)  # np.clip takes as long as both once more
+        np.minimum(code, self.top, out=code)
         error = self.errors[row]
         np.subtract(self.zero_points[block], code, out=error)
         error *= self.scales[block]
@@ -168,30 +170,34 @@ def _root(hessian: Doubles) -> Doubles:
         raise ValueError("gram is not positive semi-definite, or damping too small") from None
 
 
-def _sweep(state: _State, hessian: Floats, visit: NDArray[np.int64]) -> None:
-    """Choose each input's codes again, all other errors being what they are: cyclic coordinate descent."""
-    slope = hessian @ state.errors
+def _sweep(state: _State, hessian: Floats, slope: Floats, visit: NDArray[np.int64]) -> None:
+    """Choose each input's codes again, all other errors being what they are: cyclic coordinate descent.
+
+    `slope`, hessian · errors, is kept up to date.
+    """
     for start in range(0, len(visit), PANEL):
         rows = visit[start : start + PANEL]
         before, changes = state.errors[rows], np.zeros((len(rows), state.weight.shape[1]), np.float32)
         within = hessian[np.ix_(rows, rows)]
+        targets = state.weight[rows] - before
         for offset, row in enumerate(rows):
-            pull = slope[row] + within[offset, :offset] @ changes[:offset]
+            pull = within[offset, :offset] @ changes[:offset]
+            pull += slope[row]
             pull /= within[offset, offset]
-            state.choose(row, state.weight[row] - before[offset] + pull)
+            pull += targets[offset]
+            state.choose(row, pull)
             np.subtract(state.errors[row], before[offset], out=changes[offset])
         slope += hessian[:, rows] @ changes
 
 
-def _refit_scales(state: _State, hessian: Floats) -> None:
-    """Each block's best scale, the other blocks' errors being what they are."""
-    slope = hessian @ state.errors
+def _refit_scales(state: _State, hessian: Floats, slope: Floats) -> None:
+    """Each block's best scale, the other blocks' errors being what they are; `slope` as in `_sweep`."""
     scales = state.scales.copy()
+    size = state.format.block_size
     for block in range(len(scales)):
-        rows = np.flatnonzero(state.block_of == block)
+        rows = slice(block * size, (block + 1) * size)
         centred = state.codes[rows] - state.zero_points[block]
-        square = hessian[np.ix_(rows, rows)]
-        curvature = np.einsum("ij,ij->j", centred, square @ centred)
+        curvature = np.einsum("ij,ij->j", centred, hessian[rows, rows] @ centred)
         along = np.einsum("ij,ij->j", centred, slope[rows])
         best = scales[block] + np.divide(along, curvature, out=np.zeros_like(along), where=curvature > 0)
         step = rounded_scales(best, state.format) - scales[block]

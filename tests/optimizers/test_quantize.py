@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from onnxpress.errors import CorruptFileError, UnsupportedModelError
+from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
 from onnxpress.graph_io import save_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantization.block_format import BlockFormat
@@ -19,6 +19,8 @@ from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
+from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.runtime_profiles import profile
 from onnxpress.storage import encode
 
 Graph = Callable[..., ir.Model]
@@ -266,3 +268,23 @@ def test_a_weight_that_is_not_finite_is_refused(siblings: ir.Model, tmp_path: Pa
     QuantizeBlocks(8, 32)(siblings)
     with pytest.raises(CorruptFileError, match=r"a\.weight"):
         save_graph(siblings, tmp_path / "m.onnx", external_data="m.data")
+
+
+@pytest.mark.parametrize("name", ["cpu-x86-avx2", "cpu-x86-vnni"])
+def test_a_profile_whose_cpu_saturates_refuses_int8(name: str) -> None:
+    spec = PassSpec("quantize-dynamic", {"weight_type": "int8"}).resolve(profile.load(name).auto)
+    if name == "cpu-x86-vnni":
+        spec.build()
+        return
+    with pytest.raises(UsageError, match="overflow"):
+        spec.build()
+
+
+def test_blocks_that_do_not_divide_are_padded_and_said(graph: Graph, run: Run, rng: np.random.Generator) -> None:
+    text = "g (float[M, 72] x, float[72, 48] w) => (float[M, 48] y) { y = MatMul(x, w) }"
+    model = graph(text, w=rng.standard_normal((72, 48), dtype=np.float32))
+    feeds = {"x": rng.standard_normal((5, 72), dtype=np.float32)}
+    (expected,) = run(model, feeds)
+    report = QuantizeBlocks(8, 32)(model).report  # type: ignore[attr-defined]
+    assert report.matched == {"MatMulNBits 8 bits, blocks of 32": 1, "last block padded": 1}
+    assert np.linalg.norm(run(model, feeds)[0] - expected) < 0.02 * np.linalg.norm(expected)

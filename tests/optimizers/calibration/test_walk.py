@@ -65,9 +65,12 @@ def walk_rows(tiny: ModuleType, walk: Walk) -> dict[str, NDArray[np.float32]]:
 
 @pytest.mark.parametrize("memory", [1 << 20, 0], ids=["memory", "spilled"])
 @pytest.mark.parametrize("feed", ["modified", "original"])
-def test_the_same_as_all_at_once(tiny: ModuleType, at_once: Callable[..., Any], feed: Any, memory: int) -> None:
+@pytest.mark.parametrize("by_product", [False, True])
+def test_the_same_as_all_at_once(
+    tiny: ModuleType, at_once: Callable[..., Any], feed: Any, memory: int, by_product: bool
+) -> None:
     model, samples = tiny.layered(3), tiny.samples()
-    walk = Walk(model, samples, feed=feed, memory_bytes=memory)
+    walk = Walk(model, samples, feed=feed, memory_bytes=memory, by_product=by_product)
     found = walk_rows(tiny, walk)
     expected = at_once(model, samples)
     assert found.keys() == expected.keys()
@@ -77,10 +80,30 @@ def test_the_same_as_all_at_once(tiny: ModuleType, at_once: Callable[..., Any], 
     assert walk.reason is None
 
 
-def test_blocks_read_what_the_edited_ones_before_them_make(tiny: ModuleType, at_once: Callable[..., Any]) -> None:
+def test_parts_of_blocks_are_run_once(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products a block: looking at what they read runs nothing, only handing on what they make does."""
+    runs: list[int] = []
+    kept = Walk.run
+
+    def counted(self: Walk, number: int, outputs: Any, receive: Any) -> None:
+        given = {str(value.name) for value in self.segments[number].inputs()}
+        runs.extend([number] * any(name not in given for name in outputs))
+        kept(self, number, outputs, receive)
+
+    monkeypatch.setattr(Walk, "run", counted)
+    walk = Walk(tiny.layered(3), tiny.samples(), by_product=True)
+    assert [segment.layer for segment in walk.segments] == [None, 0, 0, 1, 1, 2, 2, None]
+    walk_rows(tiny, walk)
+    assert runs == list(range(7))  # nobody reads what the last one makes
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+def test_blocks_read_what_the_edited_ones_before_them_make(
+    tiny: ModuleType, at_once: Callable[..., Any], by_product: bool
+) -> None:
     model, samples = tiny.layered(3), tiny.samples()
     seen: dict[str, Any] = {}
-    for step in Walk(model, samples):
+    for step in Walk(model, samples, by_product=by_product):
         for product in tiny.products(step):
             if step.segment.layer is None:
                 continue

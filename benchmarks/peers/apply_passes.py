@@ -1,0 +1,62 @@
+"""Apply passes to a graph and save it beside copies of the source's configs: SOURCE TARGET ROWS LENGTH PASSES(JSON).
+
+The pass called `perturb` moves every weight by up to half a step of a 4-bit grid (blocks of 32): what was once 4-bit
+lies on no grid any more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.calibration import CalibrationData
+from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.linear import find_linears
+from onnxpress.optimizers.recipe import PassSpec
+
+
+def perturb(model: ir.Model) -> None:
+    generator = np.random.default_rng(0)
+    for value in dict.fromkeys(linear.weight for linear in find_linears(model.graph)):
+        assert value.const_value is not None
+        weight = np.array(value.const_value.numpy(), np.float32)
+        blocks = weight.reshape(-1, 32)
+        steps = np.ptp(blocks, axis=1, keepdims=True) / 15
+        blocks += steps * generator.uniform(-0.5, 0.5, blocks.shape).astype(np.float32)
+        value.const_value = ir.tensor(weight, name=value.name)
+
+
+def main() -> None:
+    source, target, rows, length = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    graph = next(source.rglob("model.onnx"))
+    model = load_graph(graph)
+    samples = None
+    began = time.process_time()
+    for name, options in json.loads(sys.argv[5]):
+        if name == "perturb":
+            perturb(model)
+            continue
+        one = PassSpec(name, options).build()
+        if isinstance(one, CalibratedPass) and one.needs_samples:
+            samples = samples or CalibrationData().feeds(graph, rows, length)[""]
+            one.calibration = Calibration(samples)
+        one.call(model)
+    seconds = time.process_time() - began
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in source.glob("*.json"):
+        shutil.copy(path, target)
+    (target / "onnx").mkdir()
+    save_graph(model, target / "onnx" / "model.onnx", external_data="model.onnx_data")
+    print(json.dumps({"cpu_s": seconds}))
+
+
+if __name__ == "__main__":
+    main()
