@@ -1,6 +1,6 @@
 """onnxpress's own runner as a contender. usage: onnxpress_worker.py PATH THREADS
 
-PATH is an artifact folder or an ONNX file. Runs in onnxpress's environment.
+PATH is an artifact folder, or an ONNX file or folder of anyone's. Runs in onnxpress's environment.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from onnxpress.opening import open_model
 
 class Model:
     def __init__(self, path: str, threads: int) -> None:
-        session = open_model(path, threads=threads).model
+        self.path, self.threads = path, threads
+        self.session = self.full = self._open()
+
+    def _open(self, *, all_logits: bool = False) -> DecoderSession:
+        session = open_model(self.path, threads=self.threads, all_logits=all_logits).model
         if not isinstance(session, DecoderSession):
-            raise TypeError(f"{path} is not a decoder")
-        self.session = session
+            raise TypeError(f"{self.path} is not a decoder")
+        return session
 
     def reset(self, room: int) -> None:
         self.session.reset()
@@ -31,13 +35,13 @@ class Model:
         step(np.array([tokens]))
 
     def logits(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Graphs that compute the last logits only are fed token by token."""
-        ids = np.array([tokens])
-        if not self.session.last_only:
-            return self.session.prefill(ids)[0]
-        parts = [self.session.prefill(ids[:, :1])]
-        parts += [self.session.decode(ids[:, i : i + 1]) for i in range(1, len(tokens))]
-        return np.concatenate(parts, axis=1)[0]
+        """Read as a prompt: a graph that was cut to its last logits is opened again without the cut."""
+        if self.full.last_only:
+            self.full = self._open(all_logits=True)
+        logits: NDArray[np.float32] = self.full.prefill(np.array([tokens]))[0]
+        if len(logits) != len(tokens):
+            raise ValueError(f"{self.path} computes its last logits only")
+        return logits
 
 
 def load() -> Mapping[str, Handler]:

@@ -1,7 +1,8 @@
 """Quality of a contender on windows of a text, against the checkpoint in torch. Runs in onnxpress's environment.
 
-quality.py reference CHECKPOINT TEXT WINDOWS LENGTH FOLDER   writes FOLDER/tokens.json and FOLDER/reference-{i}.npy
-quality.py compare FOLDER                                    reads FOLDER/candidate-{i}.npy; prints one line of JSON
+quality.py tokens CHECKPOINT TEXT FIRST WINDOWS LENGTH FILE   writes windows from FIRST on: token ids as JSON, and text
+quality.py reference CHECKPOINT FOLDER                        reads FOLDER/tokens.json, writes FOLDER/reference-{i}.npy
+quality.py compare FOLDER                                     reads FOLDER/candidate-{i}.npy; prints one line of JSON
 
 Arrays are log-probabilities, float32 [LENGTH, vocabulary].
 """
@@ -15,16 +16,24 @@ from pathlib import Path
 import numpy as np
 
 
-def reference(checkpoint: Path, text: Path, windows: int, length: int, folder: Path) -> None:
+def tokens(checkpoint: Path, text: Path, first: int, windows: int, length: int, file: Path) -> None:
     from tokenizers import Tokenizer
 
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids
+    starts = range(first * length, min((first + windows) * length, len(ids) - length + 1), length)
+    if not starts:
+        raise SystemExit(f"{text} has {len(ids)} tokens, too few for window {first} of {length}")
+    file.write_text(json.dumps([ids[start : start + length] for start in starts]), encoding="utf-8")
+    chosen = tokenizer.decode(ids[starts[0] : starts[-1] + length])
+    file.with_suffix(".txt").write_text(chosen, encoding="utf-8")
+
+
+def reference(checkpoint: Path, folder: Path) -> None:
     from onnxpress.exporter.reference import TorchReference
 
-    ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids
-    chosen = [ids[i * length : (i + 1) * length] for i in range(windows) if len(ids) >= (i + 1) * length]
-    (folder / "tokens.json").write_text(json.dumps(chosen), encoding="utf-8")
     model = TorchReference(checkpoint)
-    for number, window in enumerate(chosen):
+    for number, window in enumerate(json.loads((folder / "tokens.json").read_text(encoding="utf-8"))):
         logits = model.prefill(np.array([window]))[0]
         logits = logits - logits.max(-1, keepdims=True)
         np.save(folder / f"reference-{number}.npy", logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
@@ -51,8 +60,16 @@ def compare(folder: Path) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "reference":
-        reference(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[6]))
+def main() -> None:
+    task, *arguments = sys.argv[1:]
+    if task == "tokens":
+        checkpoint, text, first, windows, length, file = arguments
+        tokens(Path(checkpoint), Path(text), int(first), int(windows), int(length), Path(file))
+    elif task == "reference":
+        reference(Path(arguments[0]), Path(arguments[1]))
     else:
-        print(json.dumps(compare(Path(sys.argv[2]))))
+        print(json.dumps(compare(Path(arguments[0]))))
+
+
+if __name__ == "__main__":
+    main()

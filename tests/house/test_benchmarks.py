@@ -1,0 +1,82 @@
+"""What the benchmarks compute from figures; measuring itself is not tested here."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import onnxpress
+
+BENCHMARKS = Path(onnxpress.__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a file of benchmarks/, as its scripts do, and forgets it afterwards."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def rows(*points: tuple[str, str, int, float]) -> dict[str, dict[str, Any]]:
+    return {name: {"family": family, "bytes": size, "KL": loss} for name, family, size, loss in points}
+
+
+def test_the_frontier_is_what_nobody_equals_or_beats_at_both(module: Any) -> None:
+    given = rows(
+        ("a", "x", 10, 0.5), ("b", "x", 20, 0.1), ("c", "y", 20, 0.2), ("d", "y", 30, 0.1), ("e", "y", 10, 0.5)
+    )
+    assert module("comparison").frontier(given) == {"a", "b", "e"}
+
+
+def test_ours_name_those_that_beat_them(module: Any) -> None:
+    given = rows(("mine", "onnxpress", 20, 0.2), ("small", "onnxpress", 9, 0.9), ("theirs", "llama.cpp", 19, 0.2))
+    found = {row["ours"]: list(row.values())[1] for row in module("comparison").beaten(given)}
+    assert found == {"mine": "theirs", "small": "nobody"}
+
+
+def test_tables_go_between_their_marks_and_nowhere_else(module: Any) -> None:
+    page = "before\n<!-- A -->\nold\n<!-- end -->\nbetween\n<!-- B -->\n<!-- end -->\nafter\n"
+    once = module("comparison").page_with(page, {"A": r"| \1 |"})
+    assert once == "before\n<!-- A -->\n\n| \\1 |\n\n<!-- end -->\nbetween\n<!-- B -->\n<!-- end -->\nafter\n"
+    assert module("comparison").page_with(once, {"A": r"| \1 |"}) == once
+
+
+def test_contenders_that_failed_are_named_with_the_reason(module: Any) -> None:
+    given = rows(("onnxruntime fp32", "onnxruntime", 40, 0.0)) | {"Olive": {"family": "Olive", "failed": "no wheel"}}
+    text = module("comparison").tables({"subjects": {"decoder": given}})["SmolLM2-135M-Instruct"]
+    assert "Not run: Olive: no wheel" in text
+    assert "| Olive" not in text
+
+
+def test_ranks_share_the_mean_where_values_are_equal(module: Any) -> None:
+    generator = random.Random(0)
+    values = [generator.randrange(20) / 4 for _ in range(50)]
+    counts = np.array(values)
+    expected = [(counts < value).sum() + ((counts == value).sum() + 1) / 2 for value in values]
+    assert module("encoder").ranks(values) == pytest.approx(expected, abs=0)
+
+
+def test_options_go_to_the_subject_that_they_name(module: Any) -> None:
+    quantization = module("quantization")
+    given = ["one=-r a", "gpt:two=--max-loss 1%", "encoder:three=--pass x:bits=4"]
+    assert quantization.named(module("contenders").Subject("gpt", "model"), given) == {
+        "one": "-r a",
+        "two": "--max-loss 1%",
+    }
+    encoder = module("contenders").Subject("encoder", "model")
+    assert quantization.named(encoder, given) == {"one": "-r a", "three": "--pass x:bits=4"}
