@@ -10,6 +10,7 @@ from common import Row, markdown
 TITLES = {"decoder": "SmolLM2-135M-Instruct", "gpt": "A small GPT, never in 4 bits", "encoder": "all-MiniLM-L6-v2"}
 DECODER_COLUMNS = ["change %", "KL", "top-1 %", "prefill 512 tok/s", "decode at 256 ms"]
 ENCODER_COLUMNS = ["cosine mean", "cosine min", "Spearman", "latency ms"]
+FORMATS = {"change %": "+.2f", "KL": ".2g", "cosine mean": ".4f", "cosine min": ".4f", "Spearman": ".2f"}
 COST_COLUMNS = ["peak RSS MB", "build s", "build RSS MB"]
 FLOAT32 = "onnxruntime fp32"
 
@@ -48,8 +49,7 @@ def everything(subject: str, rows: dict[str, Row]) -> list[Row]:
         line["× fp32"] = f"{size / full:.3f}" if size and full else None
         for column in columns:
             value = row.get(column)
-            precise = column in ENCODER_COLUMNS[:3] and value is not None
-            line[column] = f"{value:.4f}" if precise else f"{value:+.2f}" if column == "change %" and value else value
+            line[column] = value if value is None else format(value, FORMATS[column]) if column in FORMATS else value
         result.append({**line, "frontier": "yes" if name in best else ""})
     return result
 

@@ -44,6 +44,7 @@ OURS = {
         "cpu-blocks": "-r cpu-blocks",
         "smallest": "-r smallest",
         "as-stored": "-r as-stored",
+        "cpu-prompts": "-r cpu-prompts",
         "0.5%": "--max-loss 0.5%",
         "1%": "--max-loss 1%",
         "5%": "--max-loss 5%",
@@ -160,7 +161,9 @@ def build(subject: Subject, contender: Contender, *, again: bool) -> Row:
     built = contender.built(subject, again=again)
     row: Row = {"bytes": built.size_bytes}
     if built.seconds:
-        row |= {"build s": built.seconds, "build RSS MB": built.peak_rss_bytes / 1e6}
+        row["build s"] = built.seconds
+    if built.peak_rss_bytes:
+        row["build RSS MB"] = built.peak_rss_bytes / 1e6
     return row
 
 
