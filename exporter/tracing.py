@@ -13,8 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
-from onnxpress.errors import OnnxpressError, UnsupportedModelError, UsageError
+from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError, UsageError
 from onnxpress.exporter import binding, rotary, tasks
 from onnxpress.exporter.checkpoint import Checkpoint, check_architecture
 from onnxpress.exporter.decoder import export_decoder
@@ -40,18 +41,30 @@ class Traced:
     described: dict[str, Any]
 
 
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The configuration as transformers takes it. Raises CorruptFileError for values that it refuses."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{checkpoint.folder}/config.json: transformers refuses it: {error}",
+            hint="compare it with the original model's config.json",
+        ) from error
+
+
 def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: int | None) -> Traced:
     """Trace the model of a checkpoint for a task. Raises what `export.export` says."""
     check_architecture(checkpoint.folder, checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
+    config = read_config(checkpoint)
     task = (task or checkpoint.task or tasks.infer_task(config)).removesuffix("-with-past")
     model_class = tasks.model_class(config, task)
     limit, reason = rotary.context_limit(config, context_length)
     if context_length is not None and limit is not None and context_length > limit:
         raise UsageError(
-            f"--context-length {context_length} is more than the {limit} positions that the model serves", hint=reason
+            f"--context-length {context_length} is more than the {limit} positions that the model serves",
+            hint=reason or "leave it out, or give fewer",
         )
     positions = limit or context_length or DEFAULT_POSITIONS
     try:

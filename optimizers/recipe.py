@@ -74,7 +74,7 @@ class PassSpec:
         try:
             return cls(**values)
         except ValueError as error:  # the pass's own opinion of a value of the right type
-            raise UsageError(f"{self.name}: {error}") from error
+            raise UsageError(f"{self.name}: {error}", hint="docs/reference/passes.md explains its options") from error
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **({"optional": True} if self.optional else {}), **self.options}
@@ -121,7 +121,7 @@ def loads(text: str, label: str = "recipe") -> Recipe:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{label}: not TOML: {error}") from error
+        raise UsageError(f"{label}: not TOML: {error}", hint="correct the file there") from error
     for key in table:
         if key not in {"name", "description", "pass"}:
             raise unknown_name(f"key in {label}", key, ["name", "description", "pass"])

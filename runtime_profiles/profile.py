@@ -165,8 +165,9 @@ def _parse(label: str, text: str) -> Profile:
     try:
         return Profile.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{label}: not TOML: {error}") from error
+        raise UsageError(f"{label}: not TOML: {error}", hint="correct the file there") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{label}: {where}: {first['msg']}") from error
+        hint = "docs/recipes-and-profiles.md says what a profile holds"
+        raise UsageError(f"{label}: {where}: {first['msg']}", hint=hint) from error

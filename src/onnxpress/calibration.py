@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnxpress import probes
 from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_records
 from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.graph_checks import load_graph
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.runtime import EncoderSession
 from onnxpress.samples import encoder_rows, first_token, longest
@@ -80,6 +81,13 @@ class CalibrationData:
         records = list(islice(read_records(self.source), 100_000))
         if not records:
             raise BadInputError(f"{self.source} holds no samples")
+        if isinstance(records[0], Mapping):
+            inputs = [str(value.name) for value in load_graph(graph).graph.inputs]
+            if unknown := [name for name in records[0] if name not in inputs]:
+                raise BadInputError(
+                    f"{self.source} holds {', '.join(unknown)}, which the model does not take",
+                    hint=f"its inputs are {', '.join(inputs[:6])}{', …' if len(inputs) > 6 else ''}",
+                )
         return _from_records(opened, records, rows, length, self.source)
 
 

@@ -89,7 +89,8 @@ def _json_lines(path: Path) -> Iterator[Record]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise CorruptFileError(f"{path}, line {number}: not JSON: {error}") from error
+            hint = "a .jsonl file has an object a line"
+            raise CorruptFileError(f"{path}, line {number}: not JSON: {error}", hint=hint) from error
         yield _record(entry, f"{path}, line {number}")
 
 
@@ -136,7 +137,8 @@ def _arrays(path: Path) -> Iterator[Record]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CorruptFileError(f"cannot read {path}: {error}") from error
+        hint = "numpy.savez writes such a file, with an array for each input"
+        raise CorruptFileError(f"cannot read {path}: {error}", hint=hint) from error
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if not counts or len(set(counts.values())) > 1 or not next(iter(counts.values())):
         found = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "nothing"

@@ -74,8 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
+LONGEST = 1000
+"""Characters of a message; libraries may put a whole graph into theirs."""
+
+
 def _fail(message: str, hint: str | None, code: int) -> int:
     line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[:LONGEST]} …"
     click.echo(f"error: {line}" + (f" (hint: {' '.join(hint.split())})" if hint else ""), err=True)
     return code
 

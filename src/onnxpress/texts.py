@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise BadInputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     if not text.strip():
-        raise BadInputError(f"{path} is empty")
+        raise BadInputError(f"{path} is empty", hint="give a text of at least a few sentences")
     return text
 
 

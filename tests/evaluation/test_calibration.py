@@ -158,6 +158,11 @@ class TestFeeds:
         assert found["input_ids"].tolist() == [[1, 27, 2, 0], [1, 2, 3, 4]]
         assert found["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
+    def test_inputs_that_the_model_does_not_take(self, make_encoder: Any, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", pixels=np.zeros((2, 3)))
+        with pytest.raises(BadInputError, match=r"a\.npz holds pixels, which the model does not take"):
+            CalibrationData(str(tmp_path / "a.npz")).feeds(make_encoder())
+
     def test_inputs_as_they_are(self, make_encoder: Any, tmp_path: Path) -> None:
         graph = make_encoder()
         np.savez(tmp_path / "a.npz", input_ids=np.arange(30).reshape(10, 3), attention_mask=np.ones((10, 3), np.int64))

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import save_file
 
 from onnxpress.cli import main
 
@@ -59,6 +61,13 @@ def config_only(folder: Path) -> str:
 def broken_config(folder: Path) -> str:
     (folder / "config.json").write_text('{"model_type": ')
     (folder / "model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+def config_of_another_type(folder: Path) -> str:
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "big"}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
     return str(folder)
 
 
@@ -127,6 +136,7 @@ SOURCES: list[Callable[[Path], str]] = [
     empty,
     config_only,
     broken_config,
+    config_of_another_type,
     truncated_onnx,
     not_onnx,
     empty_onnx,
@@ -180,7 +190,7 @@ def test_a_wrong_option(arguments: list[str], named: str, place: Path, mlp: Path
     [
         ("quantize-block", "did you mean quantize-blocks?"),
         ("quantize-blocks:bit=4", "did you mean bits?"),
-        ("quantize-blocks:bits=5", "bits must be"),
+        ("quantize-blocks:bits=9", "bits must be"),
         ("quantize-blocks:bits", "not key=value"),
     ],
 )
@@ -233,6 +243,19 @@ def test_a_manifest_of_another_schema(change: dict[str, object], existing: Path,
     assert found.code == 3
     one_line(found.stderr)
     assert next(iter(change)) in found.stderr
+
+
+def test_a_message_is_not_a_graph(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries may put all that they have into one: onnx_ir's clone, for one."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Value(" * 10_000)
+
+    monkeypatch.setattr("onnxpress.cli.cli.main", fail)
+    assert main(["inspect", "x"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 1200
+    assert "a bug" in line
 
 
 def test_a_traceback_only_with_debug(tmp_path: Path, run: Run) -> None:
