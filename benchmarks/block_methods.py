@@ -1,10 +1,11 @@
 """4-bit blocks by every method of quantize-blocks, with and without `awq` before it: what each loses.
 
     python benchmarks/block_methods.py     SmolLM2-135M, its weights moved off their 4-bit grid
-    python benchmarks/block_methods.py --model all-minilm-l6-v2 --pairs FILE
+    python benchmarks/block_methods.py --model all-minilm-l6-v2 --calibration FILE --text FILE
 
-Everything but the products stays in float32, so that nothing else blurs the comparison. Samples and judgement are
-onnxpress's own: text that the model writes, with different seeds, or `--text`.
+Everything but the products stays in float32, so that nothing else blurs the comparison. Unless said
+otherwise, decoders are calibrated and judged on text that they write, with different seeds, and encoders on the same
+built-in sentences: give them texts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ AWQ_METHODS = ("nearest", "least-squares", "gptq")
 Passes = Sequence[tuple[str, dict[str, Any]]]
 
 
-def apply(source: Path, target: Path, passes: Passes, rows: int, length: int) -> float:
-    """CPU seconds that the passes took."""
+def apply(source: Path, target: Path, passes: Passes, samples: Sequence[str], text: str | None) -> float:
+    """CPU seconds that the passes took; `samples` are rows and tokens in each."""
     script = [sys.executable, PEERS / "apply_passes.py"]
-    output = common.measured([*script, source, target, str(rows), str(length), json.dumps(passes)]).output
+    command = [*script, source, target, *samples, json.dumps(passes), *([text] if text else [])]
+    output = common.measured(command).output
     return float(json.loads(output.splitlines()[-1])["cpu_s"])
 
 
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=(32, 64))
     parser.add_argument("--samples", type=int, default=32, help="rows of text to calibrate on")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
+    parser.add_argument("--calibration", metavar="TEXT", help="what to calibrate on")
     parser.add_argument("--text", help="what to judge on")
     parser.add_argument("--pairs", help="scored sentence pairs, for encoders")
     arguments = parser.parse_args()
@@ -63,8 +66,8 @@ def main() -> None:
     if not plain.exists():
         build = [sys.executable, "-m", "onnxpress.cli", "build", arguments.model, "-r", "fp32", "-o", plain]
         common.measured(build)
-    samples = (arguments.samples, arguments.length)
-    apply(plain, base, [("perturb", {})] if arguments.model == MODEL else [], *samples)
+    samples, text = (str(arguments.samples), str(arguments.length)), arguments.calibration
+    apply(plain, base, [("perturb", {})] if arguments.model == MODEL else [], samples, text)
     tables: dict[str, list[Row]] = {}
     for size in arguments.blocks:
         format = {"bits": 4, "block_size": size}
@@ -76,10 +79,10 @@ def main() -> None:
             search = 0.0
             if scaled and wanted:
                 source = work / "awq"
-                search = apply(base, source, [("awq", format)], *samples)
+                search = apply(base, source, [("awq", format)], samples, text)
             for method in wanted:
                 options = format | {"method": method, "accuracy_level": 0}
-                seconds = apply(source, work / "candidate", [("quantize-blocks", options)], *samples)
+                seconds = apply(source, work / "candidate", [("quantize-blocks", options)], samples, text)
                 rows.append(
                     {"method": names[method], **judge(work / "candidate", base, data), "CPU s": search + seconds}
                 )

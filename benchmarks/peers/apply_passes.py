@@ -1,7 +1,7 @@
-"""Apply passes to a graph and save it beside copies of the source's configs: SOURCE TARGET ROWS LENGTH PASSES(JSON).
+"""Apply passes to a graph and save it beside copies of the source's configs: SOURCE TARGET ROWS LENGTH PASSES [TEXT].
 
-The pass called `perturb` moves every weight by up to half a step of a 4-bit grid (blocks of 32): what was once 4-bit
-lies on no grid any more.
+PASSES is JSON, a list of names with options; TEXT is what to calibrate on. The pass called `perturb` moves every weight
+by up to half a step of a 4-bit grid (blocks of 32): what was once 4-bit lies on no grid any more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main() -> None:
             continue
         one = PassSpec(name, options).build()
         if isinstance(one, CalibratedPass) and one.needs_samples:
-            samples = samples or CalibrationData().feeds(graph, rows, length)[""]
+            text = sys.argv[6] if len(sys.argv) > 6 else None
+            samples = samples or CalibrationData(text).feeds(graph, rows, length)[""]
             one.calibration = Calibration(samples)
         one.call(model)
     seconds = time.process_time() - began
