@@ -86,15 +86,16 @@ def find_grids(
             Grid(*ranges.activation_grid(low, high, code_type, symmetric=symmetric)) for low, high in found
         ]
     probes = {
-        str(value.name): [Coarseness(linears, partial(_round_trip, grid)) for grid in candidates[value]]
+        str(value.name): Coarseness(linears, *(partial(_round_trip, grid) for grid in candidates[value]))
         for value, linears in readers.items()
         if linears and (measure or len(candidates[value]) > 1)
     }
     if probes:
-        calibration.observe(model, probes)
+        calibration.observe(model, {name: [probe] for name, probe in probes.items()})
     chosen = {}
     for value, grids in candidates.items():
-        errors = [probe.error for probe in probes.get(str(value.name), [])]
+        probe = probes.get(str(value.name))
+        errors = probe.errors if probe is not None else []
         best = int(np.argmin(errors)) if errors else 0
         chosen[value] = grids[best]._replace(error=errors[best] if errors else None)
     return chosen

@@ -13,26 +13,28 @@ TINY = 1e-30
 """Smallest magnitude that is divided by: a row of zeros loses nothing."""
 
 
-class Coarseness:
-    """|q(x)·W − x·W|² / |x·W|² of products that read the same activation, averaged over tokens."""
+Quantize = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
-    def __init__(
-        self, linears: Sequence[Linear], quantize: Callable[[NDArray[np.float32]], NDArray[np.float32]]
-    ) -> None:
-        """`quantize`: an activation [tokens, features] to codes and back."""
-        self.linears, self.quantize = linears, quantize
-        self.errors: list[float] = []
+
+class Coarseness:
+    """|q(x)·W − x·W|² / |x·W|² of products that read the same activation, averaged over tokens, for each q."""
+
+    def __init__(self, linears: Sequence[Linear], *quantizers: Quantize) -> None:
+        """`quantizers`: each takes an activation [tokens, features] to codes and back."""
+        self.linears, self.quantizers = linears, quantizers
+        self.samples: list[NDArray[np.float64]] = []
 
     def update(self, x: NDArray[np.float32], sample: int) -> None:
-        difference = self.quantize(x) - x
-        spoiled, whole = np.zeros(len(x)), np.zeros(len(x))
+        differences = [quantize(x) - x for quantize in self.quantizers]
+        spoiled, whole = np.zeros((len(differences), len(x))), np.zeros(len(x))
         for linear in self.linears:
             weight = read_rows(linear).T
-            spoiled += np.square(difference @ weight).sum(axis=1)
             whole += np.square(x @ weight).sum(axis=1)
-        self.errors.append(float(np.mean(spoiled / np.maximum(whole, TINY))))
+            for errors, difference in zip(spoiled, differences, strict=True):
+                errors += np.square(difference @ weight).sum(axis=1)
+        self.samples.append((spoiled / np.maximum(whole, TINY)).mean(axis=1))
 
     @property
-    def error(self) -> float:
-        """The mean of all samples."""
-        return float(np.mean(self.errors))
+    def errors(self) -> list[float]:
+        """The mean of all samples, for each quantizer."""
+        return [float(error) for error in np.mean(self.samples, axis=0)]

@@ -102,7 +102,7 @@ class QuantizeDynamic(CalibratedPass):
             for value, linears in groups.items()
         }
         self.calibration.observe(model, {name: [probe] for name, probe in probes.items()})
-        return [value for value in groups if probes[str(value.name)].error > self.max_error]
+        return [value for value in groups if probes[str(value.name)].errors[0] > self.max_error]
 
 
 def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:
