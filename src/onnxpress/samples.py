@@ -12,6 +12,9 @@ from .errors import BadInputError
 from .opening import Opened, random_feeds
 from .texts import Ids, Progress, Tokenizer, file_windows, load_tokenizer, pad, read_text, sentences, written_windows
 
+FEWEST_TOKENS = 16
+"""Of a text to measure on: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
+
 
 def decoder_windows(
     candidate: Opened,
@@ -32,7 +35,12 @@ def decoder_windows(
     tokenizer = load_tokenizer(reference.folder) or load_tokenizer(candidate.folder)
     if tokenizer is None:
         raise BadInputError("neither model has a tokenizer.json to read text with", hint="leave out --text")
-    return file_windows(Path(text), tokenizer, windows, window, first_token(reference, tokenizer)), str(text)
+    pieces = file_windows(Path(text), tokenizer, windows, window, first_token(reference, tokenizer))
+    if (found := pieces[0].shape[1]) < min(window, FEWEST_TOKENS):
+        raise BadInputError(
+            f"{text} has {found} tokens, too few to measure on", hint="give a text of at least a few sentences"
+        )
+    return pieces, str(text)
 
 
 def longest(opened: Opened, length: int) -> int:

@@ -63,7 +63,8 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        what = f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise BadInputError(what, hint="save it as UTF-8") from error
     if not text.strip():
         raise BadInputError(f"{path} is empty", hint="give a text of at least a few sentences")
     return text

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tokenizers
 from onnx import numpy_helper
 
 from onnxpress.errors import BadInputError, SourceNotFoundError, VerificationError
@@ -112,6 +113,12 @@ def test_token_windows_and_bad_input(make_decoder: Make, make_encoder: Make, tmp
         evaluate(decoder, decoder, text=tmp_path / "some.txt")
     with pytest.raises(SourceNotFoundError):
         evaluate(tmp_path / "nothing", decoder)
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    letters.save(str(decoder.parent / "tokenizer.json"))
+    (tmp_path / "short.txt").write_text("a b a b")
+    with pytest.raises(BadInputError, match=r"short\.txt has \d+ tokens, too few"):
+        evaluate(decoder, decoder, text=tmp_path / "short.txt")
 
 
 def test_encoders(make_encoder: Make) -> None:
