@@ -71,7 +71,7 @@ class QuantizeEmbedding(Pass):
 
 def tables(graph: ir.Graph) -> list[ir.Value]:
     """The float32 matrices whose rows are looked up, each once."""
-    return list(dict.fromkeys(table for table in map(_table, graph) if table is not None))
+    return list(dict.fromkeys(table for table in map(looks_up, graph) if table is not None))
 
 
 def quantize_table(
@@ -92,7 +92,7 @@ def quantize_table(
     operands = block_operands(graph, table, format, transpose=False, method=method)
     flat = flat_codes(graph, str(table.name), operands, [rows, columns * format.field // 8])
     for node, _ in list(table.uses()):
-        if _table(node) is table:
+        if looks_up(node) is table:
             gather = ir.node(
                 "GatherBlockQuantized",
                 [flat, node.inputs[1], operands.scales, operands.zero_points][: 3 + (operands.zero_points is not None)],
@@ -136,7 +136,7 @@ def _add_offsets(
     return [by_row, split, found, wide, total, ir.node("Reshape", [total.outputs[0], whole])]
 
 
-def _table(node: ir.Node) -> ir.Value | None:
+def looks_up(node: ir.Node) -> ir.Value | None:
     """The float32 matrix whose rows a Gather node looks up, if it does."""
     if node.domain != "" or node.op_type != "Gather" or len(node.inputs) != 2:
         return None

@@ -12,6 +12,20 @@
     bits = 8                 # everything else is an argument of the pass's constructor
     block_size = "auto"      # the profile's value, as if it were left out: [auto.quantize-blocks] block_size
 
+A recipe may leave it to a search which products get which format (see `onnxpress.search`): after its passes come the
+passes in one or another format, each for the products that the search gave it, and then those under `after`.
+
+    [[format]]
+    name = "int8"
+    pass = "quantize-dynamic"
+    weight_type = "auto"
+
+    [importance]             # by pattern of weight names: how much more, or less, a loss there counts
+    "*.layers.0.*" = 2.0
+
+    [[after]]
+    name = "integer-prompts"
+
 Unknown passes and options raise UsageError with the nearest name; option values are checked against the annotations of
 the constructor.
 """
@@ -22,7 +36,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -37,6 +51,7 @@ from onnxpress.optimizers.base import Pass
 
 AUTO = "auto"
 _OWN_KEYS = {"name", "optional"}
+_TABLES = ("name", "description", "pass", "format", "importance", "after")
 
 
 @dataclass(frozen=True)
@@ -87,18 +102,36 @@ class Recipe:
     name: str
     passes: tuple[PassSpec, ...]
     description: str = ""
+    formats: Mapping[str, PassSpec] = field(default_factory=dict)
+    """What a search chooses from, by name; without any, there is nothing to search."""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the losses of weights, by pattern of their names; the first that fits counts."""
+    after: tuple[PassSpec, ...] = ()
+    """Passes that follow those that a search decided on."""
 
     def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> Recipe:
-        return Recipe(self.name, tuple(spec.resolve(auto) for spec in self.passes), self.description)
+        return replace(
+            self,
+            passes=tuple(spec.resolve(auto) for spec in self.passes),
+            formats={name: spec.resolve(auto) for name, spec in self.formats.items()},
+            after=tuple(spec.resolve(auto) for spec in self.after),
+        )
 
     def build(self) -> list[Pass]:
         """All passes, so that a wrong option in the last one is found before the first one runs."""
+        for spec in (*self.formats.values(), *self.after):
+            spec.build()
         return [spec.build() for spec in self.passes]
 
     def to_dict(self) -> dict[str, Any]:
         """As a recipe's TOML file holds it."""
-        head = {"name": self.name} | ({"description": self.description} if self.description else {})
-        return head | {"pass": [spec.to_dict() for spec in self.passes]}
+        table: dict[str, Any] = {"name": self.name} | ({"description": self.description} if self.description else {})
+        table["pass"] = [spec.to_dict() for spec in self.passes]
+        if self.formats:
+            table["format"] = [{"name": name, "pass": spec.name, **spec.options} for name, spec in self.formats.items()]
+        if self.importance:
+            table["importance"] = dict(self.importance)
+        return table | ({"after": [spec.to_dict() for spec in self.after]} if self.after else {})
 
 
 def names() -> list[str]:
@@ -123,22 +156,47 @@ def loads(text: str, label: str = "recipe") -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{label}: not TOML: {error}", hint="correct the file there") from error
     for key in table:
-        if key not in {"name", "description", "pass"}:
-            raise unknown_name(f"key in {label}", key, ["name", "description", "pass"])
-    rows = table.get("pass", [])
+        if key not in _TABLES:
+            raise unknown_name(f"key in {label}", key, _TABLES)
+    return Recipe(
+        str(table.get("name", label.removesuffix(".toml"))),
+        tuple(_spec(row, row["name"], label) for row in _rows(table, "pass", "a name", label)),
+        str(table.get("description", "")),
+        {row["name"]: _format(row, label) for row in _rows(table, "format", "a name and a pass", label)},
+        _importance(table.get("importance", {}), label),
+        tuple(_spec(row, row["name"], label) for row in _rows(table, "after", "a name", label)),
+    )
+
+
+def _rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[dict[str, Any]]:
+    rows = table.get(key, [])
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
     ):
-        raise UsageError(f"{label}: every pass is a [[pass]] table with a name")
-    specs = []
-    for row in rows:
-        optional = row.get("optional", False)
-        if not isinstance(optional, bool):
-            raise UsageError(f"{label}: optional of {row['name']} must be true or false, not {optional!r}")
-        registry.load(row["name"])
-        options = {key: value for key, value in row.items() if key not in _OWN_KEYS}
-        specs.append(PassSpec(row["name"], options, optional))
-    return Recipe(str(table.get("name", label.removesuffix(".toml"))), tuple(specs), str(table.get("description", "")))
+        raise UsageError(f"{label}: every {key} is a [[{key}]] table with {has}")
+    return rows
+
+
+def _format(row: Mapping[str, Any], label: str) -> PassSpec:
+    if not isinstance(row.get("pass"), str):
+        raise UsageError(f"{label}: format {row['name']} names no pass", hint='pass = "quantize-blocks"')
+    return _spec({key: value for key, value in row.items() if key != "pass"}, row["pass"], label)
+
+
+def _spec(row: Mapping[str, Any], name: str, label: str) -> PassSpec:
+    optional = row.get("optional", False)
+    if not isinstance(optional, bool):
+        raise UsageError(f"{label}: optional of {name} must be true or false, not {optional!r}")
+    registry.load(name)
+    return PassSpec(name, {key: value for key, value in row.items() if key not in _OWN_KEYS}, optional)
+
+
+def _importance(table: Any, label: str) -> dict[str, float]:
+    if not isinstance(table, dict) or not all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 for value in table.values()
+    ):
+        raise UsageError(f"{label}: importance is a table of numbers from 0, by pattern of weight names")
+    return {pattern: float(value) for pattern, value in table.items()}
 
 
 def parse_pass(text: str) -> PassSpec:

@@ -53,7 +53,9 @@ def extract(model: ir.Model, inputs: Mapping[str, ir.DataType], outputs: Sequenc
 
 
 @contextmanager
-def session_of(part: ir.Model, threads: int | None = None) -> Iterator[onnxruntime.InferenceSession]:
+def session_of(
+    part: ir.Model, threads: int | None = None, session_options: Mapping[str, str] | None = None
+) -> Iterator[onnxruntime.InferenceSession]:
     """A session for a graph; weights that lie in files are mapped where they are, if their folder can be written."""
     from onnxpress.runtime import open_session
 
@@ -67,14 +69,14 @@ def session_of(part: ir.Model, threads: int | None = None) -> Iterator[onnxrunti
         with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
             path = Path(folder) / "part.onnx"
             save_graph(part, path, external_data="part.onnx_data")
-            yield open_session(path, threads=threads)
+            yield open_session(path, session_options, threads)
         return
     handle, name = tempfile.mkstemp(".onnx", "part_", home)
     os.close(handle)
     path, data = Path(name), Path(f"{name}_data")
     try:
         save_graph(part, path, external_data=data.name, reuse=home)
-        session = open_session(path, threads=threads)
+        session = open_session(path, session_options, threads)
         path.unlink()  # it is open; a process that is killed from here on leaves nothing behind
         data.unlink(missing_ok=True)
         yield session

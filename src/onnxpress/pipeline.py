@@ -6,11 +6,13 @@ before every gate has passed.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxpress.artifact import Artifact, Step
 from onnxpress.calibration import CalibrationData
@@ -25,17 +27,22 @@ from onnxpress.progress import Progress
 from onnxpress.resolving import default_output, load, resolve
 from onnxpress.runtime_profiles import profile as profiles
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.staging import Staging, check_target, replacing
+from onnxpress.search.options import SearchOptions
+from onnxpress.staging import Staging, check_target, replacing, replacing_file
 from onnxpress.work import Work
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
     from onnxpress.exporter.lowering import WeightType
+    from onnxpress.search.kernels import KernelTable
+    from onnxpress.search.survey import Survey
 
-__all__ = ["BuildResult", "build", "default_output", "export", "load", "optimize", "resolve"]
+__all__ = ["BuildResult", "build", "default_output", "export", "kernels", "load", "optimize", "resolve", "sensitivity"]
 
 Logits = Literal["all", "last"]
 
+BUDGET = "budget"
+"""The recipe that is searched where limits are given and no recipe."""
 ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
 
 
@@ -60,6 +67,7 @@ def build(
     text: Path | None = None,
     pairs: Path | None = None,
     calibration: CalibrationData | None = None,
+    search_options: SearchOptions | None = None,
     benchmark: bool = True,
     task: str | None = None,
     logits: Logits | None = None,
@@ -84,7 +92,7 @@ def build(
     source = resolve(model, progress=progress, **flags)
     with replacing(output) as stage:
         work = _begin(
-            stage,
+            stage.work,
             source,
             target,
             Data(text, pairs, calibration or CalibrationData()),
@@ -93,8 +101,10 @@ def build(
             task,
             context_length,
         )
-        chosen = chosen or _default_recipe(model, work.artifact.task, target)
-        record = _press(model, work, stage, chosen, gates, benchmark, last_logits=logits != "all")
+        chosen = chosen or _default_recipe(model, work.artifact.task, target, gates)
+        record = _press(
+            model, work, stage, chosen, gates, benchmark, last_logits=logits != "all", search_options=search_options
+        )
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
 
@@ -122,7 +132,7 @@ def export(
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
     with replacing(output) as stage:
-        work = _begin(stage, source, ANY_TARGET, Data(), threads, progress, task, context_length, dtype)
+        work = _begin(stage.work, source, ANY_TARGET, Data(), threads, progress, task, context_length, dtype)
         record = _press(model, work, stage, None, None, benchmark=False, last_logits=logits == "last")
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
@@ -138,6 +148,7 @@ def optimize(
     text: Path | None = None,
     pairs: Path | None = None,
     calibration: CalibrationData | None = None,
+    search_options: SearchOptions | None = None,
     benchmark: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -156,14 +167,84 @@ def optimize(
     if artifact is None:
         raise UsageError(f"{source} is a checkpoint", hint="optimize takes ONNX; from a checkpoint: onnxpress build")
     with replacing(output) as stage:
-        work = _begin(stage, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress)
-        chosen = chosen or _default_recipe(source, artifact.task, target)
-        record = _press(artifact.source.name, work, stage, chosen, gates, benchmark, last_logits=False)
+        work = _begin(
+            stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
+        )
+        chosen = chosen or _default_recipe(source, artifact.task, target, gates)
+        record = _press(
+            artifact.source.name,
+            work,
+            stage,
+            chosen,
+            gates,
+            benchmark,
+            last_logits=False,
+            search_options=search_options,
+        )
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
 
+def sensitivity(
+    model: str,
+    *,
+    every: bool = False,
+    kernel_table: Path | None = None,
+    **options: Any,
+) -> Survey:
+    """What each product of a model loses, weighs and takes in each format of a recipe, after the recipe's passes.
+
+    Args:
+        every: measure every loss, rather than infer those of a pass's finer formats from the coarsest one's.
+        options: those of `_prepared`.
+    """
+    from onnxpress.search.survey import survey
+
+    with _prepared(model, **options) as (work, recipe):
+        return survey(work, recipe, kernel_table, every)
+
+
+def kernels(model: str, output: Path, **options: Any) -> KernelTable:
+    """Time the kernels of a model's products on this machine and write the table to a file, see `sensitivity`."""
+    from onnxpress.search.survey import time_kernels
+
+    with _prepared(model, **options) as (work, recipe):
+        table = time_kernels(work, recipe)
+    with replacing_file(output) as path:
+        path.write_text(table.to_json(), encoding="utf-8")
+    return table
+
+
+@contextmanager
+def _prepared(
+    model: str,
+    *,
+    profile: str = "cpu",
+    recipe: str | None = None,
+    calibration: CalibrationData | None = None,
+    threads: int | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Work, Recipe]]:
+    """A model after the passes of a recipe that are run before its formats, in a folder that goes away."""
+    progress = progress or Progress(enabled=False)
+    target = profiles.load(profile)
+    chosen = _checked(recipes.load(recipe or BUDGET), target)
+    if not chosen.formats:
+        raise UsageError(f"recipe {chosen.name} has no formats to choose from", hint="see [[format]] in `budget`")
+    flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    source = resolve(model, progress=progress, **flags)
+    with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
+        data = Data(calibration=calibration or CalibrationData())
+        work = _begin(Path(folder), source, target, data, threads, progress)
+        for spec, one in zip(chosen.passes, chosen.build(), strict=True):
+            work.apply(spec, one)
+        yield work, chosen
+
+
 def _begin(
-    stage: Staging,
+    folder: Path,
     source: Artifact | Checkpoint,
     target: Profile,
     data: Data,
@@ -177,13 +258,13 @@ def _begin(
     if isinstance(source, Artifact):
         if dtype != "float32":
             raise UsageError("--dtype is for checkpoints; this is ONNX already", hint="see: onnxpress list passes")
-        return Work(stage.work, source, target, data, threads, progress)
+        return Work(folder, source, target, data, threads, progress)
     from onnxpress.exporter.export import export as export_checkpoint
 
     began = time.perf_counter()
     with progress.stage("exporting"):
         artifact = export_checkpoint(source, task=task, context_length=context_length, dtype=dtype)
-    work = Work(stage.work, artifact, target, data, threads, progress)
+    work = Work(folder, artifact, target, data, threads, progress)
     options = {} if dtype == "float32" else {"dtype": dtype}
     work.check_export(Step("export", options, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), source)
     return work
@@ -198,13 +279,21 @@ def _press(
     benchmark: bool,
     *,
     last_logits: bool,
+    search_options: SearchOptions | None = None,
 ) -> Manifest:
     """[pass -> verify]* -> evaluate -> gate -> package. Without a recipe nothing changes and nothing is measured."""
     quality = None
     if recipe is not None:
         for spec, one in zip(recipe.passes, recipe.build(), strict=True):
             work.apply(spec, one)
-        quality = work.evaluate()
+        if recipe.formats:
+            from onnxpress.search.budget import search
+
+            found = search(work, recipe, gates or Gates(), search_options or SearchOptions())
+            recipe, quality = found.recipe, found.quality
+            work.notes += found.notes
+        else:
+            quality = work.evaluate()
     # Quality needs the logits of every position; generation does not, so the others are cut off at the end.
     if last_logits and work.artifact.task.startswith("text-generation"):
         work.cut_logits()
@@ -221,9 +310,12 @@ def _checked(recipe: Recipe, target: Profile) -> Recipe:
     return recipe
 
 
-def _default_recipe(model: str, task: str, target: Profile) -> Recipe:
+def _default_recipe(model: str, task: str, target: Profile, gates: Gates | None) -> Recipe:
+    """What is run where no recipe is named: with limits, a search for the formats that meet them."""
     from onnxpress.models.catalog import load_catalog
 
+    if gates is not None and gates != Gates():
+        return recipes.load(BUDGET).resolve(target.auto)
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
     return recipes.load(name or target.recipe_for(task)).resolve(target.auto)

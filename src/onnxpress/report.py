@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxpress.inspection import Port
     from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
+    from onnxpress.search.survey import Survey
 
 Row = tuple[str, str, str]
 
@@ -162,6 +163,27 @@ def print_overview(found: Overview) -> None:
         console.print(layers)
     for warning in found.warnings:
         console.print(f"[yellow]warning[/]  {escape(warning)}")
+
+
+def print_survey(found: Survey) -> None:
+    """A row for each unit, a column for each format: what the model loses, and which mark stands for what."""
+    names = [one.name for one in found.formats]
+    rows = {(row.unit, row.format): row for row in found.rows}
+    table = _table("loss with only this in", "float32", *names)
+    for unit in found.units:
+        cells = []
+        for name in names:
+            row = rows.get((unit.name, name))
+            cells.append("–" if row is None else f"[{_heat(row.loss)}]{row.loss:.1e}{'' if row.measured else '~'}[/]")
+        table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *cells)
+    console = _console()
+    console.print(table)
+    console.print("[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]")
+
+
+def _heat(loss: float) -> str:
+    """A colour for a loss by its power of ten."""
+    return ("blue", "cyan", "green", "yellow", "red")[max(0, min(4, int(math.log10(max(loss, 1e-9)) + 7)))]
 
 
 def print_trial(found: Mapping[str, Any]) -> None:

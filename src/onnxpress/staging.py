@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all.
+"""Folders, and files, that appear whole or not at all.
 
 `replacing(target)` hands out a temporary folder beside the target and swaps it in when the block ends well. Whatever
 happens to the process, the target is at any moment the old folder, the new one, or absent if there was none. Each
@@ -76,6 +76,22 @@ def replacing(target: Path) -> Iterator[Staging]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """Yield a path that becomes the file `target` if the block ends without an exception. Raises OutputError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        try:
+            yield Path(name)
+            Path(name).replace(target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise output_error(error, target) from error
 
 
 def output_error(error: OSError, target: Path) -> OutputError:

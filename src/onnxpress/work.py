@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
@@ -32,6 +32,14 @@ from onnxpress.stems import DECODER, DECODER_WITH_PAST
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
+
+
+class Mark(NamedTuple):
+    """A state of the work."""
+
+    artifact: Artifact
+    current: Mapping[str, Path]
+    lossy: bool
 
 
 @dataclass
@@ -81,10 +89,13 @@ class Work:
             with self.progress.stage("verifying the export against the checkpoint"):
                 rounded = bool(self.artifact.export.get("rounded"))
                 metrics = self.meter.check_export(checkpoint, self.artifact.task, exact=not rounded)
-        self._record(replace(step, metrics=metrics))
+        self.record(replace(step, metrics=metrics))
 
-    def apply(self, spec: PassSpec, one: Pass) -> None:
-        """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError."""
+    def apply(self, spec: PassSpec, one: Pass, kept: list[Calibration] | None = None) -> None:
+        """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError.
+
+        kept: takes the calibrations whose files the pass still needs, to be discarded by the caller.
+        """
         began = time.perf_counter()
         calibrations = self._calibrations(one)
         with self.progress.stage(spec.name) as update:
@@ -95,8 +106,10 @@ class Work:
             step = replace(step, errors=dict(report.errors))
         if report.matched:
             before, self.current = self.current, self._save(graphs, spec.name)
-            for calibration in calibrations.values():
-                calibration.discard()  # what was found is in the graphs' files
+            if kept is not None:
+                kept += calibrations.values()
+            else:
+                discard(calibrations.values())  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
                 found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
             step = replace(step, metrics=found)
@@ -107,7 +120,7 @@ class Work:
                 f"{spec.name} found nothing to do{': ' + reasons if reasons else ''}",
                 hint="leave it out, or mark it optional = true in the recipe",
             )
-        self._record(replace(step, seconds=time.perf_counter() - began))
+        self.record(replace(step, seconds=time.perf_counter() - began))
 
     def _calibrations(self, one: Pass) -> dict[str, Calibration]:
         """Samples of each graph, by its stem, for a pass that looks at activations."""
@@ -123,6 +136,13 @@ class Work:
             for stem in self.current
         }
 
+    def mark(self) -> Mark:
+        """Where the work stands, to come back to; the files stay."""
+        return Mark(self.artifact, self.current, self.lossy)
+
+    def restore(self, mark: Mark) -> None:
+        self.artifact, self.current, self.lossy = mark
+
     def evaluate(self) -> Evaluation:
         """The quality that the artifact is judged by."""
         with self.progress.stage("measuring quality") as update:
@@ -137,14 +157,14 @@ class Work:
             before, self.current = self.current, self._save(graphs, LastLogits.name)
             with self.progress.stage(f"verifying {LastLogits.name}"):
                 step = replace(step, metrics=self.meter.check_last(self.current, before, lossy=self.lossy))
-        self._record(replace(step, seconds=time.perf_counter() - began))
+        self.record(replace(step, seconds=time.perf_counter() - began))
 
     def check_merged(self, written: Mapping[str, Path]) -> None:
         """Verify the merged decoder among the `written` graphs against the two decoders. Raises VerificationError."""
         began = time.perf_counter()
         with self.progress.stage("verifying the merged decoder"):
             metrics = self.meter.check_merged(written, self.current)
-        self._record(Step("merge-decoders", {}, time.perf_counter() - began, {"decoders": 2}, metrics=metrics))
+        self.record(Step("merge-decoders", {}, time.perf_counter() - began, {"decoders": 2}, metrics=metrics))
 
     def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
         """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
@@ -158,10 +178,16 @@ class Work:
                 save_graph(model, paths[stem], external_data=f"{paths[stem].name}_data", progress=update, reuse=folder)
         return paths
 
-    def _record(self, step: Step) -> None:
+    def record(self, step: Step) -> None:
+        """Add a step to the history."""
         if step.metrics:
             step = replace(step, metrics={**step.metrics, "size_bytes": float(graph_bytes(self.current))})
         self.artifact = self.artifact.with_step(step)
+
+
+def discard(calibrations: Iterable[Calibration]) -> None:
+    for calibration in calibrations:
+        calibration.discard()
 
 
 def graph_bytes(paths: Mapping[str, Path]) -> int:

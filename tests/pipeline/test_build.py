@@ -222,13 +222,13 @@ def test_with_json_there_is_nothing_else_on_stdout(mlp: Path, profile: Path, tmp
 
 
 def test_a_failed_gate_leaves_the_artifact_that_was_there(
-    small: Path, mlp: Path, profile: Path, tmp_path: Path, run: Run
+    small: Path, mlp: Path, profile: Path, recipe: Path, tmp_path: Path, run: Run
 ) -> None:
     import shutil
 
     shutil.copytree(small, tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    options = ["-p", profile, "--no-benchmark", "--max-size", "1kB", "--max-loss", "50%"]
+    options = ["-p", profile, "-r", recipe, "--no-benchmark", "--max-size", "1kB", "--max-loss", "50%"]
     found = run("build", mlp, "-o", tmp_path / "out", *options)
     assert found.code == 4
     assert "size 0.0 MB > 0.0 MB" in found.stderr or "size" in found.stderr
@@ -241,15 +241,18 @@ def test_a_failed_gate_leaves_the_artifact_that_was_there(
 @pytest.mark.parametrize(
     ("gate", "value"), [("--max-loss", "0.000001%"), ("--max-latency", "1us"), ("--max-memory", "1MB")]
 )
-def test_each_gate_can_fail(mlp: Path, profile: Path, tmp_path: Path, run: Run, gate: str, value: str) -> None:
-    found = run("build", mlp, "-o", tmp_path / "out", "-p", profile, "--no-benchmark", gate, value)
+def test_each_gate_can_fail(
+    mlp: Path, profile: Path, recipe: Path, tmp_path: Path, run: Run, gate: str, value: str
+) -> None:
+    options = ["-p", profile, "-r", recipe, "--no-benchmark", gate, value]
+    found = run("build", mlp, "-o", tmp_path / "out", *options)
     assert found.code == 4
     assert found.stderr.startswith("error: gate failed: ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gates_that_hold_are_recorded(mlp: Path, profile: Path, tmp_path: Path, run: Run) -> None:
-    gates = ["--max-loss", "5%", "--max-size", "1MB", "--max-latency", "1s", "--max-memory", "2GB"]
+def test_gates_that_hold_are_recorded(mlp: Path, profile: Path, recipe: Path, tmp_path: Path, run: Run) -> None:
+    gates = ["-r", recipe, "--max-loss", "5%", "--max-size", "1MB", "--max-latency", "1s", "--max-memory", "2GB"]
     found = run("build", mlp, "-o", tmp_path / "out", "-p", profile, *gates, "--json")
     assert found.code == 0, found.stderr
     assert {gate["name"]: gate["passed"] for gate in found.json["gates"]} == {

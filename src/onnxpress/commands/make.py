@@ -9,6 +9,7 @@ import click
 
 from onnxpress.commands.options import (
     all_of,
+    calibration_data,
     calibration_options,
     data_options,
     debug_option,
@@ -18,6 +19,7 @@ from onnxpress.commands.options import (
     output_option,
     profile_option,
     recipe_option,
+    search_options,
     source_options,
     threads_option,
 )
@@ -34,6 +36,7 @@ _common = all_of(threads_option, json_option, debug_option)
 @recipe_option
 @output_option()
 @gate_options
+@search_options
 @data_options
 @calibration_options
 @click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
@@ -42,6 +45,8 @@ _common = all_of(threads_option, json_option, debug_option)
 @_common
 def build(model: str, **options: Any) -> None:
     """Build an artifact from MODEL: export it, run the recipe's passes, verify each, measure, hold it to the gates.
+
+    With a limit and no --recipe, a search decides which product gets which format (docs/search.md).
 
     Exit codes: 2 usage, 3 bad input, 4 a gate failed (nothing is written), 5 verification failed, 6 cannot write.
 
@@ -91,6 +96,7 @@ def export(model: str, **options: Any) -> None:
 @recipe_option
 @profile_option
 @gate_options
+@search_options
 @data_options
 @calibration_options
 @click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
@@ -120,16 +126,16 @@ def _progress(options: dict[str, Any]) -> Any:
 
 def _keywords(options: dict[str, Any]) -> dict[str, Any]:
     """The options as `onnxpress.pipeline` names them."""
-    from onnxpress.calibration import CalibrationData
     from onnxpress.gates import Gates
+    from onnxpress.search.options import SearchOptions
 
     rest = {key: value for key, value in options.items() if key != "as_json"}
     if "max_loss" in rest:
         names = ("max_loss", "max_size", "max_latency", "max_memory")
         rest["gates"] = Gates(*(rest.pop(name) for name in names))
+        rest["search_options"] = SearchOptions(rest.pop("minimize"), rest.pop("kernel_table"))
     if "calibration" in rest:
-        names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
-        rest["calibration"] = CalibrationData(*(rest.pop(name) for name in names))
+        rest["calibration"] = calibration_data(rest)
     if "no_benchmark" in rest:
         rest["benchmark"] = not rest.pop("no_benchmark")
     return rest

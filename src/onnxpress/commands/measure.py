@@ -1,4 +1,4 @@
-"""evaluate, benchmark: what an artifact loses, and how fast it is here."""
+"""evaluate, benchmark, sensitivity, kernels: what a model loses, or would lose, and how fast it is here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import click
 
 from onnxpress.commands.options import (
     all_of,
+    calibration_data,
+    calibration_options,
     data_options,
     debug_option,
     json_option,
+    kernel_table_option,
+    profile_option,
+    recipe_option,
     source_options,
     threads_option,
 )
@@ -56,4 +61,57 @@ def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
         report.print_benchmark(str(folder), measured)
 
 
-COMMANDS: tuple[click.Command, ...] = (evaluate, benchmark)
+@click.command(short_help="What each product loses, weighs and takes in each format.")
+@click.argument("model")
+@profile_option
+@recipe_option
+@click.option("--every", is_flag=True, help="Measure every loss; otherwise that of the coarsest format of each pass.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the map, too.")
+@calibration_options
+@kernel_table_option
+@source_options
+@_common
+def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) -> None:
+    """Try every format of a recipe on every product of MODEL, one at a time, and say what the whole model loses.
+
+    What is found is kept: a search (build --max-loss …) goes on from it, and so does one that was interrupted.
+    """
+    from onnxpress import pipeline, report
+    from onnxpress.progress import Progress
+    from onnxpress.search import picture
+
+    options["calibration"] = calibration_data(options)
+    with Progress() as progress:
+        found = pipeline.sensitivity(model, progress=progress, **options)
+    if plot is not None:
+        picture.draw(found, plot, model)
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report.print_survey(found)
+
+
+@click.command(short_help="Time the kernels that a model would use here, for a search on another machine.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, metavar="FILE.json")
+@profile_option
+@recipe_option
+@source_options
+@_common
+def kernels(model: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Measure how long each kind of product of MODEL takes here in each format, and write that to a file.
+
+    Give it to a search on another machine with --kernel-table.
+    """
+    from onnxpress import pipeline, report
+    from onnxpress.progress import Progress
+
+    with Progress() as progress:
+        table = pipeline.kernels(model, output, progress=progress, **options)
+    if as_json:
+        report.print_json(vars(table))
+    else:
+        report.print_rows(table.rows())
+
+
+COMMANDS: tuple[click.Command, ...] = (evaluate, benchmark, sensitivity, kernels)

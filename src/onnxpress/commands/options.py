@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from onnxpress.calibration import CalibrationData
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -113,6 +116,29 @@ gate_options = all_of(
     click.option("--max-latency", type=DURATION, metavar="10ms", help="Slowest token (decoders) or call, here."),
     click.option("--max-memory", type=SIZE, metavar="300MB", help="Largest peak of resident memory, here."),
 )
+kernel_table_option = click.option(
+    "--kernel-table",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Times of another device's kernels: onnxpress kernels, run there. [default: measured here]",
+)
+search_options = all_of(
+    click.option(
+        "--minimize",
+        type=click.Choice(["loss", "size", "latency", "prompt"]),
+        help="Of all mixes of formats that keep the limits, take the one with least of this. "
+        "[default: the first of size, loss, latency without a limit]",
+    ),
+    kernel_table_option,
+)
+
+
+def calibration_data(options: dict[str, Any]) -> CalibrationData:
+    """Take the values of `calibration_options` out of a command's."""
+    from onnxpress.calibration import CalibrationData
+
+    names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
+    return CalibrationData(*(options.pop(name) for name in names))
 
 
 def output_option(required: bool = False) -> Callable[[F], F]:

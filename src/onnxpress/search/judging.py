@@ -1,0 +1,64 @@
+"""The samples of a search: some to fit formats to, others to judge them by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnxpress.measuring import main_graph
+from onnxpress.optimizers.calibration import CalibratedPass, Feeds
+from onnxpress.optimizers.recipe import Recipe
+from onnxpress.search.sensitivity import Samples
+from onnxpress.work import Work
+
+ROWS, LENGTH = 4, 64
+"""What losses are measured on: enough to rank units by, and a few runs for each of them."""
+MASK = "attention_mask"
+
+
+def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
+    """By graph: rows for the pass that wants most, and a few more for judging."""
+    passes = [spec.build() for spec in recipe.formats.values()]
+    calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
+    rows = max([one.wanted_rows for one in calibrated], default=0)
+    length = max([one.wanted_length for one in calibrated], default=LENGTH)
+    data, graph = work.data.calibration, main_graph(work.reference)
+    fit = data.feeds(graph, rows, length, work.threads) if rows else {}
+    judge: Mapping[str, Sequence[Feeds]]
+    if data.source is None:
+        other = replace(data, seed=data.seed + 1, samples=None, length=None)
+        judge = other.feeds(graph, ROWS, LENGTH, work.threads)
+    else:
+        wanted = (data.samples or rows or ROWS) + ROWS
+        every = replace(data, samples=wanted).feeds(graph, wanted, length, work.threads)
+        judge = {stem: list(_single(feeds))[-ROWS:] for stem, feeds in every.items()}
+    found = {}
+    for stem in work.current:
+        key = stem if stem in judge else ""
+        if key in judge:
+            found[stem] = Samples(list(fit.get(key, ())), list(_together(_single(judge[key]))))
+    return found
+
+
+def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:
+    """Each row alone, without the padding on its right."""
+    for batch in batches:
+        count = len(next(iter(batch.values())))
+        for row in range(count):
+            one = {name: array[row : row + 1] for name, array in batch.items()}
+            if MASK in one and one[MASK].ndim == 2:
+                padded = one[MASK].shape
+                kept = int(one[MASK].sum())
+                one = {name: a[:, :kept] if a.shape == padded else a for name, a in one.items()}
+            yield one
+
+
+def _together(rows: Iterable[Feeds]) -> Iterator[Feeds]:
+    """Rows of the same shapes as one batch."""
+    groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Feeds]] = {}
+    for row in rows:
+        groups.setdefault(tuple((name, array.shape) for name, array in row.items()), []).append(row)
+    for group in groups.values():
+        yield {name: np.concatenate([row[name] for row in group]) for name in group[0]}

@@ -1,0 +1,55 @@
+"""The map of a survey as a picture: a column for each layer, a row for each part of it in each format."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jinja2
+
+from onnxpress.optimizers.anatomy.layers import layer_of
+from onnxpress.search.formats import FLOAT
+from onnxpress.search.survey import Survey
+from onnxpress.staging import replacing_file
+
+LEAST, MOST = 1e-7, 1.0
+"""Losses at the ends of the scale."""
+
+
+def draw(survey: Survey, path: Path, title: str) -> None:
+    """Write an SVG; the colour of a cell is the logarithm of its loss. Raises OutputError."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress"), autoescape=True)
+    cells = [(*place(row.unit), row) for row in survey.rows if row.format != FLOAT]
+    layers = sorted({layer for layer, _, _ in cells})
+    rows = sorted({(part, row.format) for _, part, row in cells})
+    text = environment.get_template("sensitivity.svg.j2").render(
+        title=title,
+        layers=layers,
+        rows=rows,
+        cells=[
+            {
+                "x": layers.index(layer),
+                "y": rows.index((part, row.format)),
+                "share": share(row.loss),
+                "text": f"{row.unit}, {row.format}: loss {row.loss:.2g}, error {row.error:.2g}, {row.nbytes:,} bytes",
+            }
+            for layer, part, row in cells
+        ],
+        scale=[(10.0**power, share(10.0**power)) for power in range(-7, 1)],
+    )
+    with replacing_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def place(unit: str) -> tuple[int, str]:
+    """(layer, what it is in the layer); layer −1 for what is outside of all."""
+    found = layer_of(f"{unit}.")
+    if found is None:
+        return -1, unit.rpartition(".")[2]
+    _, layer = found
+    return layer, unit.partition(f".{layer}.")[2] or unit
+
+
+def share(loss: float) -> float:
+    """Where a loss lies on the scale, 0 to 1."""
+    return (math.log(min(max(loss, LEAST), MOST)) - math.log(LEAST)) / (math.log(MOST) - math.log(LEAST))

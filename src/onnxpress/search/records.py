@@ -1,0 +1,64 @@
+"""What was found out about units and formats, kept in a file: one line for each, added as soon as it is known."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from onnxpress.search.formats import Format
+
+
+@dataclass(frozen=True)
+class Record:
+    """A unit in a format."""
+
+    unit: str
+    format: str
+    """Pass and options, as `key` spells them."""
+    nbytes: int
+    """Of the unit's constants; −1 where the format does not take the unit."""
+    error: float = 0.0
+    loss: float | None = None
+    """None as long as it was not measured."""
+
+    @property
+    def fits(self) -> bool:
+        return self.nbytes >= 0
+
+
+def key(format: Format) -> str:
+    """What a format is recognised by: what it does, whatever it is called."""
+    return json.dumps([format.spec.name, dict(format.spec.options)], sort_keys=True)
+
+
+class Records:
+    """By unit and format; in memory only without a path. The last word on a pair counts."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[tuple[str, str], Record] = {}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # the last line of a process that was killed
+                self._remember(Record(**json.loads(line)))
+        if text and not text.endswith("\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def get(self, unit: str, format: Format) -> Record | None:
+        return self._known.get((unit, key(format)))
+
+    def add(self, record: Record) -> Record:
+        self._remember(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        return record
+
+    def _remember(self, record: Record) -> None:
+        self._known[record.unit, record.format] = record

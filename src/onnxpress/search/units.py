@@ -1,0 +1,113 @@
+"""Units: the smallest parts of a graph that get a format of their own.
+
+A unit is the products that read one activation (query, key and value; gate and up), since they share its quantization,
+together with whatever shares a weight with them: an embedding and the head that is tied to it are one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxpress.optimizers.calibration.subgraphs import extract
+from onnxpress.optimizers.linear import find_linears, shape_of
+from onnxpress.optimizers.quantize_embedding import looks_up, tables
+
+SMALLEST = 32
+"""Products with fewer inputs or outputs are no unit: passes leave them alone."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Nodes, by the values between which they lie."""
+
+    weights: tuple[str, ...]
+    """Names of its matrices."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """(inputs, outputs) of each product, in order."""
+    parameters: int
+    """Numbers in its matrices."""
+    table: tuple[int, int] | None = None
+    """(rows, columns) of the table that it looks rows up in, if it does."""
+
+    @property
+    def name(self) -> str:
+        """`model.layers.3.mlp.down_proj`: the first weight, as the checkpoint calls the module that it is of."""
+        return self.weights[0].removesuffix(".weight")
+
+
+def find_units(graph: ir.Graph) -> list[Unit]:
+    """All units of a float graph, in the order in which they are complete."""
+    order = {node: number for number, node in enumerate(graph)}
+    groups: dict[object, list[ir.Node]] = {}
+    members: dict[ir.Node, object] = {}
+
+    def join(node: ir.Node, *keys: ir.Value) -> None:
+        """Put a node into one group with all others that share a key."""
+        merged = [node]
+        for key in {members[other] for value in keys for other in known.get(value, ())}:
+            merged += groups.pop(key)
+        groups[node] = merged
+        members.update(dict.fromkeys(merged, node))
+        for value in keys:
+            known.setdefault(value, []).append(node)
+
+    known: dict[ir.Value, list[ir.Node]] = {}
+    weights: dict[ir.Node, ir.Value] = {}
+    shapes: dict[ir.Node, tuple[int, int]] = {}
+    for table in tables(graph):
+        for node, _ in table.uses():
+            if looks_up(node) is table:
+                weights[node] = table
+                join(node, table)
+    for linear in find_linears(graph):
+        if min(linear.shape) >= SMALLEST:
+            weights[linear.node], shapes[linear.node] = linear.weight, linear.shape
+            join(linear.node, linear.activation, linear.weight)
+    units = []
+    for nodes in groups.values():
+        nodes.sort(key=order.__getitem__)
+        looked_up = next((weights[node] for node in nodes if node not in shapes), None)
+        units.append(
+            (
+                order[nodes[-1]],
+                Unit(
+                    weights=_names(weights[node] for node in nodes),
+                    inputs=_names(_read(node, node in shapes) for node in nodes),
+                    outputs=tuple(str(node.outputs[0].name) for node in nodes),
+                    shapes=tuple(shapes[node] for node in nodes if node in shapes),
+                    parameters=sum(
+                        rows * columns for rows, columns in map(shape_of, {weights[node] for node in nodes})
+                    ),
+                    table=shape_of(looked_up) if looked_up is not None else None,
+                ),
+            )
+        )
+    return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
+
+
+def unit_model(model: ir.Model, unit: Unit) -> ir.Model:
+    """The unit alone, as a graph of its own; weights stay lazy, and shapes of inputs known."""
+    values = {str(value.name): value for node in model.graph for value in node.inputs if value is not None}
+    part = extract(model, {name: values[name].dtype or ir.DataType.FLOAT for name in unit.inputs}, unit.outputs)
+    for value in part.graph.inputs:
+        shape = values[str(value.name)].shape
+        # Other parts of the graph may know how long a sequence is; the unit does not care.
+        value.shape = (
+            None if shape is None else ir.Shape([None if i < len(shape) - 1 else d for i, d in enumerate(shape)])
+        )
+    return part
+
+
+def _read(node: ir.Node, is_product: bool) -> ir.Value:
+    value = node.inputs[0 if is_product else 1]
+    assert value is not None
+    return value
+
+
+def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(value.name) for value in values))

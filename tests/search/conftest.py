@@ -1,0 +1,83 @@
+"""A small language model without attention: embedding tied to the head, layers with two products on one input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.search.formats import Format
+from onnxpress.search.sensitivity import Samples
+
+WIDTH, INNER, WORDS, LAYERS = 64, 96, 200, 2
+
+
+def language_model(seed: int = 0) -> ir.Model:
+    rng = np.random.default_rng(seed)
+    weights: dict[str, NDArray[Any]] = {"embed": rng.standard_normal((WORDS, WIDTH)).astype(np.float32) / 4}
+    lines, state = ["h = Gather (embed, input_ids)"], "h"
+    for i in range(LAYERS):
+        for name, shape in (("gate", (WIDTH, INNER)), ("up", (WIDTH, INNER)), ("down", (INNER, WIDTH))):
+            weights[f"layers__{i}__{name}"] = (rng.standard_normal(shape) / 8).astype(np.float32)
+        lines += [
+            f"n{i} = LayerNormalization ({state}, gain)",
+            f"g{i} = MatMul (n{i}, layers__{i}__gate)",
+            f"u{i} = MatMul (n{i}, layers__{i}__up)",
+            f"t{i} = Tanh (g{i})",
+            f"m{i} = Mul (t{i}, u{i})",
+            f"d{i} = MatMul (m{i}, layers__{i}__down)",
+            f"s{i} = Add ({state}, d{i})",
+        ]
+        state = f"s{i}"
+    weights["gain"] = np.ones(WIDTH, np.float32)
+    lines += ["w = Transpose <perm = [1, 0]> (embed)", f"logits = MatMul ({state}, w)"]
+    given = ", ".join(f"float[{', '.join(map(str, w.shape))}] {name}" for name, w in weights.items())
+    text = f"""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        agraph (int64[batch_size, n] input_ids, int64[batch_size, n] attention_mask, {given})
+            => (float[batch_size, n, {WORDS}] logits) {{ {chr(10).join(lines)} }}"""
+    model = ir.from_onnx_text(text)
+    for value in list(model.graph.inputs)[2:]:
+        model.graph.inputs.remove(value)
+        array = weights[str(value.name)]
+        value.name = str(value.name).replace("__", ".")
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    return model
+
+
+@pytest.fixture
+def model(tmp_path: Any) -> ir.Model:
+    """As a file with shapes: what a search starts from."""
+    path = tmp_path / "model.onnx"
+    found = language_model()
+    import onnx_ir.passes.common as common_passes
+
+    common_passes.ShapeInferencePass()(found)
+    save_graph(found, path, external_data="model.onnx_data")
+    return load_graph(path)
+
+
+@pytest.fixture
+def samples() -> Samples:
+    rng = np.random.default_rng(1)
+
+    def batch(rows: int) -> dict[str, NDArray[np.int64]]:
+        ids = rng.integers(0, WORDS, (rows, 24))
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    return Samples([batch(8), batch(8)], [batch(3), batch(2)])
+
+
+@pytest.fixture
+def formats() -> list[Format]:
+    return [
+        Format("table", PassSpec("quantize-embedding", {"bits": 4, "block_size": 32, "min_rows": 8})),
+        Format("int8", PassSpec("quantize-dynamic", {"weight_type": "uint8"})),
+        Format("8 bits", PassSpec("quantize-blocks", {"bits": 8, "block_size": 32})),
+        Format("4 bits", PassSpec("quantize-blocks", {"bits": 4, "block_size": 32, "zero_points": "integer"})),
+    ]

@@ -1,0 +1,46 @@
+"""What gets a format of its own: products that share an input or a weight, nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.search.formats import run
+from onnxpress.search.units import find_units, unit_model
+
+
+def test_products_of_one_input_and_a_tied_head_are_one_unit(model: ir.Model) -> None:
+    units = find_units(model.graph)
+    assert [unit.weights for unit in units] == [
+        ("layers.0.gate", "layers.0.up"),
+        ("layers.0.down",),
+        ("layers.1.gate", "layers.1.up"),
+        ("layers.1.down",),
+        ("embed",),
+    ]
+    tied = units[-1]
+    assert (tied.inputs, tied.outputs) == (("input_ids", "s1"), ("h", "logits"))
+    assert (tied.shapes, tied.table, tied.parameters) == (((64, 200),), (200, 64), 200 * 64)
+    assert units[0].shapes == ((64, 96), (64, 96))
+    assert sum(unit.parameters for unit in units) == 200 * 64 + 2 * 3 * 64 * 96, "every weight is in one unit"
+
+
+def test_a_product_too_small_for_any_pass_is_no_unit(model: ir.Model) -> None:
+    weight = model.graph.initializers["layers.1.down"]
+    weight.const_value = ir.tensor(np.zeros((96, 31), np.float32), name=weight.name)
+    assert ("layers.1.down",) not in [unit.weights for unit in find_units(model.graph)]
+
+
+def test_a_unit_alone_computes_what_it_computes_in_the_graph(model: ir.Model) -> None:
+    unit = find_units(model.graph)[0]
+    part = unit_model(model, unit)
+    assert {value.name for value in part.graph.inputs} == set(unit.inputs)
+    (x,) = part.graph.inputs
+    assert x.shape is not None
+    assert [size if isinstance(size, int) else None for size in x.shape] == [None, None, 64], "passes need the rank"
+    value = np.random.default_rng(0).standard_normal((2, 5, 64)).astype(np.float32)
+    (found,) = run(part, [{unit.inputs[0]: value}], {}).outputs
+    for output, name in zip(unit.outputs, unit.weights, strict=True):
+        weight = model.graph.initializers[name].const_value
+        assert weight is not None
+        np.testing.assert_allclose(found[output], value @ weight.numpy(), rtol=1e-4, atol=1e-4)
