@@ -29,7 +29,7 @@ from onnxpress.manifest import Manifest
 from onnxpress.merged_decoder import merge_decoders, share_weights
 from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
 from onnxpress.storage import stored
-from onnxpress.tensors import concrete_shape
+from onnxpress.tensors import FileTensor, concrete_shape
 
 GRAPHS = "onnx"
 SINGLE_FILE_BYTES = 64 * 2**20
@@ -192,15 +192,24 @@ def weight_format(value: ir.Value) -> str | None:
 
 
 def weight_bytes(*models: ir.Model) -> int:
-    """Bytes of the weights in a file; those of one name, dtype and shape in several graphs of one model are one."""
-    found = {
-        (value.name, value.const_value.dtype, concrete_shape(value.const_value)): stored(value.const_value).nbytes
-        for model in models
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    }
+    """Bytes of the weights in a file; a place in a file counts once, however many weights of whatever shape lie there.
+
+    Weights in no file yet are the same where name, dtype and shape are, as in several graphs of one model.
+    """
+    found: dict[object, int] = {}
+    for model in models:
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    tensor = stored(value.const_value)
+                    found[_place(value.name, tensor)] = tensor.nbytes
     return sum(found.values())
+
+
+def _place(name: str | None, tensor: ir.TensorProtocol) -> object:
+    if isinstance(tensor, FileTensor):
+        return tensor.path, tensor.offset, tensor.nbytes
+    return name, tensor.dtype, concrete_shape(tensor)
 
 
 def size_bytes(folder: Path) -> int:
