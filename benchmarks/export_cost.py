@@ -20,7 +20,7 @@ from pathlib import Path
 
 import common
 from common import CACHE, PEERS, Measured, Row
-from decoder import GENAI_BUILDER
+from contenders import GENAI_BUILDER
 
 OPTIMUM = ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6"]
 LARGE = {"12 layers": (12, 3072, 9216), "3B, 24 layers": (24, 3072, 9216), "7B, 48 layers": (48, 3584, 9728)}
