@@ -73,6 +73,27 @@ def find_linears(nodes: Iterable[ir.Node], report: Report | None = None) -> Iter
             report.skip(f"{node.op_type}: {reason}")
 
 
+def chosen_linears(
+    nodes: Iterable[ir.Node], report: Report, include: Sequence[str], exclude: Sequence[str], min_features: int
+) -> Iterator[Linear]:
+    """Those of `find_linears` that a pass is for: of the names meant, with at least `min_features` on both sides."""
+    for linear in find_linears(nodes, report):
+        if not selected(linear.name, include, exclude):
+            report.skip("excluded by name")
+        elif min(linear.shape) < min_features:
+            report.skip("small")
+        else:
+            yield linear
+
+
+def by_activation(linears: Iterable[Linear]) -> dict[ir.Value, list[Linear]]:
+    """Products that read the same activation together, in the order of the first of each."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.activation, []).append(linear)
+    return groups
+
+
 def match_linear(node: ir.Node) -> Linear | None:
     """A product with an initializer of any type and rank, if the node is one."""
     inputs = node.inputs

@@ -18,10 +18,10 @@ from onnxpress.optimizers.linear import (
     MICROSOFT,
     Linear,
     add_constant,
+    by_activation,
+    chosen_linears,
     drop_unused,
-    find_linears,
     replace,
-    selected,
 )
 from onnxpress.optimizers.quantization.channels import WeightType
 
@@ -74,14 +74,7 @@ class QuantizeDynamic(CalibratedPass):
         return self.max_error is not None
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups: dict[ir.Value, list[Linear]] = {}
-        for linear in find_linears(model.graph, report):
-            if not selected(linear.name, self.include, self.exclude):
-                report.skip("excluded by name")
-            elif min(linear.shape) < self.min_features:
-                report.skip("small")
-            else:
-                groups.setdefault(linear.activation, []).append(linear)
+        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         if self.needs_samples and not self.calibration.fits(model):
             report.skip(NO_SAMPLES, sum(map(len, groups.values())))
             return

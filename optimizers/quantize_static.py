@@ -19,7 +19,7 @@ from onnxpress.optimizers.activation_ranges import METHODS, ActivationType, Grid
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, token_count
 from onnxpress.optimizers.channel_weights import integer_weight, integer_weight_and_bias
-from onnxpress.optimizers.linear import Linear, find_linears, selected
+from onnxpress.optimizers.linear import Linear, by_activation, chosen_linears, find_linears
 from onnxpress.optimizers.matching import weight
 from onnxpress.optimizers.qdq import put_constant, put_weight, through_codes
 from onnxpress.optimizers.quantization.channels import WeightType
@@ -108,9 +108,7 @@ class QuantizeStatic(CalibratedPass):
         if opset < OPSETS[self.activation_type]:
             report.skip(f"opset {opset} has no {self.activation_type} codes", len(linears) + len(others))
             return
-        readers: dict[ir.Value, list[Linear]] = {}
-        for linear in linears:
-            readers.setdefault(linear.activation, []).append(linear)
+        readers = by_activation(linears)
         for value in self._values(linears, others):
             readers.setdefault(value, [])
         grids = find_grids(
@@ -136,12 +134,8 @@ class QuantizeStatic(CalibratedPass):
 
     def _products(self, graph: ir.Graph, report: Report) -> list[Linear]:
         found = []
-        for linear in find_linears(graph, report):
-            if not selected(linear.name, self.include, self.exclude):
-                report.skip("excluded by name")
-            elif min(linear.shape) < self.min_features:
-                report.skip("small")
-            elif linear.node.op_type == "FusedMatMul":
+        for linear in chosen_linears(graph, report, self.include, self.exclude, self.min_features):
+            if linear.node.op_type == "FusedMatMul":
                 report.skip("FusedMatMul has no integer form")
             elif linear.bias is not None and weight(linear.bias) is None:
                 report.skip("bias is not constant")

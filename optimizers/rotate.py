@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.linear import ROTATION, Linear, add_constant, find_linears, is_shared, selected
+from onnxpress.optimizers.linear import ROTATION, Linear, add_constant, by_activation, chosen_linears, is_shared
 from onnxpress.optimizers.quantization.block_format import Floats
 from onnxpress.optimizers.quantization.rotation import hadamard, rotate_channels
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
@@ -42,14 +42,7 @@ class Rotate(Pass):
         self.min_features = min_features
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups: dict[ir.Value, list[Linear]] = {}
-        for linear in find_linears(model.graph, report):
-            if not selected(linear.name, self.include, self.exclude):
-                report.skip("excluded by name")
-            elif min(linear.shape) < self.min_features:
-                report.skip("small")
-            else:
-                groups.setdefault(linear.activation, []).append(linear)
+        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in groups.items():
             reason = self._obstacle(activation, linears)
             if reason is not None:

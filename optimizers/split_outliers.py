@@ -22,11 +22,11 @@ from onnxpress.optimizers.linear import (
     Linear,
     add_constant,
     add_initializers,
-    find_linears,
+    by_activation,
+    chosen_linears,
     is_shared,
     read_rows,
     replace,
-    selected,
 )
 from onnxpress.optimizers.quantization.outliers import Columns, fewest_outliers
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
@@ -64,14 +64,7 @@ class SplitOutliers(CalibratedPass):
         self.min_features = min_features
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups: dict[ir.Value, list[Linear]] = {}
-        for linear in find_linears(model.graph, report):
-            if not selected(linear.name, self.include, self.exclude):
-                report.skip("excluded by name")
-            elif min(linear.shape) < self.min_features:
-                report.skip("small")
-            else:
-                groups.setdefault(linear.activation, []).append(linear)
+        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in list(groups.items()):
             if any(is_shared(linear, linears) for linear in linears):
                 report.skip("weight is shared", len(groups.pop(activation)))

@@ -86,6 +86,7 @@ def build(
     progress = progress or Progress(enabled=False)
     target = profiles.load(profile)
     chosen = _checked(recipes.load(recipe), target) if recipe else None
+    _check_search(chosen, gates, search_options)
     output = output or default_output(model)
     check_target(output)
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -162,6 +163,7 @@ def optimize(
     if passes:
         chosen = recipes.from_passes([recipes.parse_pass(item) if isinstance(item, str) else item for item in passes])
     chosen = _checked(chosen, target) if chosen else None
+    _check_search(chosen, gates, search_options)
     check_target(output)
     artifact = load(source)
     if artifact is None:
@@ -188,7 +190,7 @@ def sensitivity(
     model: str,
     *,
     every: bool = False,
-    kernel_table: Path | None = None,
+    kernel_table: KernelTable | None = None,
     **options: Any,
 ) -> Survey:
     """What each product of a model loses, weighs and takes in each format of a recipe, after the recipe's passes.
@@ -308,6 +310,21 @@ def _checked(recipe: Recipe, target: Profile) -> Recipe:
     recipe = recipe.resolve(target.auto)
     recipe.build()
     return recipe
+
+
+def _check_search(recipe: Recipe | None, gates: Gates | None, options: SearchOptions | None) -> None:
+    """Raise UsageError for a search without limits, and for a search's options without a search."""
+    limited = gates is not None and gates != Gates()
+    if recipe is not None and recipe.formats and not limited:
+        raise UsageError(
+            f"recipe {recipe.name} chooses formats within limits, and none is given", hint="such as --max-loss 1%"
+        )
+    searched = recipe.formats if recipe is not None else limited
+    if not searched and options is not None and options != SearchOptions():
+        raise UsageError(
+            "--minimize and --kernel-table are for a search, and nothing is searched",
+            hint="give a limit, such as --max-loss 1%, and no recipe but one with formats",
+        )
 
 
 def _default_recipe(model: str, task: str, target: Profile, gates: Gates | None) -> Recipe:

@@ -268,6 +268,26 @@ def test_sensitivity_of_a_recipe_without_formats_is_refused(checkpoint: Path, pl
     assert "no formats to choose from" in found.stderr
 
 
+def test_a_search_needs_a_limit_and_its_options_a_search(
+    mlp: Path, plain: Path, quick: Path, tmp_path: Path, run: Run
+) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    common = ["build", mlp, "-p", plain, "-o", tmp_path / "out"]
+    for code, word, options in (
+        (2, "within limits", ["-r", quick]),
+        (2, "nothing is searched", ["--minimize", "size"]),
+        (2, "nothing is searched", ["-r", "fp32", "--minimize", "size", "--max-loss", "1%"]),
+        (3, "no such kernel table", ["--max-loss", "1%", "--kernel-table", tmp_path / "none.json"]),
+        (3, "no kernel table", ["--max-loss", "1%", "--kernel-table", broken]),
+    ):
+        found = run(*common, *options)
+        assert found.code == code, found.stderr
+        assert word in found.stderr
+        assert found.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == [broken]
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

@@ -16,6 +16,7 @@ from onnxpress.commands.options import (
     export_options,
     gate_options,
     json_option,
+    kernel_table,
     output_option,
     profile_option,
     recipe_option,
@@ -133,7 +134,7 @@ def _keywords(options: dict[str, Any]) -> dict[str, Any]:
     if "max_loss" in rest:
         names = ("max_loss", "max_size", "max_latency", "max_memory")
         rest["gates"] = Gates(*(rest.pop(name) for name in names))
-        rest["search_options"] = SearchOptions(rest.pop("minimize"), rest.pop("kernel_table"))
+        rest["search_options"] = SearchOptions(rest.pop("minimize"), kernel_table(rest))
     if "calibration" in rest:
         rest["calibration"] = calibration_data(rest)
     if "no_benchmark" in rest:

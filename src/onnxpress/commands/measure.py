@@ -14,6 +14,7 @@ from onnxpress.commands.options import (
     data_options,
     debug_option,
     json_option,
+    kernel_table,
     kernel_table_option,
     profile_option,
     recipe_option,
@@ -81,6 +82,7 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
     from onnxpress.search import picture
 
     options["calibration"] = calibration_data(options)
+    options["kernel_table"] = kernel_table(options)
     with Progress() as progress:
         found = pipeline.sensitivity(model, progress=progress, **options)
     if plot is not None:

@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from onnxpress.calibration import CalibrationData
+    from onnxpress.search.kernels import KernelTable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -139,6 +140,14 @@ def calibration_data(options: dict[str, Any]) -> CalibrationData:
 
     names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
     return CalibrationData(*(options.pop(name) for name in names))
+
+
+def kernel_table(options: dict[str, Any]) -> KernelTable | None:
+    """Take the value of `kernel_table_option` out of a command's; a bad table shows before long work."""
+    from onnxpress.search.kernels import read_table
+
+    path = options.pop("kernel_table")
+    return read_table(path) if path else None
 
 
 def output_option(required: bool = False) -> Callable[[F], F]:

@@ -21,6 +21,7 @@ from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.calibration.subgraphs import session_of
+from onnxpress.optimizers.coarseness import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.units import Unit
 from onnxpress.storage import stored
@@ -50,7 +51,6 @@ FLOAT = "float32"
 class Trial:
     """A unit in a format."""
 
-    model: ir.Model
     nbytes: int
     """Of all its constants."""
     outputs: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -90,7 +90,7 @@ def run(
     with session_of(model, threads, session_options) as session:
         names = [output.name for output in session.get_outputs()]
         outputs = [dict(zip(names, session.run(names, dict(sample)), strict=True)) for sample in samples]
-    return Trial(model, constant_bytes(model), outputs)
+    return Trial(constant_bytes(model), outputs)
 
 
 def constant_bytes(model: ir.Model) -> int:
@@ -106,5 +106,5 @@ def relative_error(expected: Sequence[Arrays], found: Sequence[Arrays]) -> float
         for name in before:
             difference = np.square(after[name].astype(np.float64) - before[name]).sum(axis=-1)
             whole = np.square(before[name].astype(np.float64)).sum(axis=-1)
-            ratios.append(np.mean(difference / np.maximum(whole, 1e-30)))
+            ratios.append(np.mean(difference / np.maximum(whole, TINY)))
     return float(np.mean(ratios))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from onnxpress.gates import Gates
+from onnxpress.search.kernels import KernelTable
 
 Objective = Literal["loss", "size", "latency", "prompt"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -18,7 +18,7 @@ class SearchOptions:
 
     minimize: Objective | None = None
     """What is to be least: the loss, the bytes, the time of a token (decoders) or a call, or that of a prompt."""
-    kernel_table: Path | None = None
+    kernel_table: KernelTable | None = None
     """Times of another device's kernels; by default those of this machine are measured."""
 
     def objective(self, gates: Gates) -> Objective:

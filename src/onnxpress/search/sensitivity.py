@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnxpress.optimizers.calibration import Feeds, Step, Walk
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.calibration.samples import feed_of
+from onnxpress.optimizers.coarseness import TINY
 from onnxpress.search.formats import FLOAT, Format, Trial, relative_error, run, try_format
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.records import Record, Records, key
@@ -28,7 +29,6 @@ from onnxpress.search.units import Unit, unit_model
 
 Lost = Callable[[int, Errors], float]
 Arrays = dict[str, NDArray[Any]]
-TINY = 1e-30
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import UnsupportedModelError
@@ -61,7 +60,7 @@ class Survey:
         return {"machine": self.table.machine, "formats": list(formats), "units": rows}
 
 
-def survey(work: Work, recipe: Recipe, kernel_table: Path | None = None, every: bool = False) -> Survey:
+def survey(work: Work, recipe: Recipe, kernel_table: kernels.KernelTable | None = None, every: bool = False) -> Survey:
     """Measure what a recipe's formats do to the graphs as they are, and how long they take.
 
     Of an encoder-decoder, the two decoders share their weights: the first stands for both.
@@ -92,8 +91,7 @@ def survey(work: Work, recipe: Recipe, kernel_table: Path | None = None, every: 
         rows += measured
     if not rows:
         raise UnsupportedModelError("nothing to choose formats for: the model has no product with constant weights")
-    table = kernels.read_table(kernel_table) if kernel_table else time_kernels(work, recipe)
-    return Survey(list(units.values()), rows, table, formats)
+    return Survey(list(units.values()), rows, kernel_table or time_kernels(work, recipe), formats)
 
 
 def time_kernels(work: Work, recipe: Recipe) -> kernels.KernelTable:
