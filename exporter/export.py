@@ -65,7 +65,12 @@ def export(
         config=dict(checkpoint.config),
         files=dict(checkpoint.files),
         source=checkpoint.source,
-        export={**known.described, "dtype": dtype, "rounded": _rounds(known.sources, dtype)},
+        export={
+            **known.described,
+            "dtype": dtype,
+            "rounded": _rounds(known.sources, dtype),
+            "stored_bits": _stored_bits(known.sources),
+        },
     )
 
 
@@ -73,6 +78,12 @@ def _rounds(sources: Mapping[str, TensorSource], dtype: WeightType) -> bool:
     """Whether files will hold weights in less than the precision, or the range, of the checkpoint."""
     kinds = {(source.dtype, lowering.stored_type(source, dtype)) for source in sources.values()}
     return any(kept in HALVES and kept != before for before, kept in kinds)
+
+
+def _stored_bits(sources: Mapping[str, TensorSource]) -> float:
+    """Bits that a weight takes in the checkpoint, on average."""
+    weights = sum(source.size for source in sources.values())
+    return round(8 * sum(source.stored_bytes for source in sources.values()) / max(1, weights), 3)
 
 
 @contextmanager

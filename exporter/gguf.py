@@ -57,6 +57,10 @@ class GgufTensor(TensorSource):
         self._parts = parts
         self._undo = undo
 
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
     def numpy(self) -> np.ndarray:
         values = self._undo(self.name, {part.name: self._dequantize(part) for part in self._parts})
         if values.shape != self.shape:

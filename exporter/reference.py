@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from transformers.initialization import no_init_weights
 
 from onnxpress.errors import BadInputError
 from onnxpress.exporter import tasks
@@ -49,7 +50,8 @@ class TorchReference:
             else:
                 arrays = {name: np.array(tensor.numpy(), np.float32) for name, tensor in checkpoint.tensors.items()}
                 weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                model = model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
+                with no_init_weights():  # random ones would take as much memory again
+                    model = model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
                 missing = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
                 model.tie_weights()
                 tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()

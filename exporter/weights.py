@@ -65,6 +65,11 @@ class TensorSource(ABC):
         """Bytes that `numpy()` returns."""
         return self.size * self.dtype.numpy().itemsize
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the checkpoint's file."""
+        return self.nbytes
+
     @abstractmethod
     def numpy(self) -> np.ndarray:
         """The values, of `shape` and `dtype` (bfloat16, float8: ml_dtypes'); possibly a read-only view of a file."""

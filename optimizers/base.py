@@ -57,6 +57,12 @@ class Pass(ir.passes.InPlacePass):
         self.apply(model, report)
         return PassResult(model, modified=bool(report.matched), report=report)
 
+    def prepare_example(self, model: ir.Model) -> None:
+        """Give a graph with random weights, on which kernels are to be timed, values that the pass takes.
+
+        Nothing has to be done unless it depends on the values whether it takes them.
+        """
+
     @abstractmethod
     def apply(self, model: ir.Model, report: Report) -> None:
         """Edit `model` in place and note in `report` what was matched and what was skipped, with the reason."""

@@ -75,6 +75,15 @@ class KeepBlocks(Pass):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.accuracy_level = accuracy_level
 
+    def prepare_example(self, model: ir.Model) -> None:
+        """Round all weights to Q4_1, which stands for the others here."""
+        grid, looked_up = GRIDS["Q4_1"].format, set(tables(model.graph))
+        for value in {*looked_up, *(linear.weight for linear in find_linears(model.graph))}:
+            assert value.const_value is not None
+            weight = np.asarray(value.const_value.numpy(), np.float32)
+            rounded = round_to_nearest(weight.T if value in looked_up else weight, grid).dequantize()
+            value.const_value = ir.tensor(rounded.T if value in looked_up else rounded, name=value.name)
+
     def apply(self, model: ir.Model, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):

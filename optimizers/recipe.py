@@ -20,6 +20,10 @@ passes in one or another format, each for the products that the search gave it, 
     pass = "quantize-dynamic"
     weight_type = "auto"
 
+    [[format]]               # several passes, one after another
+    name = "int8 rotated"
+    passes = [{ name = "rotate" }, { name = "quantize-dynamic", activations = "per_token" }]
+
     [importance]             # by pattern of weight names: how much more, or less, a loss there counts
     "*.layers.0.*" = 2.0
 
@@ -39,6 +43,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -102,7 +107,7 @@ class Recipe:
     name: str
     passes: tuple[PassSpec, ...]
     description: str = ""
-    formats: Mapping[str, PassSpec] = field(default_factory=dict)
+    formats: Mapping[str, tuple[PassSpec, ...]] = field(default_factory=dict)
     """What a search chooses from, by name; without any, there is nothing to search."""
     importance: Mapping[str, float] = field(default_factory=dict)
     """Factors of the losses of weights, by pattern of their names; the first that fits counts."""
@@ -113,13 +118,13 @@ class Recipe:
         return replace(
             self,
             passes=tuple(spec.resolve(auto) for spec in self.passes),
-            formats={name: spec.resolve(auto) for name, spec in self.formats.items()},
+            formats={name: tuple(spec.resolve(auto) for spec in specs) for name, specs in self.formats.items()},
             after=tuple(spec.resolve(auto) for spec in self.after),
         )
 
     def build(self) -> list[Pass]:
         """All passes, so that a wrong option in the last one is found before the first one runs."""
-        for spec in (*self.formats.values(), *self.after):
+        for spec in (*chain.from_iterable(self.formats.values()), *self.after):
             spec.build()
         return [spec.build() for spec in self.passes]
 
@@ -128,7 +133,7 @@ class Recipe:
         table: dict[str, Any] = {"name": self.name} | ({"description": self.description} if self.description else {})
         table["pass"] = [spec.to_dict() for spec in self.passes]
         if self.formats:
-            table["format"] = [{"name": name, "pass": spec.name, **spec.options} for name, spec in self.formats.items()]
+            table["format"] = [_format_row(name, specs) for name, specs in self.formats.items()]
         if self.importance:
             table["importance"] = dict(self.importance)
         return table | ({"after": [spec.to_dict() for spec in self.after]} if self.after else {})
@@ -177,10 +182,26 @@ def _rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[dict
     return rows
 
 
-def _format(row: Mapping[str, Any], label: str) -> PassSpec:
+def _format(row: Mapping[str, Any], label: str) -> tuple[PassSpec, ...]:
+    name = row["name"]
+    if "passes" in row:
+        if unknown := sorted(row.keys() - {"name", "passes"}):
+            raise UsageError(
+                f"{label}: format {name} has passes, and {unknown[0]} beside them",
+                hint='options belong to a pass: passes = [{ name = "rotate", size = 16 }]',
+            )
+        rows = _rows(row, "passes", "a name", label)
+        if rows:
+            return tuple(_spec(one, one["name"], label) for one in rows)
     if not isinstance(row.get("pass"), str):
-        raise UsageError(f"{label}: format {row['name']} names no pass", hint='pass = "quantize-blocks"')
-    return _spec({key: value for key, value in row.items() if key != "pass"}, row["pass"], label)
+        raise UsageError(f"{label}: format {name} names no pass", hint='pass = "quantize-blocks"')
+    return (_spec({key: value for key, value in row.items() if key != "pass"}, row["pass"], label),)
+
+
+def _format_row(name: str, specs: Sequence[PassSpec]) -> dict[str, Any]:
+    if len(specs) == 1:
+        return {"name": name, "pass": specs[0].name, **specs[0].options}
+    return {"name": name, "passes": [spec.to_dict() for spec in specs]}
 
 
 def _spec(row: Mapping[str, Any], name: str, label: str) -> PassSpec:

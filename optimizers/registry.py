@@ -10,6 +10,7 @@ from onnxpress.optimizers.base import Pass
 PASSES: dict[str, str] = {
     "awq": "onnxpress.optimizers.awq:Awq",
     "clean-up": "onnxpress.optimizers.clean_up:CleanUp",
+    "compute-rotary": "onnxpress.optimizers.compute_rotary:ComputeRotary",
     "equalize": "onnxpress.optimizers.equalize:Equalize",
     "float16": "onnxpress.optimizers.float16:Float16",
     "fuse-foreign": "onnxpress.optimizers.fuse_foreign:FuseForeign",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 from onnxpress import probes
 from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_records
 from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.exporter.cache import cache_folder
 from onnxpress.graph_checks import load_graph
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.runtime import EncoderSession
 from onnxpress.samples import encoder_rows, first_token, longest
+from onnxpress.staging import replacing_file
 from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
 
@@ -29,6 +33,8 @@ Feeds = dict[str, Array]
 ROWS, LENGTH = 4, 64
 BATCH = 8
 """Rows in one run."""
+WRITTEN = 16
+"""Rows that a decoder writes at once: more take hardly less time each, and memory for a cache each."""
 SEED = 1
 """Not evaluation's, so that nothing is judged on the text that it was fitted to."""
 ANSWER = 24
@@ -40,8 +46,6 @@ STALE = 7 * 24 * 3600
 
 def calibration_folder() -> Path:
     """Where calibrations keep what they know, so that one that was killed goes on; old ones are removed."""
-    from onnxpress.exporter.cache import cache_folder
-
     folder = cache_folder() / "calibration"
     for old in folder.iterdir() if folder.is_dir() else ():
         if time.time() - old.stat().st_mtime > STALE:
@@ -77,7 +81,7 @@ class CalibrationData:
         rows, length = self.samples or rows, self.length or length
         opened = open_model(graph, threads=threads)
         if self.source is None:
-            return _self_made(opened, rows, length, self.seed)
+            return _self_made(opened, graph, rows, length, self.seed)
         records = list(islice(read_records(self.source), 100_000))
         if not records:
             raise BadInputError(f"{self.source} holds no samples")
@@ -91,15 +95,12 @@ class CalibrationData:
         return _from_records(opened, records, rows, length, self.source)
 
 
-def _self_made(opened: Opened, rows: int, length: int, seed: int) -> dict[str, list[Feeds]]:
+def _self_made(opened: Opened, graph: Path, rows: int, length: int, seed: int) -> dict[str, list[Feeds]]:
     """A decoder writes; an encoder gets the built-in sentences, a graph of neither kind random inputs."""
     if opened.kind == "decoder":
         length = longest(opened, length)
-        written = [
-            np.concatenate(written_windows(opened.model, min(32, rows - start), length, opened.starts, seed + start))
-            for start in range(0, rows, 32)
-        ]
-        return {"": [_decoder_feeds(ids) for whole in written for ids in _batches(whole)]}
+        written = _written(opened, graph, rows, length, seed)
+        return {"": [_decoder_feeds(ids) for ids in _batches(written)]}
     if opened.kind in ("encoder", "encoder-decoder") and _takes_tokens(opened):
         found, _ = encoder_rows((opened,), None, length, seed)
         found = found[: max(rows, 32)]
@@ -112,6 +113,26 @@ def _self_made(opened: Opened, rows: int, length: int, seed: int) -> dict[str, l
     if isinstance(opened.model, EncoderSession):
         return {"": [random_feeds(opened.model, opened.config, seed)]}
     return {}
+
+
+def _written(opened: Opened, graph: Path, rows: int, length: int, seed: int) -> Ids:
+    """Text that a decoder writes, [rows, length]: kept in the cache, as it takes up to minutes."""
+    key = fingerprint(load_graph(graph), [], f"text {rows} {length} {seed} {WRITTEN} {opened.starts}")
+    path = cache_folder() / "texts" / f"{key}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or a damaged one
+        found = np.load(path, allow_pickle=False)
+        if found.shape == (rows, length) and found.dtype == np.int64:
+            return np.asarray(found)
+    written: Ids = np.concatenate(
+        [
+            row
+            for start in range(0, rows, WRITTEN)
+            for row in written_windows(opened.model, min(WRITTEN, rows - start), length, opened.starts, seed + start)
+        ]
+    )
+    with replacing_file(path) as aside, aside.open("wb") as file:
+        np.save(file, written)
+    return written
 
 
 def _from_records(

@@ -15,12 +15,14 @@ from onnxpress.benchmark import benchmark
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
+from onnxpress.memory import give_back
 from onnxpress.metrics import log_softmax, require_finite
 from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.remembered import RememberedDecoder
 from onnxpress.samples import decoder_windows
 from onnxpress.stems import ENCODER
 from onnxpress.texts import Ids
-from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
+from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 
 Update = Callable[[int, int], None]
 
@@ -54,11 +56,21 @@ class Meter:
     _expected: Reference | None = None
     _windows: tuple[list[Ids], str] | None = None
     """What a decoder is measured on, after every pass and at the end, and where it comes from."""
+    _answering: Opened | None = None
+    """A decoder's reference, whose answers are kept for one evaluation after another."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
+        # torch and the graph take turns: memory holds one of them.
         exported = self._open(self.reference)
-        expected = Reference.of(checkpoint, task=task, like=exported)
+        if exported.kind == "decoder":
+            windows = windows_by(exported)
+            del exported
+            expected = Reference.of(checkpoint, task=task, windows=windows)
+            give_back()
+            exported = self._open(self.reference)
+        else:
+            expected = Reference.of(checkpoint, task=task, like=exported)
         found = verify_step(expected, exported, exact=exact, what="the exported graph")
         found.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
         return found
@@ -75,9 +87,8 @@ class Meter:
             found = verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
             return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
         if self._expected is None:
-            reference = self._open(self.reference)
-            windows = self._text(reference)[0] if reference.kind == "decoder" else None
-            self._expected = Reference.of(reference, windows=windows, length=STEP_TOKENS)
+            self._expected = self._reference_outputs()
+            give_back()
         return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
@@ -129,8 +140,9 @@ class Meter:
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
         """The figures that the artifact is judged by."""
         self._expected = None  # its memory is better used elsewhere
-        reference = open_model(main_graph(self.reference), threads=self.threads, all_logits=True)
+        reference = self._asked()
         windows, source = self._text(reference) if reference.kind == "decoder" else (self.data.text, None)
+        give_back()
         found = evaluate(
             self._open(candidate),
             reference,
@@ -141,6 +153,32 @@ class Meter:
             progress=lambda what, done, total: update(done, total),
         )
         return replace(found, text=source) if source else found
+
+    def _asked(self) -> Opened:
+        """The reference; a decoder has answered all that `evaluate` will ask, and is not in memory any more."""
+        if self._answering is not None:
+            return self._answering
+        graph = main_graph(self.reference)
+        reference = open_model(graph, threads=self.threads, all_logits=True)
+        if reference.kind != "decoder":
+            return reference
+        windows, _ = self._text(reference)
+        answers = RememberedDecoder(
+            lambda: open_model(graph, threads=self.threads, all_logits=True).model,
+            graph.parent / "answers",
+            reference.model.vocabulary,
+            reference.model.last_only,
+            reference.model,
+        )
+        self._answering = replace(reference, model=answers)
+        evaluate(self._answering, self._answering, text=windows, windows=WINDOWS, threads=self.threads)
+        answers.close()
+        return self._answering
+
+    def _reference_outputs(self) -> Reference:
+        reference = self._open(self.reference)
+        windows = self._text(reference)[0] if reference.kind == "decoder" else None
+        return Reference.of(reference, windows=windows, length=STEP_TOKENS)
 
     def _text(self, reference: Opened) -> tuple[list[Ids], str]:
         """Windows of token ids from the user's text or of the reference's own, made once."""

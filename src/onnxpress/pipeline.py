@@ -41,8 +41,11 @@ __all__ = ["BuildResult", "build", "default_output", "export", "kernels", "load"
 
 Logits = Literal["all", "last"]
 
-BUDGET = "budget"
-"""The recipe that is searched where limits are given and no recipe."""
+BUDGET, BUDGET_STORED = "budget", "budget-stored"
+"""The recipes that are searched where limits are given and no recipe: for weights in general, and for those that were
+quantized before."""
+FEW_BITS = 8.0
+"""A checkpoint with fewer bits a weight was quantized: what its file holds is the best of its own size."""
 ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
 
 
@@ -102,7 +105,7 @@ def build(
             task,
             context_length,
         )
-        chosen = chosen or _default_recipe(model, work.artifact.task, target, gates)
+        chosen = chosen or _default_recipe(model, work.artifact, target, gates)
         record = _press(
             model, work, stage, chosen, gates, benchmark, last_logits=logits != "all", search_options=search_options
         )
@@ -172,7 +175,7 @@ def optimize(
         work = _begin(
             stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
         )
-        chosen = chosen or _default_recipe(source, artifact.task, target, gates)
+        chosen = chosen or _default_recipe(source, artifact, target, gates)
         record = _press(
             artifact.source.name,
             work,
@@ -196,7 +199,7 @@ def sensitivity(
     """What each product of a model loses, weighs and takes in each format of a recipe, after the recipe's passes.
 
     Args:
-        every: measure every loss, rather than infer those of a pass's finer formats from the coarsest one's.
+        every: measure every loss, rather than infer those of finer formats from the coarsest one's that loses alike.
         options: those of `_prepared`.
     """
     from onnxpress.search.survey import survey
@@ -232,14 +235,15 @@ def _prepared(
     """A model after the passes of a recipe that are run before its formats, in a folder that goes away."""
     progress = progress or Progress(enabled=False)
     target = profiles.load(profile)
-    chosen = _checked(recipes.load(recipe or BUDGET), target)
-    if not chosen.formats:
-        raise UsageError(f"recipe {chosen.name} has no formats to choose from", hint="see [[format]] in `budget`")
+    given = _checked(recipes.load(recipe), target) if recipe else None
+    if given is not None and not given.formats:
+        raise UsageError(f"recipe {given.name} has no formats to choose from", hint="see [[format]] in `budget`")
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
         data = Data(calibration=calibration or CalibrationData())
         work = _begin(Path(folder), source, target, data, threads, progress)
+        chosen = given or _checked(recipes.load(_budget(work.artifact)), target)
         for spec, one in zip(chosen.passes, chosen.build(), strict=True):
             work.apply(spec, one)
         yield work, chosen
@@ -327,12 +331,16 @@ def _check_search(recipe: Recipe | None, gates: Gates | None, options: SearchOpt
         )
 
 
-def _default_recipe(model: str, task: str, target: Profile, gates: Gates | None) -> Recipe:
+def _default_recipe(model: str, artifact: Artifact, target: Profile, gates: Gates | None) -> Recipe:
     """What is run where no recipe is named: with limits, a search for the formats that meet them."""
     from onnxpress.models.catalog import load_catalog
 
     if gates is not None and gates != Gates():
-        return recipes.load(BUDGET).resolve(target.auto)
+        return recipes.load(_budget(artifact)).resolve(target.auto)
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
-    return recipes.load(name or target.recipe_for(task)).resolve(target.auto)
+    return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
+
+
+def _budget(artifact: Artifact) -> str:
+    return BUDGET_STORED if artifact.export.get("stored_bits", 32.0) < FEW_BITS else BUDGET

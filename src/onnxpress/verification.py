@@ -97,12 +97,8 @@ class Reference:
     def _of_decoder(
         cls, opened: Opened, windows: Sequence[Ids] | None, writer: Opened, seed: int, length: int
     ) -> Reference:
-        # Every token of the windows costs one row of logits, and half as many rows are run alone.
-        limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions") or length
-        length = int(min(length, limit, MAXIMUM_BYTES // (4 * 4 * max(1, opened.model.vocabulary))))
-        if windows is None:
-            windows = written_windows(writer.model, 2, length, opened.starts, seed)
-        windows = [ids[:, :length] for ids in windows[:2]]
+        length = _window_length(opened, length)
+        windows = [ids[:, :length] for ids in (windows_by(writer, seed, length) if windows is None else windows)[:2]]
         result = cls("decoder", opened.name, windows=list(windows), rows=padded_rows(windows, min(length, LENGTH) // 2))
         for ids in windows:
             positions = probes.positions_of(ids.shape[1], opened.model.last_only)
@@ -133,6 +129,17 @@ class Reference:
             result.windows.append(ids)
             result.prompts.append(probes.prompt(opened.model, ids, probes.positions_of(ids.shape[1], False)))
         return result
+
+
+def windows_by(writer: Opened, seed: int = 0, length: int = LENGTH) -> list[Ids]:
+    """The two windows that a `Reference` takes of a decoder, written by `writer`."""
+    return written_windows(writer.model, 2, _window_length(writer, length), writer.starts, seed)
+
+
+def _window_length(opened: Opened, length: int) -> int:
+    """Every token of the windows costs one row of logits, and half as many rows are run alone."""
+    limit = opened.config.get("max_position_embeddings") or opened.config.get("n_positions") or length
+    return int(min(length, limit, MAXIMUM_BYTES // (4 * 4 * max(1, opened.model.vocabulary))))
 
 
 def verify_step(

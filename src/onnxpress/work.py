@@ -22,6 +22,7 @@ from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationEr
 from onnxpress.evaluation import Evaluation
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.memory import give_back
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
@@ -89,6 +90,7 @@ class Work:
             with self.progress.stage("verifying the export against the checkpoint"):
                 rounded = bool(self.artifact.export.get("rounded"))
                 metrics = self.meter.check_export(checkpoint, self.artifact.task, exact=not rounded)
+            give_back()
         self.record(replace(step, metrics=metrics))
 
     def apply(self, spec: PassSpec, one: Pass, kept: list[Calibration] | None = None) -> None:
@@ -112,6 +114,7 @@ class Work:
                 discard(calibrations.values())  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
                 found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
+            give_back()
             step = replace(step, metrics=found)
             self.lossy |= not one.exact
         elif not spec.optional:
@@ -130,6 +133,7 @@ class Work:
         if wanted not in self.samples:
             with self.progress.stage("sampling inputs"):
                 self.samples[wanted] = self.data.calibration.feeds(main_graph(self.reference), *wanted, self.threads)
+            give_back()
         samples, folder = self.samples[wanted], calibration_folder()
         return {
             stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads)

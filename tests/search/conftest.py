@@ -76,8 +76,8 @@ def samples() -> Samples:
 @pytest.fixture
 def formats() -> list[Format]:
     return [
-        Format("table", PassSpec("quantize-embedding", {"bits": 4, "block_size": 32, "min_rows": 8})),
-        Format("int8", PassSpec("quantize-dynamic", {"weight_type": "uint8"})),
-        Format("8 bits", PassSpec("quantize-blocks", {"bits": 8, "block_size": 32})),
-        Format("4 bits", PassSpec("quantize-blocks", {"bits": 4, "block_size": 32, "zero_points": "integer"})),
+        Format("table", (PassSpec("quantize-embedding", {"bits": 4, "block_size": 32, "min_rows": 8}),)),
+        Format("int8", (PassSpec("quantize-dynamic", {"weight_type": "uint8"}),)),
+        Format("8 bits", (PassSpec("quantize-blocks", {"bits": 8, "block_size": 32}),)),
+        Format("4 bits", (PassSpec("quantize-blocks", {"bits": 4, "block_size": 32, "zero_points": "integer"}),)),
     ]

@@ -32,7 +32,7 @@ def test_kinds_are_measured_once_and_only_where_a_format_fits(model: ir.Model, f
 
 def test_fitting_does_not_change_a_kernel() -> None:
     plain, fitted, finer = (
-        Format("x", PassSpec("quantize-blocks", options))
+        Format("x", (PassSpec("quantize-blocks", options),))
         for options in ({"bits": 4}, {"bits": 4, "method": "gptq"}, {"bits": 4, "block_size": 16})
     )
     assert kernel_of(plain) == kernel_of(fitted) == "quantize-blocks bits=4"

@@ -66,7 +66,9 @@ def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @profile_option
 @recipe_option
-@click.option("--every", is_flag=True, help="Measure every loss; otherwise that of the coarsest format of each pass.")
+@click.option(
+    "--every", is_flag=True, help="Measure every loss, not only that of the coarsest of formats that lose alike."
+)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the map, too.")
 @calibration_options
 @kernel_table_option

@@ -120,11 +120,11 @@ class _Builder:
             weights = [w for name, chosen in assignment.items() if chosen == format.name for w in units[name].weights]
             if not weights:
                 continue
-            spec, one = format.pass_for(weights)
-            if isinstance(one, QuantizeBlocks):
-                one.fitted = self.fitted.setdefault(format.name, one.fitted)
-            self.work.apply(spec, one, self.kept)
-            specs.append(spec)
+            for spec, one in format.passes_for(weights):
+                if isinstance(one, QuantizeBlocks):
+                    one.fitted = self.fitted.setdefault(format.name, one.fitted)
+                self.work.apply(spec, one, self.kept)
+                specs.append(spec)
         after = self.recipe.after
         for spec in after:
             self.work.apply(spec, spec.build())

@@ -1,4 +1,4 @@
-"""Formats: what a unit may become. Each is a pass of the recipe with options, tried on a unit alone.
+"""Formats: what a unit may become. Each is a pass of the recipe, or a few in a row, tried on a unit alone.
 
 Nothing here knows what a pass does: the unit is run before and after it, so that what the kernels themselves lose, as
 by quantizing activations, counts too.
@@ -32,15 +32,16 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Format:
-    """A name for a pass with options."""
+    """A name for passes with options."""
 
     name: str
-    spec: PassSpec
+    specs: tuple[PassSpec, ...]
 
-    def pass_for(self, weights: Sequence[str]) -> tuple[PassSpec, Pass]:
-        """The pass for the weights of these names only, as a line of a recipe and built."""
-        spec = PassSpec(self.spec.name, {**self.spec.options, "include": sorted(map(glob.escape, weights))})
-        return spec, spec.build()
+    def passes_for(self, weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
+        """The passes for the weights of these names only, as lines of a recipe and built."""
+        included = sorted(map(glob.escape, weights))
+        specs = [PassSpec(spec.name, {**spec.options, "include": included}) for spec in self.specs]
+        return [(spec, spec.build()) for spec in specs]
 
 
 FLOAT = "float32"
@@ -66,7 +67,7 @@ def try_format(
     session_options: Mapping[str, str],
     threads: int | None = None,
 ) -> Trial | None:
-    """Apply a format to a unit and run it; None where the pass leaves any of its weights as it was.
+    """Apply a format to a unit and run it; None where a pass finds nothing or a weight stays as it was.
 
     Args:
         part: the unit as it is, see `units.unit_model`; it is not changed.
@@ -74,11 +75,13 @@ def try_format(
         samples: inputs that the result is judged by.
     """
     model = copy_graph(part)
-    _, one = format.pass_for(unit.weights)
-    if isinstance(one, CalibratedPass):
-        one.calibration = Calibration(fit, threads=threads)
     with contextlib.suppress(UnsupportedModelError):
-        if one.call(model).report.matched and not any(name in model.graph.initializers for name in unit.weights):
+        for _, one in format.passes_for(unit.weights):
+            if isinstance(one, CalibratedPass):
+                one.calibration = Calibration(fit, threads=threads)
+            if not one.call(model).report.matched:
+                return None
+        if not any(name in model.graph.initializers for name in unit.weights):
             return run(model, samples, session_options, threads)
     return None
 
@@ -99,12 +102,12 @@ def constant_bytes(model: ir.Model) -> int:
     return sum(stored(tensor).nbytes for tensor in tensors if tensor is not None and not isinstance(tensor, ViewTensor))
 
 
-def relative_error(expected: Sequence[Arrays], found: Sequence[Arrays]) -> float:
-    """|found − expected|² / |expected|² of each token, averaged over tokens and outputs."""
+def relative_errors(expected: Sequence[Arrays], found: Sequence[Arrays]) -> NDArray[np.float64]:
+    """|found − expected|² / |expected|² of each token of each output."""
     ratios = []
     for before, after in zip(expected, found, strict=True):
         for name in before:
             difference = np.square(after[name].astype(np.float64) - before[name]).sum(axis=-1)
             whole = np.square(before[name].astype(np.float64)).sum(axis=-1)
-            ratios.append(np.mean(difference / np.maximum(whole, TINY)))
-    return float(np.mean(ratios))
+            ratios.append((difference / np.maximum(whole, TINY)).ravel())
+    return np.concatenate(ratios)

@@ -27,9 +27,8 @@ Errors = Mapping[str, Floats]
 
 LOGITS, REFERENCE, DIVERGENCE = "logits", "onnxpress.reference", "onnxpress.divergence"
 ERROR = "onnxpress.error:"
-FRUGAL = {"session.disable_prepacking": "1", "enable_cpu_mem_arena": "0"}
-"""Weights stay in the file's pages: a packed copy would double the memory, and gains little for whole prompts. The
-arena would keep what the largest run ever took."""
+FRUGAL = {"enable_cpu_mem_arena": "0"}
+"""The arena would keep what the largest run ever took."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ MASK = "attention_mask"
 
 def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
     """By graph: rows for the pass that wants most, and a few more for judging."""
-    passes = [spec.build() for spec in recipe.formats.values()]
+    passes = [spec.build() for specs in recipe.formats.values() for spec in specs]
     calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)

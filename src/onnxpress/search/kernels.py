@@ -68,8 +68,14 @@ def kernel_of(format: Format | None) -> str:
     """The name of the kernels that a format ends in."""
     if format is None:
         return FLOAT
-    options = {key: value for key, value in format.spec.options.items() if key not in FIT_OPTIONS}
-    return " ".join([format.spec.name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+    return " + ".join(
+        " ".join([spec.name, *(f"{key}={value}" for key, value in sorted(spec.options.items()))])
+        for spec in map(_without_fit, format.specs)
+    )
+
+
+def _without_fit(spec: PassSpec) -> PassSpec:
+    return PassSpec(spec.name, {key: value for key, value in spec.options.items() if key not in FIT_OPTIONS})
 
 
 def shape_of(unit: Unit) -> str:
@@ -127,12 +133,12 @@ def _measure(
     model = _stand_in(unit)
     names = list(model.graph.initializers)
     if format is not None:
-        options = {key: value for key, value in format.spec.options.items() if key not in FIT_OPTIONS}
-        one = PassSpec(format.spec.name, options).build()
-        if isinstance(one, CalibratedPass) and one.needs_samples:
-            one.calibration = Calibration([_inputs(unit, TOKENS[-1])], threads=threads)
         with contextlib.suppress(UnsupportedModelError):
-            one.call(model)
+            for one in [_without_fit(spec).build() for spec in format.specs]:
+                if isinstance(one, CalibratedPass) and one.needs_samples:
+                    one.calibration = Calibration([_inputs(unit, TOKENS[-1])], threads=threads)
+                one.prepare_example(model)
+                one.call(model)
         if any(name in model.graph.initializers for name in names):
             return {}
     scratch = np.zeros(CACHE_BYTES // 8)

@@ -1,10 +1,10 @@
 """What a model loses, weighs and computes wrongly with one unit in one format, for all units and formats.
 
 Every format of every unit is run by its real kernels on what the unit reads in the float model; its relative error is
-cheap to know. What an error does to the model's outputs is measured (see `injection`) for the coarsest format of each
-pass. Errors of one unit add to the loss in proportion to their power, so that the other formats follow from the one
-with the nearest error; on SmolLM2-135M they come within a factor of 1.5, for all but a few units with outliers. Errors
-of different units are taken to be independent: their losses add up. `budget` measures how far that is off.
+cheap to know. What an error does to the model's outputs is measured (see `injection`) for the coarsest of the formats
+that lose alike (see `Record.alike`). Errors of one unit add to the loss in proportion to their power, so that the other
+formats follow from the one with the nearest error. Errors of different units are taken to be independent: their losses
+add up. `budget` measures how far that is off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxpress.optimizers.calibration import Feeds, Step, Walk
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.coarseness import TINY
-from onnxpress.search.formats import FLOAT, Format, Trial, relative_error, run, try_format
+from onnxpress.search.formats import FLOAT, Format, Trial, relative_errors, run, try_format
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.records import Record, Records, key
 from onnxpress.search.units import Unit, unit_model
@@ -73,7 +73,7 @@ def measure(
 
     Args:
         units: see `units.find_units`.
-        every: measure the loss of every format, not only of the coarsest of each pass.
+        every: measure the loss of every format, not only of the coarsest of those that lose alike.
         folder: where results are kept, by model and samples; a measurement that was killed, or asks for more formats,
             goes on from there.
 
@@ -107,18 +107,13 @@ def _is_known(unit: Unit, formats: Sequence[Format], records: Records, every: bo
 
 
 def _unmeasured(unit: Unit, formats: Sequence[Format], records: Records, every: bool) -> list[Format]:
-    """The formats whose losses have to be measured and are not: the coarsest of each pass, or every one."""
-    coarsest: dict[str, tuple[float, Format, Record]] = {}
-    missing = []
-    for one in formats:
-        record = records.get(unit.name, one)
-        if record is None or not record.fits:
-            continue
-        if every and record.loss is None:
-            missing.append(one)
-        if record.error > coarsest.get(one.spec.name, (-1.0,))[0]:
-            coarsest[one.spec.name] = (record.error, one, record)
-    return missing if every else [one for _, one, record in coarsest.values() if record.loss is None]
+    """The formats whose losses have to be measured and are not: the coarsest of those that lose alike, or every one."""
+    known = [(one, record) for one in formats if (record := records.get(unit.name, one)) is not None and record.fits]
+    chosen: list[tuple[Format, Record]] = []
+    for one, record in sorted(known, key=lambda pair: -pair[1].error):
+        if every or not any(record.alike(coarser) for _, coarser in chosen):
+            chosen.append((one, record))
+    return [one for one, record in chosen if record.loss is None]
 
 
 @dataclass
@@ -151,8 +146,10 @@ class _Lab:
                 if after is None:
                     records.add(Record(self.unit.name, key(one), -1))
                 else:
-                    error = relative_error(before.outputs, after.outputs)
-                    records.add(Record(self.unit.name, key(one), after.nbytes, error))
+                    errors = relative_errors(before.outputs, after.outputs)
+                    records.add(
+                        Record(self.unit.name, key(one), after.nbytes, float(errors.mean()), float(errors.max()))
+                    )
         for one in _unmeasured(self.unit, formats, records, every):
             after, record = trial(one), records.get(self.unit.name, one)
             assert after is not None
@@ -168,16 +165,20 @@ class _Lab:
 
 
 def _rows(unit: Unit, formats: Sequence[Format], records: Records) -> Iterator[Measurement]:
-    """Losses that were not measured follow from the measured one with the nearest error."""
+    """Losses that were not measured follow from the one that was with the nearest error, of formats that lose alike."""
     yield Measurement(unit.name, FLOAT, 4 * unit.parameters, 0.0, 0.0, measured=True)
     found = [(one, record) for one in formats if (record := records.get(unit.name, one)) is not None and record.fits]
-    rates = {record.error: record.loss / max(record.error, TINY) for _, record in found if record.loss is not None}
+    known = [(record, record.loss) for _, record in found if record.loss is not None]
     for one, record in found:
         loss = record.loss
         if loss is None:
-            nearest = min(rates, key=lambda error: abs(math.log(max(error, TINY) / max(record.error, TINY))))
-            loss = rates[nearest] * record.error
+            nearest, its_loss = min(known, key=lambda pair: (not pair[0].alike(record), _distance(pair[0], record)))
+            loss = its_loss / max(nearest.error, TINY) * record.error
         yield Measurement(unit.name, one.name, record.nbytes, record.error, loss, record.loss is not None)
+
+
+def _distance(one: Record, other: Record) -> float:
+    return abs(math.log(max(one.error, TINY) / max(other.error, TINY)))
 
 
 def _is_complete(unit: Unit, step: Step, model: ir.Model) -> bool:

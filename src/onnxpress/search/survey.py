@@ -107,4 +107,4 @@ def time_kernels(work: Work, recipe: Recipe) -> kernels.KernelTable:
 
 
 def _formats(recipe: Recipe) -> list[Format]:
-    return [Format(name, spec) for name, spec in recipe.formats.items()]
+    return [Format(name, specs) for name, specs in recipe.formats.items()]
