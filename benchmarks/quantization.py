@@ -45,10 +45,10 @@ OURS = {
         "smallest": "-r smallest",
         "as-stored": "-r as-stored",
         "cpu-prompts": "-r cpu-prompts",
-        "0.5%": "--max-loss 0.5%",
         "1%": "--max-loss 1%",
-        "5%": "--max-loss 5%",
-        "105 MB": "--max-size 105MB",
+        "0.5%, anew": "-r budget --max-loss 0.5%",
+        "1%, anew": "-r budget --max-loss 1%",
+        "5%, anew": "-r budget --max-loss 5%",
     },
     "gpt": {
         "default": "",
@@ -61,7 +61,9 @@ OURS = {
         "default": "",
         "cpu-blocks": "-r cpu-blocks",
         "smallest": "-r smallest",
+        "static-encoder": "-r static-encoder",
         "0.2%": "--max-loss 0.2%",
+        "0.2%, 23 MB": "--max-loss 0.2% --max-size 23MB",
         "1%": "--max-loss 1%",
     },
 }

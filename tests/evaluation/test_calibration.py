@@ -127,6 +127,25 @@ def write_tokenizer(folder: Path) -> None:
 
 
 class TestFeeds:
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path / "cache"))
+
+    def test_what_a_decoder_wrote_is_kept(
+        self, make_decoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        graph, data = make_decoder(), CalibrationData(samples=20, length=8)
+        first = data.feeds(graph)[""]
+        assert sum(len(one["input_ids"]) for one in first) == 20
+        monkeypatch.setattr("onnxpress.calibration.written_windows", lambda *_: pytest.fail("written again"))
+        for one, other in zip(first, data.feeds(graph)[""], strict=True):
+            assert (one["input_ids"] == other["input_ids"]).all()
+        monkeypatch.undo()
+        (kept,) = (tmp_path / "cache" / "texts").glob("*.npy")
+        kept.write_bytes(kept.read_bytes()[:100])  # as a full disk would leave it
+        monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path / "cache"))
+        assert (data.feeds(graph)[""][0]["input_ids"] == first[0]["input_ids"]).all()
+
     def test_a_decoder_writes_by_itself(self, make_decoder: Any) -> None:
         graph = make_decoder()
         (found,) = CalibrationData().feeds(graph)[""]

@@ -14,6 +14,7 @@ from onnxpress import pipeline
 from onnxpress.artifact_folder import load
 from onnxpress.errors import NothingMatchedError
 from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.gates import Gates
 from onnxpress.optimizers.quantization.block_format import unpack
 
 from .tiny_gguf import decoder_metadata, decoder_shapes, random_tensors, write_gguf
@@ -84,6 +85,22 @@ def test_weights_are_those_of_the_file(
         assert {row.tobytes() for row in rows} <= {row.tobytes() for row in originals}
         found += len(rows)
     assert found == sum(len(weight) for weight in expected)
+
+
+def test_a_search_starts_from_the_codes_in_the_file(tmp_path: Path) -> None:
+    """4 bits without a new loss are smaller than anything else within the limit."""
+    shapes = decoder_shapes(width=64, head_dim=16, inner=64)
+    types = {name: Type.Q4_1 for name, shape in shapes.items() if len(shape) == 2}
+    metadata = decoder_metadata(embedding_length=64, feed_forward_length=64)
+    values = {name: 0.1 * array for name, array in random_tensors(shapes).items()}
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", metadata, values, types)
+    result = pipeline.build(str(path), gates=Gates(max_loss=0.01), output=tmp_path / "out", benchmark=False, threads=1)
+    assert result.manifest.export["stored_bits"] == pytest.approx(5, abs=1)
+    assert result.manifest.recipe is not None
+    assert result.manifest.recipe["name"] == "budget-stored"
+    (found,) = [step.matched for step in result.steps if step.name == "search"]
+    assert found["as stored"] > sum(found.values()) / 2
+    assert result.manifest.metrics["loss"] <= 0.01
 
 
 def test_a_file_of_floats_has_nothing_to_keep(tmp_path: Path) -> None:

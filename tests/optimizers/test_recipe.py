@@ -84,6 +84,34 @@ def test_a_recipe_says_the_same_as_its_toml() -> None:
     assert recipe.loads(TOML).to_dict() == tomllib.loads(TOML)
 
 
+FORMATS = """
+name = "searched"
+
+[[pass]]
+name = "test-shrink"
+bits = 8
+
+[[format]]
+name = "small"
+pass = "test-shrink"
+bits = 4
+
+[[format]]
+name = "two steps"
+passes = [{ name = "test-shrink", ratio = 0.5 }, { name = "test-shrink", bits = 4, optional = true }]
+"""
+
+
+def test_a_format_is_a_pass_or_several() -> None:
+    import tomllib
+
+    found = recipe.loads(FORMATS)
+    assert [[spec.name for spec in specs] for specs in found.formats.values()] == [["test-shrink"], ["test-shrink"] * 2]
+    assert found.formats["two steps"][1] == recipe.PassSpec("test-shrink", {"bits": 4}, optional=True)
+    assert found.to_dict() == tomllib.loads(FORMATS)
+    assert found.resolve({"test-shrink": {"ratio": 0.25}}).formats["small"][0].options == {"bits": 4, "ratio": 0.25}
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
@@ -101,6 +129,15 @@ def test_a_recipe_says_the_same_as_its_toml() -> None:
         ("pass = 3", "a [[pass]] table with a name", None),
         ("pass = [3]", "a [[pass]] table with a name", None),
         ("name = ", "not TOML", None),
+        ('[[format]]\nname = "x"', "format x names no pass", "quantize-blocks"),
+        ('[[format]]\nname = "x"\npasses = []', "format x names no pass", "quantize-blocks"),
+        ('[[format]]\nname = "x"\npasses = [3]', "passes", None),
+        (
+            '[[format]]\nname = "x"\npass = "test-shrink"\npasses = [{name = "test-shrink"}]',
+            "and pass beside",
+            "options",
+        ),
+        ('[[format]]\nname = "x"\npasses = [{name = "test-shrink", bits = 5}]', "bits must be", "4 or 8"),
     ],
 )
 def test_what_is_wrong_is_said(text: str, message: str, hint: str | None) -> None:
