@@ -161,6 +161,7 @@ class DecoderSession:
         first = next(iter(self._memory.values()), None)
         if first is not None and first.shape[0] == batch and first.shape[2] >= length:
             return False
+        self._binding = None  # it holds the memory that is about to be replaced, layer by layer
         while self._capacity < length:
             self._capacity *= 2
         for name, (_, heads, width) in self._past.items():
