@@ -46,7 +46,6 @@ OURS = {
         "as-stored": "-r as-stored",
         "cpu-prompts": "-r cpu-prompts",
         "1%": "--max-loss 1%",
-        "0.5%, anew": "-r budget --max-loss 0.5%",
         "1%, anew": "-r budget --max-loss 1%",
         "5%, anew": "-r budget --max-loss 5%",
     },

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 from onnxpress import artifact_folder
@@ -18,6 +19,7 @@ from onnxpress.evaluation import Evaluation
 from onnxpress.gates import Gates
 from onnxpress.graph_io import load_graph
 from onnxpress.measuring import speed
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fit_blocks import Fitted
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
@@ -116,15 +118,23 @@ class _Builder:
         self.work.restore(self.start)
         units = {unit.name: unit for unit in self.known.units}
         specs: list[PassSpec] = []
+        first: list[tuple[PassSpec, Pass]] = []
+        """What formats begin with and is exact: on a graph that nothing was rounded in, verification can tell."""
+        rest: list[tuple[PassSpec, Pass]] = []
         for format in self.known.formats:
             weights = [w for name, chosen in assignment.items() if chosen == format.name for w in units[name].weights]
             if not weights:
                 continue
-            for spec, one in format.passes_for(weights):
+            passes = format.passes_for(weights)
+            for _, one in passes:
                 if isinstance(one, QuantizeBlocks):
                     one.fitted = self.fitted.setdefault(format.name, one.fitted)
-                self.work.apply(spec, one, self.kept)
-                specs.append(spec)
+            exact = list(takewhile(lambda pair: pair[1].exact, passes))
+            first += exact
+            rest += passes[len(exact) :]
+        for spec, one in (*first, *rest):
+            self.work.apply(spec, one, self.kept)
+            specs.append(spec)
         after = self.recipe.after
         for spec in after:
             self.work.apply(spec, spec.build())
