@@ -242,6 +242,31 @@ def test_another_devices_kernels_decide(checkpoint: Path, plain: Path, quick: Pa
     assert shares["bits=8"]["8 bits"] >= 12
 
 
+def test_exact_passes_of_formats_come_before_anything_is_rounded(
+    checkpoint: Path, plain: Path, tmp_path: Path, run: Run
+) -> None:
+    """Rotating after int8 would tip codes everywhere, and verification could not tell this from a mistake."""
+    recipe = tmp_path / "rotated.toml"
+    recipe.write_text(
+        """
+name = "rotated"
+[[format]]
+name = "int8"
+pass = "quantize-dynamic"
+exclude = ["*down_proj*"]
+[[format]]
+name = "rotated"
+passes = [{ name = "rotate", exclude = ["*[!n]_proj*"] }, { name = "quantize-dynamic", activations = "per_token" }]
+"""
+    )
+    options = ["-p", plain, "-r", recipe, "--no-benchmark", "--threads", "1", "--json", "-o", tmp_path / "out"]
+    found = run("build", checkpoint, *options, "--max-loss", "80%", "--minimize", "size")
+    assert found.code == 0, found.stderr
+    assert chosen(found.json)["rotated"] == 3
+    assert chosen(found.json)["int8"] >= 9
+    assert [step["name"] for step in found.json["steps"]][1:4] == ["rotate", "quantize-dynamic", "quantize-dynamic"]
+
+
 def test_sensitivity_prints_and_draws_the_map(
     checkpoint: Path, plain: Path, quick: Path, tmp_path: Path, run: Run
 ) -> None:

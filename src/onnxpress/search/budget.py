@@ -125,13 +125,13 @@ class _Builder:
             weights = [w for name, chosen in assignment.items() if chosen == format.name for w in units[name].weights]
             if not weights:
                 continue
-            passes = format.passes_for(weights)
-            for _, one in passes:
+            steps = format.passes_for(weights)
+            for _, one in steps:
                 if isinstance(one, QuantizeBlocks):
                     one.fitted = self.fitted.setdefault(format.name, one.fitted)
-            exact = list(takewhile(lambda pair: pair[1].exact, passes))
+            exact = list(takewhile(lambda step: step[1].exact, steps))
             first += exact
-            rest += passes[len(exact) :]
+            rest += steps[len(exact) :]
         for spec, one in (*first, *rest):
             self.work.apply(spec, one, self.kept)
             specs.append(spec)
