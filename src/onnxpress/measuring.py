@@ -33,7 +33,10 @@ CONTEXT = 256
 STEP_TOKENS = 128
 """Tokens in each of the two windows by which the perplexity after every pass is told."""
 TIPPED_TOLERANCE = 0.1
-"""What an exact pass may change after a lossy one: rounding, reordered, tips a few quantized activations."""
+"""What cutting the logits may change after a lossy pass: rounding, reordered, tips a few quantized activations."""
+TIPPED, TIPPED_SHARE = 1e-3, 3.0
+"""What any exact pass may cost after a lossy one, as KL or 1 − cosine: this much, or this many times of what was lost
+by then. Where all tipped activations round another way, two equally good models are apart by twice their loss."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Meter:
     _expected: Reference | None = None
     _windows: tuple[list[Ids], str] | None = None
     """What a decoder is measured on, after every pass and at the end, and where it comes from."""
+    _lost: float = 0.0
+    """What the passes until now cost, see `_divergence`."""
     _answering: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
 
@@ -84,12 +89,20 @@ class Meter:
         """
         if exact and lossy:
             expected = Reference.of(self._open(before))
-            found = verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
+            found = verify_step(expected, self._open(after), exact=False, what=what)
+            cost, limit = _divergence(found), max(TIPPED, TIPPED_SHARE * self._lost)
+            if not cost <= limit:
+                raise VerificationError(
+                    f"{what} should be exact but costs {cost:.3g}; the limit is {limit:.3g}, after passes that lost "
+                    f"{self._lost:.3g}"
+                )
             return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
         if self._expected is None:
             self._expected = self._reference_outputs()
             give_back()
-        return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+        found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+        self._lost = _divergence(found)
+        return found
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
         """A decoder with the last position's logits only against the one with all, on the very same prompts.
@@ -189,6 +202,11 @@ class Meter:
     def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
         graph = main_graph(paths)
         return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
+
+
+def _divergence(found: Mapping[str, float]) -> float:
+    """KL in nats per token, or 1 − mean cosine, of a verification."""
+    return found["kl"] if "kl" in found else 1 - found["cosine_mean"]
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:
