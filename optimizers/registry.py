@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "integer-prompts": "onnxpress.optimizers.integer_prompts:IntegerPrompts",
     "keep-blocks": "onnxpress.optimizers.keep_blocks:KeepBlocks",
     "last-logits": "onnxpress.optimizers.last_logits:LastLogits",
+    "low-rank": "onnxpress.optimizers.low_rank:LowRank",
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
     "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
