@@ -1,7 +1,7 @@
 """low-rank: a product x W becomes (x A) B where that saves parameters (ASVD, SVD-LLM; see `structure.low_rank`).
 
-B stays in the weight's initializer, under its name; A is `<name>.reduce.weight`. Both are products like any others to the
-passes that come after.
+B stays in the weight's initializer, under its name; A is `<name>.reduce.weight`. To passes that come after, both are
+products like any others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from onnxpress.optimizers.anatomy import Product, find_products
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
-from onnxpress.optimizers.linear import add_constant, by_activation, chosen_linears, is_shared, read_rows
-from onnxpress.optimizers.linear import Linear
+from onnxpress.optimizers.linear import Linear, add_constant, by_activation, chosen_linears, is_shared, read_rows
 from onnxpress.optimizers.quantization.statistics import Gram
 from onnxpress.optimizers.structure.editing import set_weight
 from onnxpress.optimizers.structure.low_rank import allocate, break_even, factors, spectrum_of

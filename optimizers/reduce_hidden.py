@@ -27,12 +27,9 @@ from onnxpress.optimizers.structure.hidden import (
     principal_directions,
     tied_mixture,
 )
-from onnxpress.optimizers.structure.stream import Stream, find_stream
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
+from onnxpress.optimizers.structure.stream import Stream, find_stream, moments_of, rotate_rows
 
 Doubles = NDArray[np.float64]
-ROWS = 4096
-"""Rows of an embedding table that are read at once."""
 
 
 class ReduceHidden(CalibratedPass):
@@ -85,8 +82,9 @@ class ReduceHidden(CalibratedPass):
         directions = principal_directions(covariance, kept)
         mixed = gain is not None
         if mixed:
-            assert head is not None and gain is not None
-            mixture = tied_mixture(_moments(head.weight), gain, directions)
+            assert head is not None
+            assert gain is not None
+            mixture = tied_mixture(moments_of(head.weight), gain, directions)
             _mix(model.graph, head, mixture)
         _slice(stream, directions, head if mixed else None)
         report.measure("residual stream", lost_share(covariance, directions))
@@ -239,7 +237,7 @@ def _rms_norm(node: ir.Node, stream: Stream) -> None:
 def _write_through(stream: Stream, matrix: Doubles) -> None:
     """Multiply all that writes into the stream by a matrix [width, new width]."""
     for table in stream.tables:
-        _rotate_rows(table, matrix)
+        rotate_rows(table, matrix)
     for product in stream.writers.values():
         set_weight(product, (read_weight(product) @ matrix).astype(np.float32))
         if product.bias is not None:
@@ -268,32 +266,6 @@ def _slice(stream: Stream, directions: Doubles, mixed_head: Product | None) -> N
 def _narrow(value: ir.Value, width: int, kept: int) -> None:
     if value.shape is not None and len(value.shape) and value.shape[-1] == width:
         value.shape = ir.Shape([*list(value.shape)[:-1], kept])
-
-
-def _rotate_rows(table: ir.Value, matrix: Doubles) -> None:
-    """table · matrix, computed when it is written."""
-    tensor = table.const_value
-    assert tensor is not None
-    read, rows = rows_of(tensor), concrete_shape(tensor)[0]
-    table.const_value = RowTensor(
-        lambda start, stop: (np.asarray(read(start, stop), np.float32) @ matrix).astype(np.float32),
-        ir.DataType.FLOAT,
-        (rows, matrix.shape[1]),
-        name=table.name,
-    )
-    table.shape = ir.Shape([rows, matrix.shape[1]])
-
-
-def _moments(table: ir.Value) -> Doubles:
-    """TᵀT [width, width]."""
-    tensor = table.const_value
-    assert tensor is not None
-    read, (rows, width) = rows_of(tensor), concrete_shape(tensor)
-    total = np.zeros((width, width))
-    for start in range(0, rows, ROWS):
-        part = np.asarray(read(start, min(start + ROWS, rows)), np.float64)
-        total += part.T @ part
-    return total
 
 
 def _mix(graph: ir.Graph, head: Product, mixture: Doubles) -> None:

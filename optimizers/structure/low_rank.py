@@ -1,7 +1,7 @@
 """A product as two thinner ones, x W ≈ (x A) B, with the least error on the inputs that it gets.
 
-For E[x xᵀ] = L Lᵀ and the singular vectors V of Lᵀ W, E|x (W − A B)|² is least for A = W Vᵣ, B = Vᵣᵀ, r of them; what is
-lost is the sum of the squares of the other singular values (Eckart and Young, in the norm of the inputs).
+For E[x xᵀ] = L Lᵀ and the singular vectors V of Lᵀ W, E|x (W − A B)|² is least for A = W Vᵣ, B = Vᵣᵀ, r of them;
+what is lost is the sum of the squares of the other singular values (Eckart and Young, in the norm of the inputs).
 """
 
 from __future__ import annotations

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.anatomy import Product, anatomy_of, find_products
 from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.tensors import concrete_shape
+from onnxpress.tensors import RowTensor, concrete_shape, rows_of
+
+Doubles = NDArray[np.float64]
+ROWS = 4096
+"""Rows of an embedding table that are read at once."""
 
 
 @dataclass
@@ -79,10 +85,10 @@ def _makers(stream: Stream, value: ir.Value, outputs: dict[ir.Value, Product]) -
     if node is None:
         raise UnsupportedModelError(f"{value.name}, an input of the model, is the residual stream itself")
     first = node.inputs[0] if node.inputs else None
-    if node.op_type == "Gather" and first is not None and first.is_initializer() and first.const_value is not None:
-        if concrete_shape(first.const_value)[1:] == (stream.width,) and first.const_value.dtype == ir.DataType.FLOAT:
-            stream.tables[first] = None
-            return []
+    if node.op_type == "Gather" and _is_table(first, stream.width):
+        assert first is not None
+        stream.tables[first] = None
+        return []
     if node.op_type == "Add" and not any(one is None or one.is_initializer() for one in node.inputs):
         return [one for one in node.inputs if one is not None]
     if node.op_type == "Mul":
@@ -139,3 +145,36 @@ def _scaled(node: ir.Node) -> list[ir.Value]:
     if len(constants) != 1 or constants[0].const_value is None or constants[0].const_value.size != 1:
         raise UnsupportedModelError(f"Mul {node.name} scales channels of the residual stream")
     return [one for one in node.inputs if one is not None and one is not constants[0]]
+
+
+def _is_table(value: ir.Value | None, width: int) -> bool:
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return False
+    tensor = value.const_value
+    return tensor.dtype == ir.DataType.FLOAT and concrete_shape(tensor)[1:] == (width,)
+
+
+def rotate_rows(table: ir.Value, matrix: Doubles) -> None:
+    """table · matrix, computed when it is written."""
+    tensor = table.const_value
+    assert tensor is not None
+    read, rows = rows_of(tensor), concrete_shape(tensor)[0]
+    table.const_value = RowTensor(
+        lambda start, stop: (np.asarray(read(start, stop), np.float32) @ matrix).astype(np.float32),
+        ir.DataType.FLOAT,
+        (rows, matrix.shape[1]),
+        name=table.name,
+    )
+    table.shape = ir.Shape([rows, matrix.shape[1]])
+
+
+def moments_of(table: ir.Value) -> Doubles:
+    """TᵀT [width, width]."""
+    tensor = table.const_value
+    assert tensor is not None
+    read, (rows, width) = rows_of(tensor), concrete_shape(tensor)
+    total = np.zeros((width, width))
+    for start in range(0, rows, ROWS):
+        part = np.asarray(read(start, min(start + ROWS, rows)), np.float64)
+        total += part.T @ part
+    return total
