@@ -1,0 +1,59 @@
+"""A narrower residual stream: SliceGPT (Ashkboos et al. 2024), with one rotation for the whole stream.
+
+Once norms have no gain of their own, a stream that is rotated by an orthogonal Q gives the same outputs: a norm only
+sees lengths, what writes into the stream is multiplied by Q and what reads it by Qᵀ. The columns of Q are ordered by
+how much of the stream lies along them; the last ones are deleted.
+
+A norm of the sliced stream z (width of `width`) must still divide by the length over all `width` components:
+
+    z / √(|z|²/width + ε)  =  √(width/kept) · z / √(|z|²/kept + ε · width/kept)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Doubles = NDArray[np.float64]
+
+
+def principal_directions(covariance: Doubles, kept: int) -> Doubles:
+    """The `kept` orthonormal directions [width, kept] that hold most of `covariance` [width, width], best first."""
+    _, vectors = np.linalg.eigh(covariance)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :kept])
+
+
+def lost_share(covariance: Doubles, directions: Doubles) -> float:
+    """The share of the stream's energy outside of the directions, from 0 to 1."""
+    total = float(np.trace(covariance))
+    inside = float(np.sum(directions * (covariance @ directions)))
+    return max(0.0, 1 - inside / total) if total > 0 else 0.0
+
+
+def center(writer: Floats) -> Floats:
+    """What writes [..., width] into the stream, without the mean of each row: LayerNorm is an RMS norm behind it."""
+    return np.asarray(writer - writer.mean(axis=-1, keepdims=True))
+
+
+def norm_correction(width: int, kept: int, epsilon: float) -> tuple[float, float]:
+    """(gain, epsilon) of a norm over `kept` components that divides as one over `width` components did."""
+    return float(np.sqrt(width / kept)), epsilon * width / kept
+
+
+def tied_mixture(table_moments: Doubles, gain: Floats, directions: Doubles) -> Doubles:
+    """A [kept, kept] by which a head goes on multiplying by the table of the embeddings.
+
+    The head should be Qᵀ diag(gain) Tᵀ, the sliced table is T Q: A = argmin |Qᵀ diag(gain) Tᵀ − A (T Q)ᵀ|², which is
+    Qᵀ diag(gain) Q, without loss, where nothing is deleted.
+
+    Args:
+        table_moments: TᵀT [width, width].
+        gain: of the final norm [width].
+        directions: Q [width, kept].
+    """
+    inner = directions.T @ table_moments @ directions
+    ridge = 1e-10 * np.trace(inner) / len(inner)
+    prior = directions.T @ (gain[:, None] * directions)  # where the table says nothing
+    cross = directions.T @ (gain[:, None] * table_moments) @ directions
+    return np.asarray(np.linalg.solve(inner + ridge * np.eye(len(inner)), (cross + ridge * prior).T).T)
