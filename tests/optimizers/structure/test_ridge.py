@@ -21,7 +21,7 @@ def normal(x: np.ndarray, target: np.ndarray) -> Normal:
 @given(SEEDS, st.sampled_from([1e-4, 0.1, 10.0]), st.floats(1e-3, 1e3))
 @settings(deadline=None, max_examples=40)
 def test_as_least_squares_over_rows(seed: int, ridge: float, loudness: float) -> None:
-    """The penalty is one more row for each feature; rescaling a feature rescales its weight and changes nothing else."""
+    """The penalty is one more row for each feature; rescaling a feature rescales its weight and nothing else."""
     rng = np.random.default_rng(seed)
     x, target, prior = (rng.standard_normal(shape) for shape in ((30, 5), (30, 3), (5, 3)))
     sums = normal(x, target)
