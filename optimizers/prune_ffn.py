@@ -197,8 +197,9 @@ class PruneFfn(CalibratedPass):
         return [curves[one.block.title] for one in networks]
 
     def _curve(self, one: Channels, moments: Moments | None, gradients: Mapping[str, Any] | None) -> Removal:
-        """All removals that a budget may ask for."""
-        return self._removal(one, self._most(one), read_weight(one.down), moments, gradients)
+        """All removals that a budget may ask for, with costs that compare across layers."""
+        found = self._removal(one, self._most(one), read_weight(one.down), moments, gradients)
+        return found if moments is None else Removal(found.order, found.costs * moments.scale())
 
     def _moments(self, step: Step, one: Channels) -> Moments:
         lengths = StreamLengths()
@@ -232,7 +233,7 @@ class PruneFfn(CalibratedPass):
             return maths.rank(maths.by_activation(moments.second(), down), count)
         if self.method == "flap":
             return maths.rank(maths.by_fluctuation(moments.second(), moments.mean(), down), count)
-        return maths.eliminate(self._second(one, moments), down, count, penalties(moments.second(), self.ridge))
+        return maths.eliminate(self._second(one, moments), down, count, self._penalty(one, moments))
 
     def _compensates(self, one: Channels) -> bool:
         if self.bias_compensation is None:
@@ -243,6 +244,10 @@ class PruneFfn(CalibratedPass):
         """What is left to fit by weights: around the mean, where a bias takes that."""
         second = moments.second()
         return second - np.outer(moments.mean(), moments.mean()) if self._compensates(one) else second
+
+    def _penalty(self, one: Channels, moments: Moments) -> NDArray[np.float64]:
+        """By channel; what is around a mean much larger than it is known only as well as the mean's square."""
+        return penalties(self._second(one, moments), self.ridge) + LEAST_RIDGE * np.diagonal(moments.second())
 
     def _solve(
         self, one: Channels, count: int, moments: Moments | None, gradients: Mapping[str, Any] | None
@@ -256,7 +261,7 @@ class PruneFfn(CalibratedPass):
         second = self._second(one, moments)
         weight = down[kept]
         if self.refit:
-            weight = maths.refit(second, down, kept, penalties(moments.second(), self.ridge)).astype(np.float32)
+            weight = maths.refit(second, down, kept, self._penalty(one, moments)).astype(np.float32)
         loss = np.array([maths.error(second, down, kept, weight)])
         found: dict[str, NDArray[Any]] = {"kept": kept, "weight": weight, "error": loss}
         if self._compensates(one):

@@ -43,7 +43,7 @@ class Moments:
         self.tensor, self.lengths = tensor, lengths
         self.total: Doubles = np.zeros((features, features))
         self.sum: Doubles = np.zeros(features)
-        self.weight = 0.0
+        self.weight, self.tokens = 0.0, 0
 
     def update(self, x: Floats, sample: int) -> None:
         weights = np.ones(len(x), np.float32) if self.lengths is None else self.lengths.weights(sample, len(x))
@@ -56,10 +56,16 @@ class Moments:
             self.total += product
             self.sum += (rows.T @ root)[:, 0]
             self.weight += float(np.square(root).sum(dtype=np.float64))
+        self.tokens += len(x)
 
     def second(self) -> Doubles:
         require_data(int(self.weight > 0), self.tensor)
         return self.total / self.weight
+
+    def scale(self) -> float:
+        """What turns a mean square over weighted tokens into parts of the stream's, which layers compare by."""
+        require_data(self.tokens, self.tensor)
+        return self.weight / self.tokens
 
     def mean(self) -> Doubles:
         require_data(int(self.weight > 0), self.tensor)

@@ -3,7 +3,7 @@
 A channel is a column of `gate` and `up` and the row of `down` that reads it: z = act(gate) · up, y = z · W. The
 importance of channel j, by method:
 
-    activation      (E[zⱼ²])^½ · |Wⱼ|
+    activation      E[zⱼ²] · |Wⱼ|²
     l1, l2          sizes of the channel's weights in gate, up and down, multiplied
     taylor          |Σ gradient · weight| over the channel's weights (Molchanov et al. 2019)
     flap            Var[zⱼ] · |Wⱼ|², its mean going into a bias (An et al. 2023)
@@ -116,7 +116,7 @@ def error(second: Doubles, weight: NDArray[np.floating], kept: Indices, after: N
 
 
 def by_activation(second: Doubles, down: NDArray[np.floating]) -> Doubles:
-    found: Doubles = np.sqrt(np.diagonal(second)) * np.linalg.norm(down, axis=1)
+    found: Doubles = np.diagonal(second) * np.square(np.linalg.norm(down, axis=1))
     return found
 
 
