@@ -7,7 +7,6 @@ before as they were pruned, so that a layer is fitted to what it reads by then.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.anatomy import Block, Product, anatomy_of
+from onnxpress.optimizers.anatomy import Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
 from onnxpress.optimizers.linear import selected
@@ -26,6 +25,7 @@ from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
 from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
+from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
 from onnxpress.optimizers.structure.ridge import penalties
 from onnxpress.optimizers.structure.width import Method, Removal
@@ -108,7 +108,11 @@ class PruneFfn(CalibratedPass):
         networks = self._networks(model, report)
         if not networks:
             return
-        gradients = _read_gradients(self.gradients, networks) if self.gradients is not None else None
+        gradients = (
+            read_gradients(self.gradients, [p for one in networks for p in one.feed_forward.products])
+            if self.gradients is not None
+            else None
+        )
         if self.needs_samples and not self.calibration.fits(model):
             report.skip(NO_SAMPLES, len(networks))
             return
@@ -289,24 +293,3 @@ class PruneFfn(CalibratedPass):
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, ir.TensorProtocol]:
     return {name: ir.tensor(array) for name, array in arrays.items()}
-
-
-def _read_gradients(path: Path, networks: Sequence[Channels]) -> Mapping[str, Any]:
-    """Gradients by weight, read when they are asked for. Raises UsageError where one is missing or of another shape."""
-    try:
-        found = np.load(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read gradients from {path}: {error}", hint="give an .npz file") from error
-    for product in (product for one in networks for product in one.feed_forward.products):
-        _check_gradient(path, found, product)
-    return found  # type: ignore[no-any-return]
-
-
-def _check_gradient(path: Path, found: Any, product: Product) -> None:
-    if product.name not in found:
-        raise UsageError(f"{path} has no gradient of {product.name}", hint="name arrays as the graph names its weights")
-    if found[product.name].shape != product.features:
-        raise UsageError(
-            f"the gradient of {product.name} is {list(found[product.name].shape)}; its weight {list(product.features)}",
-            hint="gradients are [in, out], as MatMul's weights are",
-        )
