@@ -25,6 +25,7 @@ from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
 from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
+from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
 from onnxpress.optimizers.structure.ridge import penalties
@@ -99,6 +100,7 @@ class PruneFfn(CalibratedPass):
         self.refit, self.ridge, self.bias_compensation = refit, ridge, bias_compensation
         self.multiple_of, self.gradients = multiple_of, gradients
         self.include, self.exclude = tuple(include), tuple(exclude)
+        self._known = FittedOnce()
 
     @property
     def needs_samples(self) -> bool:
@@ -108,11 +110,8 @@ class PruneFfn(CalibratedPass):
         networks = self._networks(model, report)
         if not networks:
             return
-        gradients = (
-            read_gradients(self.gradients, [p for one in networks for p in one.feed_forward.products])
-            if self.gradients is not None
-            else None
-        )
+        products = [product for one in networks for product in one.feed_forward.products]
+        gradients = read_gradients(self.gradients, products) if self.gradients is not None else None
         if self.needs_samples and not self.calibration.fits(model):
             report.skip(NO_SAMPLES, len(networks))
             return
@@ -128,7 +127,8 @@ class PruneFfn(CalibratedPass):
         for step in self.calibration.walk(model, method=self._title(widths)):
             if step.title in pending:
                 one, count = pending[step.title]
-                self._put(one, step.results("channels", partial(self._observed, step, one, count, gradients)), report)
+                compute = partial(self._observed, step, one, count, gradients)
+                self._put(one, self._known.get(one.down, partial(step.results, "channels", compute)), report)
 
     def _networks(self, model: ir.Model, report: Report) -> list[Channels]:
         """What is to be pruned. Raises UnsupportedModelError where a network that is meant cannot be."""

@@ -87,7 +87,8 @@ def eliminate(second: Doubles, weight: NDArray[np.floating], count: int, penalty
             order.append(int(alive[j]))
             costs.append(float(row @ row))
         stays = np.setdiff1d(np.arange(len(alive)), gone)
-        inverse = (inverse - left @ left.T)[np.ix_(stays, stays)]
+        inverse -= left @ left.T
+        inverse = inverse[np.ix_(stays, stays)]
         rows, alive = (rows - left @ right)[stays], alive[stays]
     return Removal(np.array(order, np.int64), np.cumsum(costs))
 

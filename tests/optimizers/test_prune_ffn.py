@@ -227,6 +227,7 @@ def test_a_walk_that_goes_on(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         optimizer.call(copy_graph(model))
     cut = copy_graph(model)
+    optimizer = PruneFfn(ratio=0.75, multiple_of=1)
     optimizer.calibration = Calibration(samples, tmp_path)
     optimizer.call(cut)
     for name, value in expected.graph.initializers.items():
@@ -234,6 +235,24 @@ def test_a_walk_that_goes_on(exported: Exported, tmp_path: Path) -> None:
         assert found is not None
         assert value.const_value is not None
         np.testing.assert_array_equal(found.numpy(), value.const_value.numpy(), name)
+
+
+def test_a_network_of_two_graphs_is_pruned_once(exported: Exported) -> None:
+    """As in an encoder-decoder's two decoders, which share one file of weights; another weight is another matter."""
+    first, second = exported("llama"), exported("llama")
+    last = anatomy_of(second).blocks[-1].feed_forward
+    assert last is not None
+    set_weight(last.down, read_weight(last.down)[::-1].copy())
+    optimizer = PruneFfn(ratio=0.5, multiple_of=1)
+    for model, seeds in ((first, range(6)), (second, range(6, 12))):
+        optimizer.calibration = Calibration([{**samples_of(model, 12)[seed]} for seed in seeds])
+        optimizer.call(model)
+    for one, other in zip(anatomy_of(first).blocks, anatomy_of(second).blocks, strict=True):
+        assert one.feed_forward is not None
+        assert other.feed_forward is not None
+        for ours, theirs in zip(one.feed_forward.products, other.feed_forward.products, strict=True):
+            same = bool((read_weight(ours) == read_weight(theirs)).all())
+            assert same == (other.feed_forward.down.name != last.down.name)
 
 
 def test_chosen_layers(exported: Exported) -> None:

@@ -222,6 +222,8 @@ def test_a_walk_that_goes_on(exported: Exported, rng: np.random.Generator, tmp_p
     with pytest.raises(KilledError):
         optimizer.call(copy_graph(model))
     found = copy_graph(model)
+    optimizer = Repair()
+    optimizer.reference = reference
     optimizer.calibration = Calibration(samples, tmp_path)
     optimizer.call(found)
     for name, value in expected.graph.initializers.items():
