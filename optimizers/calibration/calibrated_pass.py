@@ -61,9 +61,13 @@ class Calibration:
 
 
 class CalibratedPass(Pass):
-    """A pass that looks at activations; the driver sets `calibration` before it runs it on a graph."""
+    """A pass that looks at activations; the driver sets `calibration` before it runs it on a graph, and `reference`
+    where the pass says `needs_reference`."""
 
     calibration: Calibration = Calibration()
+    needs_reference: ClassVar[bool] = False
+    reference: ir.Model | None = None
+    """The same graph before any pass: what quality is measured against. Its weights are lazy; it must not be edited."""
     wanted_rows: ClassVar[int] = 4
     wanted_length: ClassVar[int] = 64
     """Rows, and tokens in each, that do for this pass where the user does not say how many to take."""

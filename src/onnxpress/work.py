@@ -102,7 +102,7 @@ class Work:
         calibrations = self._calibrations(one)
         with self.progress.stage(spec.name) as update:
             calibrations = {stem: replace(found, progress=update) for stem, found in calibrations.items()}
-            graphs, report = _run_pass(one, self.current, calibrations)
+            graphs, report = _run_pass(one, self.current, calibrations, self.reference)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
         if report.errors:
             step = replace(step, errors=dict(report.errors))
@@ -202,7 +202,10 @@ def graph_bytes(paths: Mapping[str, Path]) -> int:
 
 
 def _run_pass(
-    one: Pass, paths: Mapping[str, Path], calibrations: Mapping[str, Calibration]
+    one: Pass,
+    paths: Mapping[str, Path],
+    calibrations: Mapping[str, Calibration],
+    reference: Mapping[str, Path] | None = None,
 ) -> tuple[dict[str, ir.Model], Report]:
     """Every graph after the pass, and what was done to all of them."""
     graphs = {stem: load_graph(path) for stem, path in paths.items()}
@@ -210,6 +213,8 @@ def _run_pass(
     for stem, model in graphs.items():
         if isinstance(one, CalibratedPass):
             one.calibration = calibrations.get(stem, Calibration())
+            if one.needs_reference and reference is not None:
+                one.reference = load_graph(reference[stem])
         try:
             report = one.call(model).report
         except OnnxpressError:
