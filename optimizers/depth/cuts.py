@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from copy import copy
+from dataclasses import replace
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -31,7 +32,26 @@ def stacks_of(anatomy: Anatomy) -> dict[str, list[Block]]:
     stacks: dict[str, list[Block]] = {}
     for block in anatomy.blocks:
         stacks.setdefault(block.title.rpartition(".")[0], []).append(block)
+    for blocks in stacks.values():
+        if len(blocks) > 1 and len(blocks[-1].outputs) != 1:
+            blocks[-1] = _without_pooling(blocks[-1], blocks[-2])
     return stacks
+
+
+def _without_pooling(last: Block, before: Block) -> Block:
+    """The last block with the states that it makes as its output, where what follows without a weight, such as the mean
+    over tokens, counts as part of it: they come from a node like the one that makes those of the block before."""
+    model = before.outputs[0].producer()
+    wanted = _role(model) if model is not None else None
+    like = [output for node in last.nodes if _role(node) == wanted for output in node.outputs[:1]]
+    return replace(last, outputs=(like[-1],)) if like else last
+
+
+def _role(node: ir.Node) -> tuple[str, str]:
+    """An operator and the module that it comes from, whatever its layer."""
+    module = node.metadata_props.get(MODULE, "")
+    layer = layer_of(f"{module}.")
+    return node.op_type, module if layer is None else renumbered(module, layer[0], {layer[1]: 0})
 
 
 def layers_left(model: ir.Model, stack: str, depth: int) -> list[int]:

@@ -11,7 +11,8 @@ logits, the mean of 1 − cos of its first output's rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block, split_layers
+from onnxpress.optimizers.anatomy import Block, Segment, split_layers
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.optimizers.calibration.subgraphs import extract, session_of, values_by_name
@@ -29,16 +30,20 @@ Array = NDArray[Any]
 Variant = frozenset[int]
 """The layers that a candidate lacks."""
 WHOLE: Variant = frozenset()
+SPARE = 8
+"""After the first round, as many layers as are still to go and these are tried: those that did best by themselves."""
 
 
 def greedy(model: ir.Model, blocks: Sequence[Block], count: int, calibration: Calibration) -> list[tuple[int, float]]:
     """The `count` layers to remove one after another, each with the model's loss without it and those before it."""
     trial = _Trial(model, blocks, calibration)
     found: list[tuple[int, float]] = []
+    candidates = set(range(len(blocks)))
     for number in range(count):
-        losses = trial.losses(frozenset(index for index, _ in found))
-        best = min(losses, key=lambda index: (losses[index], -index))
-        found.append((best, losses[best]))
+        losses = trial.losses(frozenset(index for index, _ in found), candidates)
+        ranked = sorted(losses, key=lambda index: (losses[index], -index))
+        found.append((ranked[0], losses[ranked[0]]))
+        candidates = set(ranked[1 : count + SPARE]) if number == 0 else candidates - {ranked[0]}
         if calibration.progress is not None:
             calibration.progress(number + 1, count)
     return found
@@ -53,7 +58,8 @@ class _Trial:
         self.layers = {block.title: index for index, block in enumerate(blocks)}
         self.hidden = [str(block.hidden[0].name) for block in blocks]
         self.made = [str(block.outputs[0].name) for block in blocks]
-        self.segments = split_layers(model.graph)
+        ends = {block.title: block.outputs[0] for block in blocks}
+        self.segments = [part for one in split_layers(model.graph) for part in _parts(one, ends.get(one.title))]
         self.values = values_by_name(model.graph)
         self.padding = Padding(model.graph)
         self.target = _target(model.graph)
@@ -69,12 +75,12 @@ class _Trial:
             for segment in self.segments
         ]
 
-    def losses(self, dropped: Variant) -> dict[int, float]:
+    def losses(self, dropped: Variant, candidates: Collection[int]) -> dict[int, float]:
         """The model's loss without `dropped` and one more layer, by that layer."""
-        run = _Round(self, dropped)
+        run = _Round(self, dropped, candidates)
         for number in range(len(self.segments)):
             run.through(number)
-        return {index: run.sums[dropped | {index}] / run.rows for index in self.layers.values() if index not in dropped}
+        return {index: run.sums[dropped | {index}] / run.rows for index in candidates}
 
     def distance(self, reference: Array, candidate: Array, sample: int) -> tuple[float, int]:
         """Summed over the rows of the model's output that are no padding, and how many these are."""
@@ -89,8 +95,8 @@ class _Trial:
 class _Round:
     """The states of all candidates while the graph is walked through."""
 
-    def __init__(self, trial: _Trial, dropped: Variant) -> None:
-        self.trial, self.dropped = trial, dropped
+    def __init__(self, trial: _Trial, dropped: Variant, candidates: Collection[int]) -> None:
+        self.trial, self.dropped, self.candidates = trial, dropped, candidates
         self.variants = list(dict.fromkeys([WHOLE, dropped]))
         self.states: dict[tuple[Variant, str, int], Array] = {}
         self.sums: dict[Variant, float] = {}
@@ -101,7 +107,7 @@ class _Round:
         trial = self.trial
         layer = trial.layers.get(trial.segments[number].title)
         names, outputs = trial.inputs[number], trial.outputs[number]
-        fresh = self.dropped | {layer} if layer is not None and layer not in self.dropped else None
+        fresh = self.dropped | {layer} if layer is not None and layer in self.candidates else None
         variants = [*self.variants, fresh] if fresh is not None else self.variants
         if outputs:
             given = {name: ir.DataType.from_numpy(self._look_up(WHOLE, name, 0).dtype) for name in names}
@@ -146,6 +152,20 @@ class _Round:
             if (like, name, sample) in self.states:
                 return self.states[like, name, sample]
         raise AssertionError(f"{name} was not computed")
+
+
+def _parts(segment: Segment, states: ir.Value | None) -> list[Segment]:
+    """A layer, and what follows it without a weight, such as the mean over tokens, which a layer less does not end."""
+    if states is None:
+        return [segment]
+    behind, reached = [], {states}
+    for node in segment.nodes:
+        if reached.intersection(value for value in node.inputs if value is not None):
+            behind.append(node)
+            reached.update(node.outputs)
+    layer = tuple(node for node in segment.nodes if node not in behind)
+    rest = [Segment(f"after {segment.title}", None, tuple(behind))] if behind else []
+    return [replace(segment, nodes=layer), *rest]
 
 
 def _target(graph: ir.Graph) -> str:

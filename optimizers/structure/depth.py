@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Merge = Literal["merge", "average"]
 
-RIDGES = tuple(10.0**power for power in range(-7, 2))
+RIDGES = tuple(10.0**power for power in range(-6, 1))
 """Tried, times the mean of the Gram matrix's diagonal."""
 TINY = 1e-30
 
