@@ -13,6 +13,7 @@ from onnxpress.optimizers.anatomy import Block
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.losses import greedy
+from onnxpress.optimizers.depth.rows import Each
 from onnxpress.optimizers.structure.depth import angular_distance, influence, lowest
 
 Select = Literal["influence", "angular", "loss"]
@@ -58,9 +59,9 @@ def span_scores(
         index = places.get(step.title)
         if index is None:
             continue
-        wanted = {str(blocks[index].outputs[0].name): _Rows(states.setdefault(index + 1, {}))}
+        wanted = {str(blocks[index].outputs[0].name): Each(states.setdefault(index + 1, {}).__setitem__)}
         if index == 0:
-            wanted[str(blocks[0].hidden[0].name)] = _Rows(states.setdefault(0, {}))
+            wanted[str(blocks[0].hidden[0].name)] = Each(states.setdefault(0, {}).__setitem__)
         step.observe({name: [rows] for name, rows in wanted.items()})
         first = index + 1 - span
         if first >= 0:
@@ -70,13 +71,3 @@ def span_scores(
         if index + 1 == len(blocks):
             break
     return scores
-
-
-class _Rows:
-    """Keeps what it is given, by sample."""
-
-    def __init__(self, kept: dict[int, NDArray[np.float32]]) -> None:
-        self.kept = kept
-
-    def update(self, x: NDArray[np.float32], sample: int) -> None:
-        self.kept[sample] = x

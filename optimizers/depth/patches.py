@@ -29,12 +29,12 @@ from onnxpress.optimizers.anatomy import Block, Product, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import Calibration, Step
 from onnxpress.optimizers.depth.cuts import stacks_of
+from onnxpress.optimizers.depth.rows import Each, Rows
 from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.structure.depth import Regression, before_norm
 from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 
 PatchForm = Literal["fold", "product"]
-Rows = NDArray[np.float32]
 LEAST = 1e-6
 """Smallest share of the mean square that a token's own square is taken to be."""
 
@@ -225,9 +225,9 @@ def _targets(
     for step in calibration.walk(untouched, feed="original"):
         layer, name = places.get(step.title, (-1, ""))
         if layer in layers:
-            kept = Keep()
-            step.observe({name: [kept]})
-            yield layer, kept.rows
+            rows: dict[int, Rows] = {}
+            step.observe({name: [Each(rows.__setitem__)]})
+            yield layer, rows
 
 
 def _fit(
@@ -248,11 +248,13 @@ def _fit(
 
 
 def _fit_product(step: Step, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
-    seen, regression = Keep(), Regression()
-    step.observe({states: [seen]})
-    for sample, x in seen.rows.items():
+    regression = Regression()
+
+    def take(sample: int, x: Rows) -> None:
         target = wanted[sample].astype(np.float64)
         regression.update(x, target - x, token_weights(target))
+
+    step.observe({states: [Each(take)]})
     patch = regression.solve()
     return {"matrix": patch.matrix.astype(np.float32), "error": np.array([patch.error])}
 
@@ -262,16 +264,19 @@ def _fit_down(
 ) -> dict[str, NDArray[Any]]:
     end = _End(block)
     assert end.reads is not None
-    acts, sums, regression = Keep(), Keep(), Regression()
-    step.observe({str(end.down.activation.name): [acts], str(end.reads.name): [sums]})
     norm = last_norms.get(gap.last) if end.norm is not None else None
     if end.norm is not None and norm is None:
         raise UnsupportedModelError(f"layer {gap.last} does not end in a LayerNorm as {block.title} does")
-    for sample, act in acts.rows.items():
-        current = sums.rows[sample]
+    regression, acts, biased = Regression(), dict[int, Rows](), end.down.bias is not None
+
+    def take(sample: int, current: Rows) -> None:
+        act = acts.pop(sample)
         target = wanted[sample].astype(np.float64) if norm is None else before_norm(wanted[sample], current, *norm)
-        x = act if end.down.bias is None else np.concatenate([act, np.ones_like(act[:, :1])], axis=1)
+        x = np.concatenate([act, np.ones_like(act[:, :1])], axis=1) if biased else act
         regression.update(x, target - current, token_weights(target))
+
+    # What the norm reads comes after the activations of the same sample.
+    step.observe({str(end.down.activation.name): [Each(acts.__setitem__)], str(end.reads.name): [Each(take)]})
     patch = regression.solve()
     weight = read_weight(end.down)
     found: dict[str, NDArray[Any]] = {"error": np.array([patch.error])}
@@ -288,13 +293,3 @@ def token_weights(target: NDArray[np.floating]) -> NDArray[np.float64]:
     """1 / |target|² of each row of [rows, features], that of next to empty rows being limited."""
     squares = np.einsum("ij,ij->i", target, target).astype(np.float64)
     return np.asarray(1.0 / np.maximum(squares, max(LEAST * squares.mean(), 1e-30)))
-
-
-class Keep:
-    """The rows of an activation, by sample."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Rows] = {}
-
-    def update(self, x: Rows, sample: int) -> None:
-        self.rows[sample] = x
