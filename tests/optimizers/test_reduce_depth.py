@@ -21,6 +21,7 @@ from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.cuts import LAYERS
 from onnxpress.optimizers.depth.kinds import layer_weights
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.reduce_depth import ReduceDepth
 from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
@@ -235,6 +236,47 @@ def test_losses_are_those_of_the_cut_graphs(exported: Exported, run: Run) -> Non
 def filled(model: ir.Model, sample: Mapping[str, Array]) -> dict[str, Array]:
     names = {value.name for value in model.graph.inputs}
     return {name: array for name, array in sample.items() if name in names}
+
+
+@pytest.fixture
+def pooled(exported: Exported) -> ir.Model:
+    """BERT with the mean over tokens behind it, as sentence encoders have: no weight tells it from the last layer."""
+    model = exported("bert")
+    graph = model.graph
+    axes = add_constant(graph, "axes", np.array([1]))
+    scaled = ir.node("Mul", [graph.outputs[0], add_constant(graph, "two", np.float32([2]))])
+    mean = ir.node("ReduceMean", [scaled.outputs[0], axes], {"keepdims": 0})
+    graph.extend([scaled, mean])
+    for node, name, sizes in ((scaled, "scaled", ["b", "n", 64]), (mean, "sentence_embedding", ["b", 64])):
+        value = node.outputs[0]
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(sizes)
+    graph.outputs.append(mean.outputs[0])
+    assert mean in anatomy_of(model).blocks[-1].nodes
+    return model
+
+
+def test_pooling_stays_when_the_last_layer_goes(pooled: ir.Model, exported: Exported, run: Run) -> None:
+    cut, _ = reduced(pooled, layers=[3])
+    states, embedding = run(cut, feeds_for(cut))
+    np.testing.assert_allclose(embedding, 2 * states.mean(1), atol=1e-5)
+    plain, _ = reduced(exported("bert"), layers=[3])
+    np.testing.assert_array_equal(states, run(plain, feeds_for(plain))[0])
+    patched, _ = reduced(pooled, samples_for(pooled, 16), layers=[3], method="linear")
+    want = run(pooled, feeds_for(pooled))[1]
+    assert np.square(run(patched, feeds_for(patched))[1] - want).mean() < np.square(embedding - want).mean()
+
+
+def test_losses_of_an_encoder_are_those_of_its_states(pooled: ir.Model, run: Run) -> None:
+    samples = samples_for(pooled, 1, 12)
+    _, report = reduced(pooled, samples, drop=1, select="loss")
+    losses = {}
+    for index in range(4):
+        cut, _ = reduced(pooled, layers=[index])
+        found, want = (run(model, samples[0])[0].astype(np.float64) for model in (cut, pooled))
+        size = np.linalg.norm(found, axis=-1) * np.linalg.norm(want, axis=-1)
+        losses[index] = float((1 - (found * want).sum(-1) / size).mean())
+    best = min(losses, key=losses.__getitem__)
+    assert report.errors == pytest.approx({f"encoder.layer.{best}": losses[best]}, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["merge", "average"])
