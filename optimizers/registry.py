@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
     "quantize-experts": "onnxpress.optimizers.quantize_experts:QuantizeExperts",
     "quantize-static": "onnxpress.optimizers.quantize_static:QuantizeStatic",
+    "reduce-depth": "onnxpress.optimizers.reduce_depth:ReduceDepth",
     "reduce-hidden": "onnxpress.optimizers.reduce_hidden:ReduceHidden",
     "repair": "onnxpress.optimizers.repair:Repair",
     "rotate": "onnxpress.optimizers.rotate:Rotate",
