@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "quantize-experts": "onnxpress.optimizers.quantize_experts:QuantizeExperts",
     "smooth": "onnxpress.optimizers.smooth:Smooth",
     "split-outliers": "onnxpress.optimizers.split_outliers:SplitOutliers",
+    "trim-vocabulary": "onnxpress.optimizers.trim_vocabulary:TrimVocabulary",
 }
 
 

@@ -21,6 +21,7 @@ from onnxpress.samples import decoder_windows
 from onnxpress.stems import ENCODER
 from onnxpress.texts import Ids
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step
+from onnxpress.vocabulary.restriction import restricted
 
 Update = Callable[[int, int], None]
 
@@ -54,6 +55,8 @@ class Meter:
     _expected: Reference | None = None
     _windows: tuple[list[Ids], str] | None = None
     """What a decoder is measured on, after every pass and at the end, and where it comes from."""
+    _companions: Path | None = None
+    """Whose vocabulary `_expected` and `_windows` are in."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
@@ -70,15 +73,17 @@ class Meter:
 
         `lossy`: whether a pass before it was. Raises VerificationError.
         """
+        candidate = self._open(after)
         if exact and lossy:
-            expected = Reference.of(self._open(before))
-            found = verify_step(expected, self._open(after), exact=True, tolerance=TIPPED_TOLERANCE, what=what)
+            expected = Reference.of(restricted(self._open(before), candidate.folder))
+            found = verify_step(expected, candidate, exact=True, tolerance=TIPPED_TOLERANCE, what=what)
             return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
+        self._speak(candidate)
         if self._expected is None:
-            reference = self._open(self.reference)
+            reference = restricted(self._open(self.reference), candidate.folder)
             windows = self._text(reference)[0] if reference.kind == "decoder" else None
             self._expected = Reference.of(reference, windows=windows, length=STEP_TOKENS)
-        return verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+        return verify_step(self._expected, candidate, exact=exact, tolerance=EXACT_TOLERANCE, what=what)
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
         """A decoder with the last position's logits only against the one with all, on the very same prompts.
@@ -130,9 +135,12 @@ class Meter:
         """The figures that the artifact is judged by."""
         self._expected = None  # its memory is better used elsewhere
         reference = open_model(main_graph(self.reference), threads=self.threads, all_logits=True)
-        windows, source = self._text(reference) if reference.kind == "decoder" else (self.data.text, None)
+        measured = self._open(candidate)
+        self._speak(measured)
+        words = restricted(reference, measured.folder)
+        windows, source = self._text(words) if reference.kind == "decoder" else (self.data.text, None)
         found = evaluate(
-            self._open(candidate),
+            measured,
             reference,
             text=windows,
             pairs=self.data.pairs,
@@ -141,6 +149,12 @@ class Meter:
             progress=lambda what, done, total: update(done, total),
         )
         return replace(found, text=source) if source else found
+
+    def _speak(self, candidate: Opened) -> None:
+        """Forget what is in another vocabulary than the candidate's."""
+        if candidate.folder != self._companions:
+            self._expected = self._windows = None
+            self._companions = candidate.folder
 
     def _text(self, reference: Opened) -> tuple[list[Ids], str]:
         """Windows of token ids from the user's text or of the reference's own, made once."""
@@ -162,7 +176,7 @@ def figures(found: Evaluation) -> dict[str, float]:
     """An evaluation as flat numbers: the headline figures, the loss, and each mode's as `kl_decode` and the like."""
     rows: dict[str, float] = {
         key: float(value)
-        for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman")
+        for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman", "more_tokens")
         if (value := getattr(found, key)) is not None
     }
     rows["loss"] = found.loss
