@@ -44,9 +44,14 @@ def characters_of(scripts: Iterable[str]) -> frozenset[str]:
 
     UsageError for an unknown name.
     """
+    return _characters_of(frozenset(scripts))
+
+
+@cache
+def _characters_of(scripts: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     known = characters_by_script()
-    for script in scripts:
+    for script in sorted(scripts):
         name = script.lower()
         if name == ASCII:
             found.update(map(chr, range(128)))
@@ -61,7 +66,9 @@ def scripts_in(text: str) -> frozenset[str]:
     """The scripts that a text is written in."""
     present = set(text)
     return frozenset(
-        script for script, chars in characters_by_script().items() if script == COMMON or not present.isdisjoint(chars)
+        script
+        for script, chars in characters_by_script().items()
+        if script == COMMON or any(c in chars for c in present)
     )
 
 
