@@ -10,10 +10,8 @@ import numpy as np
 from onnxpress import probes
 from onnxpress.metrics import ROWS, log_softmax
 from onnxpress.opening import Opened
+from onnxpress.samples import longest
 from onnxpress.texts import Ids, load_tokenizer
-
-MARGIN = 8
-"""Tokens at the end of a window that are left out, so that it holds no more of them with a first token before it."""
 
 
 def compare_reading(candidate: Opened, reference: Opened, pieces: Iterable[Ids]) -> dict[str, float]:
@@ -27,21 +25,32 @@ def compare_reading(candidate: Opened, reference: Opened, pieces: Iterable[Ids])
         return {}
     losses, tokens = [0.0, 0.0], [0, 0]
     for piece in pieces:
-        text = readers[0][1].decode(piece[0, : max(2, piece.shape[1] - MARGIN)].tolist(), skip_special_tokens=True)
-        for side, (opened, tokenizer) in enumerate(readers):
-            ids = [opened.starts[0], *tokenizer.encode(text, add_special_tokens=False).ids]
-            if len(ids) > 1:
-                losses[side] += _loss(opened.model, ids)
-                tokens[side] += len(ids) - 1
+        text = readers[0][1].decode(piece[0].tolist(), skip_special_tokens=True)
+        rows = _fitting(text, readers)
+        for side, ((opened, _), ids) in enumerate(zip(readers, rows, strict=True)):
+            losses[side] += _loss(opened.model, ids)
+            tokens[side] += len(ids) - 1
     if not tokens[1]:
         return {}
     mean = [float(np.exp(min(loss / tokens[1], 700.0))) for loss in losses]
     return {"perplexity": mean[0], "reference_perplexity": mean[1], "more_tokens": tokens[0] / tokens[1] - 1}
 
 
+def _fitting(text: str, readers: Sequence[tuple[Opened, Any]]) -> list[list[int]]:
+    """As much of the beginning of a text as both models have positions for, as ids with a first token before them."""
+    while True:
+        rows = [[opened.starts[0], *reader.encode(text, add_special_tokens=False).ids] for opened, reader in readers]
+        shares = [longest(opened, len(row)) / len(row) for (opened, _), row in zip(readers, rows, strict=True)]
+        if min(shares) == 1:
+            return rows
+        text = text[: int(len(text) * min(shares))]
+
+
 def _loss(model: Any, ids: Sequence[int]) -> float:
     """- log p of all tokens but the first, in nats."""
     row = np.array([ids], np.int64)
+    if len(ids) < 2:
+        return 0.0
     logits = probes.prompt(model, row, np.arange(len(ids) - 1))
     total = 0.0
     for start in range(0, len(logits), ROWS):

@@ -13,6 +13,8 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.vocabulary.characters import BytesOf
 
 KINDS = ("BPE", "WordPiece", "Unigram")
+SPACE = "▁"
+"""What SentencePiece writes in the place of a space."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNUSED = re.compile(r"\[unused\d+\]")
 """Entries of BERT's vocabulary that no text leads to."""
@@ -99,9 +101,11 @@ class Vocabulary:
             found |= {number for token, number in self.ids.items() if _BYTE.fullmatch(token)}
         for token, number in self.ids.items():
             body = self._body(token)
-            if len(body) == 1 and (
-                body in _BYTES if self.byte_level else not self.byte_fallback and body in characters
-            ):
+            if self.byte_level:
+                falls_back = body in _BYTES
+            else:  # decoders look for the mark of a space before they put bytes together
+                falls_back = body == SPACE or (not self.byte_fallback and len(body) == 1 and body in characters)
+            if falls_back:
                 found.add(number)
         if self.scores:
             # An unknown character counts as a piece a little less likely than the least likely one, which has to stay.
@@ -119,7 +123,7 @@ class Vocabulary:
             if self.byte_level:
                 if all(char in _BYTES for char in body) and pieces.may_hold(bytes(_BYTES[char] for char in body)):
                     yield number
-            elif not _UNUSED.fullmatch(token) and characters.issuperset(body.replace("▁", "")):
+            elif not _UNUSED.fullmatch(token) and characters.issuperset(body.replace(SPACE, "")):
                 yield number
 
     def _body(self, token: str) -> str:
