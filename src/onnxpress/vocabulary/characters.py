@@ -10,6 +10,8 @@ from functools import cache
 from onnxpress.names import unknown_name
 
 ASCII, COMMON = "ascii", "common"
+UNNAMED = "unnamed"
+"""Of control characters, which are common, and of letters whose names this Python does not know."""
 _WIDTHS = {"HALFWIDTH", "FULLWIDTH"}
 _NO_SCRIPT = frozenset(
     "MODIFIER COMBINING FEMININE MASCULINE MICRO ANGSTROM KELVIN OHM DOUBLE SCRIPT BLACK EULER PLANCK INFORMATION "
@@ -28,14 +30,14 @@ def characters_by_script() -> dict[str, frozenset[str]]:
         category = unicodedata.category(char)
         if category in ("Cn", "Co", "Cs"):  # unassigned, private, halves of a pair
             continue
-        words = unicodedata.name(char, "CONTROL").replace("-", " ").split()
+        words = unicodedata.name(char, "UNNAMED").replace("-", " ").split()
         word = words[1] if words[0] in _WIDTHS and len(words) > 1 else words[0]
         if category[0] in "LM":
             letters.setdefault(COMMON if word in _NO_SCRIPT else word.lower(), set()).add(char)
         else:
             others.append((word.lower(), char))
     for word, char in others:  # ARABIC COMMA is Arabic, since there are Arabic letters
-        letters[word if word in letters else COMMON].add(char)
+        letters[word if word in letters and word != UNNAMED else COMMON].add(char)
     return {script: frozenset(found) for script, found in letters.items()}
 
 
