@@ -33,6 +33,7 @@ PASSES: dict[str, str] = {
     "rotate": "onnxpress.optimizers.rotate:Rotate",
     "smooth": "onnxpress.optimizers.smooth:Smooth",
     "split-outliers": "onnxpress.optimizers.split_outliers:SplitOutliers",
+    "trim-vocabulary": "onnxpress.optimizers.trim_vocabulary:TrimVocabulary",
 }
 
 

@@ -26,6 +26,7 @@ from onnxpress.samples import encoder_rows, first_token, longest
 from onnxpress.staging import replacing_file
 from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
+from onnxpress.vocabulary.restriction import restricted
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -67,19 +68,25 @@ class CalibrationData:
     """Of the text that the model writes."""
 
     def feeds(
-        self, graph: Path, rows: int = ROWS, length: int = LENGTH, threads: int | None = None
+        self,
+        graph: Path,
+        rows: int = ROWS,
+        length: int = LENGTH,
+        threads: int | None = None,
+        companions: Path | None = None,
     ) -> dict[str, list[Feeds]]:
         """Samples for each graph of a model, by its stem ("" for a model of one graph).
 
         Args:
             graph: by which the model is opened.
             rows, length: what the pass wants, unless the user said something else.
+            companions: a folder whose tokenizer and vocabulary the samples are for, where they are not the graph's.
 
         Raises:
             BadInputError: there is too little data, or it is of a kind that the model does not take.
         """
         rows, length = self.samples or rows, self.length or length
-        opened = open_model(graph, threads=threads)
+        opened = restricted(open_model(graph, threads=threads), companions)
         if self.source is None:
             return _self_made(opened, graph, rows, length, self.seed)
         records = list(islice(read_records(self.source), 100_000))
@@ -117,7 +124,8 @@ def _self_made(opened: Opened, graph: Path, rows: int, length: int, seed: int) -
 
 def _written(opened: Opened, graph: Path, rows: int, length: int, seed: int) -> Ids:
     """Text that a decoder writes, [rows, length]: kept in the cache, as it takes up to minutes."""
-    key = fingerprint(load_graph(graph), [], f"text {rows} {length} {seed} {WRITTEN} {opened.starts}")
+    kept = getattr(opened.model, "kept", np.zeros(0, np.int64)).tolist()  # tokens, where some were taken away
+    key = fingerprint(load_graph(graph), [], f"text {rows} {length} {seed} {WRITTEN} {opened.starts} {kept}")
     path = cache_folder() / "texts" / f"{key}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or a damaged one
         found = np.load(path, allow_pickle=False)

@@ -7,7 +7,7 @@ prompt, and a graph that is right on one row can be wrong on a padded one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from .opening import Opened, open_model, random_feeds
 from .runtime import EncoderSession, pool
 from .samples import decoder_windows, encoder_feeds, encoder_rows, padded_rows
 from .texts import Ids, Progress, load_tokenizer, pad, read_pairs
+from .vocabulary.reading import compare_reading
+from .vocabulary.restriction import restricted
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Evaluation:
 
     The headline agreement and cosine are those of the worst mode, the perplexities those of the prompt. `kl`, in nats
     per token, is that of the prompt plus what the worst mode adds to the same tokens without a cache or padding.
+
+    Where the candidate has a part of the reference's tokens, KL and agreement are to the reference restricted to these;
+    perplexities and cosines are of the same text, which each model reads with its own tokenizer.
     """
 
     kind: str
@@ -42,6 +47,8 @@ class Evaluation:
     cosine_min: float | None = None
     spearman: float | None = None
     reference_spearman: float | None = None
+    more_tokens: float | None = None
+    """Of a candidate with fewer tokens: how many more it takes for the same text, as a share."""
     modes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The same by mode: `prefill`, `decode`, `padded`."""
 
@@ -89,6 +96,7 @@ def evaluate(
     measured, against = (
         open_model(what, task=task, threads=threads, all_logits=True) for what in (candidate, reference)
     )
+    words = restricted(against, measured.folder)  # the reference, with the candidate's vocabulary
     if "graph" in (measured.kind, against.kind):
         return _evaluate_graphs(measured, against, seed)
     if measured.kind != against.kind:
@@ -96,12 +104,18 @@ def evaluate(
     if measured.kind == "decoder":
         if pairs is not None:
             raise BadInputError("pairs are for encoders", hint="give --text for a decoder")
-        _same_vocabulary(measured, against)
-        pieces, source = decoder_windows(measured, against, text, windows, window, seed, progress)
-        return _evaluate_decoders(measured, against, pieces, source, decode_steps, progress)
+        _same_vocabulary(measured, words)
+        pieces, source = decoder_windows(measured, words, text, windows, window, seed, progress)
+        found = _evaluate_decoders(measured, words, pieces, source, decode_steps, progress)
+        if words is not against:
+            figures: dict[str, Any] = dict(compare_reading(measured, against, pieces))
+            found = replace(found, **figures)
+        return found
     if measured.kind == "encoder":
-        return _evaluate_encoders(measured, against, text, pairs, window, seed, progress)
-    return _evaluate_translators(measured, against, text, min(windows, 4), min(window, 64), progress)
+        is_text = text is None or isinstance(text, str | Path)
+        reads = is_text and load_tokenizer(against.folder) is not None  # each side with its own tokenizer
+        return _evaluate_encoders(measured, against if reads else words, text, pairs, window, seed, progress)
+    return _evaluate_translators(measured, words, text, min(windows, 4), min(window, 64), progress)
 
 
 def _same_vocabulary(a: Opened, b: Opened) -> None:
@@ -179,15 +193,18 @@ def _evaluate_encoders(
         rows, source = encoder_rows((reference, candidate), text, window, seed)
     else:
         rows, source = [ids[0].tolist() for ids in text], "token ids"
+    own = rows
+    if restricted(reference, candidate.folder) is not reference:
+        assert text is None or isinstance(text, str | Path)
+        own, _ = encoder_rows((candidate,), text, window, seed)
     expected, single, batched = [], [], []
     name = ""
     for i in range(0, len(rows), 4):
-        group = rows[i : i + 4]
-        ids, mask = pad(group)
+        ids, mask = pad(own[i : i + 4])
         together = candidate.model.encode(ids, mask)
-        for j, row in enumerate(group):
-            one = np.array([row], np.int64)
-            theirs, ours = reference.model.encode(one), candidate.model.encode(one)
+        for j, (row, ours_row) in enumerate(zip(rows[i : i + 4], own[i : i + 4], strict=True)):
+            theirs = reference.model.encode(np.array([row], np.int64))
+            ours = candidate.model.encode(np.array([ours_row], np.int64))
             name = name or probes.common_output(theirs, ours)
             require_finite(ours[name], f"{name} of one row")
             expected.append(pool({name: theirs[name]})[0])
@@ -210,6 +227,7 @@ def _evaluate_encoders(
         tokens=sum(map(len, rows)),
         cosine_mean=min(mode["cosine_mean"] for mode in modes.values()),
         cosine_min=min(mode["cosine_min"] for mode in modes.values()),
+        more_tokens=sum(map(len, own)) / sum(map(len, rows)) - 1 if own is not rows else None,
         spearman=ours_rank,
         reference_spearman=theirs_rank,
         modes=modes,
@@ -223,12 +241,14 @@ def _rank_pairs(
     tokenizer = load_tokenizer(reference.folder) or load_tokenizer(candidate.folder)
     if tokenizer is None:
         raise BadInputError("neither model has a tokenizer.json to read pairs with")
+    trimmed = restricted(reference, candidate.folder) is not reference
+    readers = (load_tokenizer(candidate.folder) if trimmed else tokenizer, tokenizer)
     rows = read_pairs(path)
-    tokens = [[tokenizer.encode(sentence).ids[:window] for sentence in (row.first, row.second)] for row in rows]
-    # Rows of like length together: less padding to compute, the same cosines.
-    order = sorted(range(len(rows)), key=lambda i: max(map(len, tokens[i])))
     found = []
-    for number, opened in enumerate((candidate, reference)):
+    for number, (opened, reader) in enumerate(zip((candidate, reference), readers, strict=True)):
+        tokens = [[reader.encode(sentence).ids[:window] for sentence in (row.first, row.second)] for row in rows]
+        # Rows of like length together: less padding to compute, the same cosines.
+        order = sorted(range(len(rows)), key=lambda i: max(map(len, tokens[i])))
         scores = np.zeros(len(rows))
         for i in range(0, len(rows), 16):
             group = order[i : i + 16]

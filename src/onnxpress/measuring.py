@@ -17,12 +17,13 @@ from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
 from onnxpress.memory import give_back
 from onnxpress.metrics import log_softmax, require_finite
-from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.opening import Opened, companions, open_model, random_feeds
 from onnxpress.remembered import RememberedDecoder
 from onnxpress.samples import decoder_windows
 from onnxpress.stems import ENCODER
 from onnxpress.texts import Ids
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
+from onnxpress.vocabulary.restriction import restricted
 
 Update = Callable[[int, int], None]
 
@@ -63,6 +64,8 @@ class Meter:
     """What the passes until now cost, see `_divergence`."""
     _answering: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
+    _companions: Path | None = None
+    """Whose vocabulary the three above are in."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
@@ -87,8 +90,9 @@ class Meter:
 
         `lossy`: whether a pass before it was. Raises VerificationError.
         """
+        folder = companions(main_graph(after))
         if exact and lossy:
-            expected = Reference.of(self._open(before))
+            expected = Reference.of(restricted(self._open(before), folder))
             found = verify_step(expected, self._open(after), exact=False, what=what)
             cost, limit = _divergence(found), max(TIPPED, TIPPED_SHARE * self._lost)
             if not cost <= limit:
@@ -97,8 +101,9 @@ class Meter:
                     f"{self._lost:.3g}"
                 )
             return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
+        self._speak(folder)
         if self._expected is None:
-            self._expected = self._reference_outputs()
+            self._expected = self._reference_outputs(folder)
             give_back()
         found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
         self._lost = _divergence(found)
@@ -153,8 +158,11 @@ class Meter:
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
         """The figures that the artifact is judged by."""
         self._expected = None  # its memory is better used elsewhere
-        reference = self._asked()
-        windows, source = self._text(reference) if reference.kind == "decoder" else (self.data.text, None)
+        folder = companions(main_graph(candidate))
+        self._speak(folder)
+        reference = self._asked(folder)
+        decodes = reference.kind == "decoder"
+        windows, source = self._text(restricted(reference, folder)) if decodes else (self.data.text, None)
         give_back()
         found = evaluate(
             self._open(candidate),
@@ -167,15 +175,18 @@ class Meter:
         )
         return replace(found, text=source) if source else found
 
-    def _asked(self) -> Opened:
-        """The reference; a decoder has answered all that `evaluate` will ask, and is not in memory any more."""
+    def _asked(self, folder: Path | None) -> Opened:
+        """The reference; a decoder has answered all that `evaluate` will ask, and is not in memory any more.
+
+        folder: of the companions of what it will be compared with.
+        """
         if self._answering is not None:
             return self._answering
         graph = main_graph(self.reference)
         reference = open_model(graph, threads=self.threads, all_logits=True)
         if reference.kind != "decoder":
             return reference
-        windows, _ = self._text(reference)
+        windows, _ = self._text(restricted(reference, folder))
         answers = RememberedDecoder(
             lambda: open_model(graph, threads=self.threads, all_logits=True).model,
             graph.parent / "answers",
@@ -184,14 +195,21 @@ class Meter:
             reference.model,
         )
         self._answering = replace(reference, model=answers)
-        evaluate(self._answering, self._answering, text=windows, windows=WINDOWS, threads=self.threads)
+        asked = restricted(self._answering, folder)
+        evaluate(asked, asked, text=windows, windows=WINDOWS, threads=self.threads)
         answers.close()
         return self._answering
 
-    def _reference_outputs(self) -> Reference:
-        reference = self._open(self.reference)
+    def _reference_outputs(self, folder: Path | None) -> Reference:
+        reference = restricted(self._open(self.reference), folder)
         windows = self._text(reference)[0] if reference.kind == "decoder" else None
         return Reference.of(reference, windows=windows, length=STEP_TOKENS)
+
+    def _speak(self, folder: Path | None) -> None:
+        """Forget what is in another vocabulary than that of the companions in `folder`."""
+        if folder != self._companions:
+            self._expected = self._windows = self._answering = None
+            self._companions = folder
 
     def _text(self, reference: Opened) -> tuple[list[Ids], str]:
         """Windows of token ids from the user's text or of the reference's own, made once."""
@@ -218,7 +236,7 @@ def figures(found: Evaluation) -> dict[str, float]:
     """An evaluation as flat numbers: the headline figures, the loss, and each mode's as `kl_decode` and the like."""
     rows: dict[str, float] = {
         key: float(value)
-        for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman")
+        for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman", "more_tokens")
         if (value := getattr(found, key)) is not None
     }
     rows["loss"] = found.loss

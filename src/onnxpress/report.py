@@ -30,6 +30,7 @@ _LABELS = {
     "cosine_mean": "cosine, mean",
     "cosine_min": "cosine, worst",
     "spearman": "rank correlation",
+    "more_tokens": "more tokens for the same text",
     "prefill_tokens_per_s": "prefill",
     "decode_ms_per_token": "decode",
     "latency_ms": "latency",
@@ -71,7 +72,7 @@ def amount(key: str, value: float | None) -> str:
         return "–"
     if key.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if key == "loss" or key.startswith("top1"):
+    if key in ("loss", "more_tokens") or key.startswith("top1"):
         return f"{value:.2%}"
     if key.endswith("tokens_per_s"):
         return f"{value:,.0f} tokens/s"

@@ -30,6 +30,7 @@ from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.stems import DECODER, DECODER_WITH_PAST
+from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ class Mark(NamedTuple):
     artifact: Artifact
     current: Mapping[str, Path]
     lossy: bool
+    home: Path
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Work:
     """The graphs that quality is measured against, by stem."""
     current: Mapping[str, Path] = field(init=False)
     meter: Meter = field(init=False)
+    home: Path = field(init=False)
+    """The folder of the current graphs' companions; a pass that changes these begins another."""
     lossy: bool = False
     """Whether a pass before was not exact."""
     samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)
@@ -68,7 +72,8 @@ class Work:
 
     def __post_init__(self) -> None:
         """Write the graphs as they came."""
-        artifact_folder.write_companions(self.artifact, self.folder)
+        self.home = self.folder
+        artifact_folder.write_companions(self.artifact, self.home)
         not_fused = self.artifact.export.get("not_fused", {})
         self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
@@ -101,12 +106,19 @@ class Work:
         began = time.perf_counter()
         calibrations = self._calibrations(one)
         with self.progress.stage(spec.name) as update:
+            companions = trimming(one, self.artifact)
             calibrations = {stem: replace(found, progress=update) for stem, found in calibrations.items()}
             graphs, report = _run_pass(one, self.current, calibrations, self.reference)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
         if report.errors:
             step = replace(step, errors=dict(report.errors))
         if report.matched:
+            if companions is not None:
+                self.home = self.folder / f"companions-{len(self.steps)}"
+                self.artifact = companions.follow(self.artifact, self.home)
+                artifact_folder.write_companions(self.artifact, self.home)
+                self.notes += companions.notes
+                self.samples.clear()
             before, self.current = self.current, self._save(graphs, spec.name)
             if kept is not None:
                 kept += calibrations.values()
@@ -132,7 +144,9 @@ class Work:
         wanted = (one.wanted_rows, one.wanted_length)
         if wanted not in self.samples:
             with self.progress.stage("sampling inputs"):
-                self.samples[wanted] = self.data.calibration.feeds(main_graph(self.reference), *wanted, self.threads)
+                self.samples[wanted] = self.data.calibration.feeds(
+                    main_graph(self.reference), *wanted, self.threads, self.home
+                )
             give_back()
         samples, folder = self.samples[wanted], calibration_folder()
         return {
@@ -142,10 +156,10 @@ class Work:
 
     def mark(self) -> Mark:
         """Where the work stands, to come back to; the files stay."""
-        return Mark(self.artifact, self.current, self.lossy)
+        return Mark(self.artifact, self.current, self.lossy, self.home)
 
     def restore(self, mark: Mark) -> None:
-        self.artifact, self.current, self.lossy = mark
+        self.artifact, self.current, self.lossy, self.home = mark
 
     def evaluate(self) -> Evaluation:
         """The quality that the artifact is judged by."""
@@ -172,7 +186,7 @@ class Work:
 
     def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
         """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
-        folder = self.folder / artifact_folder.GRAPHS
+        folder = self.home / artifact_folder.GRAPHS
         folder.mkdir(exist_ok=True)
         number = len(list(folder.glob("*.onnx")))
         paths = {}

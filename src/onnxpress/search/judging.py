@@ -25,14 +25,14 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
     data, graph = work.data.calibration, main_graph(work.reference)
-    fit = data.feeds(graph, rows, length, work.threads) if rows else {}
+    fit = data.feeds(graph, rows, length, work.threads, work.home) if rows else {}
     judge: Mapping[str, Sequence[Feeds]]
     if data.source is None:
         other = replace(data, seed=data.seed + 1, samples=None, length=None)
-        judge = other.feeds(graph, ROWS, LENGTH, work.threads)
+        judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
     else:
         wanted = (data.samples or rows or ROWS) + ROWS
-        every = replace(data, samples=wanted).feeds(graph, wanted, length, work.threads)
+        every = replace(data, samples=wanted).feeds(graph, wanted, length, work.threads, work.home)
         judge = {stem: list(_single(feeds))[-ROWS:] for stem, feeds in every.items()}
     found = {}
     for stem in work.current:
