@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.quantization.block_format import BlockFormat, ZeroPoints
+from onnxpress.optimizers.quantization.gptq import gptq
+from onnxpress.optimizers.quantization.least_squares import fit_least_squares
 from onnxpress.optimizers.structure.masks import (
     Pattern,
     Threshold,
@@ -163,3 +166,24 @@ def test_unknown_patterns(text: str, message: str) -> None:
 def test_patterns_that_do_not_divide(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(np.ones((6, 6), np.float32), 0.5, parse_pattern(pattern))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_points", ["none", "integer", "float"])
+def test_zeros_outlive_blocks_that_can_represent_them(bits: int, zero_points: ZeroPoints) -> None:
+    """Symmetric codes and whole zero points do, whatever chose the grid; offsets in floating point do not."""
+    weight = np.random.default_rng(bits).normal(0.3, 1, (128, 8)).astype(np.float32)
+    weight *= choose(scores(weight, "magnitude"), 0.5, parse_pattern("2:4"))
+    blocks = fit_least_squares(weight, BlockFormat(bits, 32, zero_points))
+    zeros = blocks.dequantize()[weight == 0]
+    assert (not zeros.any()) is (zero_points != "float")
+
+
+def test_gptq_brings_zeros_back() -> None:
+    """Rounding that makes up for errors elsewhere has no reason to leave a weight at zero."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((256, 64)) @ generator.standard_normal((64, 64))
+    weight = generator.standard_normal((64, 8)).astype(np.float32)
+    weight *= choose(scores(weight, "magnitude"), 0.5, Pattern())
+    found = gptq(weight, x.T @ x / len(x), BlockFormat(4, 32)).blocks.dequantize()
+    assert found[weight == 0].any()
