@@ -133,7 +133,8 @@ def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool
         whole: Mask = np.repeat(np.repeat(kept, pattern.columns, axis=0), pattern.rows, axis=1)
         return whole
     if per_output:
-        return _without_lowest(found[None], count_of(sparsity, inputs))[0]
+        rows: Mask = _without_lowest(found[None], count_of(sparsity, inputs))[0]
+        return rows
     return _without_lowest(found.reshape(1, -1, 1), count_of(sparsity, found.size)).reshape(found.shape)
 
 

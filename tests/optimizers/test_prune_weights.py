@@ -31,7 +31,11 @@ def samples(count: int = 8, length: int = 40) -> list[dict[str, NDArray[np.int64
     generator = np.random.default_rng(0)
     mask = np.ones((2, length), np.int64)
     mask[0, :5] = 0
-    return [{"input_ids": generator.integers(3, 60, (2, length)), "attention_mask": mask} for _ in range(count)]
+    types = np.zeros_like(mask)  # of BERT's tokens; the others take none
+    return [
+        {"input_ids": generator.integers(3, 60, (2, length)), "attention_mask": mask, "token_type_ids": types}
+        for _ in range(count)
+    ]
 
 
 def prune(model: ir.Model, **options: Any) -> tuple[ir.Model, Report]:
