@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "low-rank": "onnxpress.optimizers.low_rank:LowRank",
     "pack-projections": "onnxpress.optimizers.pack_projections:PackProjections",
     "prune-ffn": "onnxpress.optimizers.prune_ffn:PruneFfn",
+    "prune-weights": "onnxpress.optimizers.prune_weights:PruneWeights",
     "quantize-blocks": "onnxpress.optimizers.quantize_blocks:QuantizeBlocks",
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",

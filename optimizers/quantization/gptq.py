@@ -70,10 +70,10 @@ def gptq(
     """
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {', '.join(get_args(Order))}, not {order!r}")
-    _check(gram, weight)
-    damped = _damped(gram, damping)
+    check_gram(gram, weight)
+    damped = damped_gram(gram, damping)
     visit = np.argsort(-np.diagonal(damped), kind="stable") if order == "activation" else np.arange(len(gram))
-    root = _root(damped[np.ix_(visit, visit)])
+    root = upper_root(damped[np.ix_(visit, visit)])
     if grid is None:
         importance = np.empty(len(visit), np.float32)
         importance[visit] = np.diagonal(root) ** 2
@@ -162,7 +162,7 @@ def _descend(state: _State, feedback: Floats, visit: NDArray[np.int64]) -> None:
             errors[place] = state.errors[row]
 
 
-def _root(hessian: Doubles) -> Doubles:
+def upper_root(hessian: Doubles) -> Doubles:
     """R for H = R Rᵀ, upper triangular."""
     try:
         return np.asarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1], dtype=np.float64)
@@ -207,14 +207,14 @@ def _refit_scales(state: _State, hessian: Floats, slope: Floats) -> None:
     state.set_scales(scales)
 
 
-def _damped(gram: Doubles, damping: float) -> Doubles:
+def damped_gram(gram: Doubles, damping: float) -> Doubles:
     size = float(np.mean(np.diagonal(gram))) or 1.0
     damped = np.array(gram, dtype=np.float64)
     damped[np.diag_indices_from(damped)] += damping * size
     return damped
 
 
-def _check(gram: Doubles, weight: Floats) -> None:
+def check_gram(gram: Doubles, weight: Floats) -> None:
     features = len(weight)
     if gram.shape != (features, features):
         raise ValueError(f"gram must be [{features}, {features}] for this weight, not {list(gram.shape)}")

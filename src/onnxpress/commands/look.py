@@ -82,9 +82,25 @@ def list_(what: str, architectures: bool, as_json: bool) -> None:
         report.print_rows(rows)
 
 
+@click.command(short_help="Which weights of an artifact are zero, as a file of masks.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file.")
+@_reporting
+def masks(model: str, output: Path, as_json: bool) -> None:
+    """Write which weights of MODEL's products are zero: one bit a weight, for --pass 'prune-weights:masks="FILE"'."""
+    from onnxpress import masks as extraction
+    from onnxpress import report
+
+    found = extraction.extract(model, output)
+    if as_json:
+        report.print_json(found)
+    else:
+        report.print_metrics(str(output), found)
+
+
 def _stream(text: str) -> None:
     click.echo(text, nl=False)
     sys.stdout.flush()
 
 
-COMMANDS: tuple[click.Command, ...] = (inspect, run, verify, list_)
+COMMANDS: tuple[click.Command, ...] = (inspect, run, verify, masks, list_)
