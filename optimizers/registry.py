@@ -23,6 +23,7 @@ PASSES: dict[str, str] = {
     "quantize-dynamic": "onnxpress.optimizers.quantize_dynamic:QuantizeDynamic",
     "quantize-static": "onnxpress.optimizers.quantize_static:QuantizeStatic",
     "quantize-embedding": "onnxpress.optimizers.quantize_embedding:QuantizeEmbedding",
+    "reduce-heads": "onnxpress.optimizers.reduce_heads:ReduceHeads",
     "rotate": "onnxpress.optimizers.rotate:Rotate",
     "quantize-experts": "onnxpress.optimizers.quantize_experts:QuantizeExperts",
     "smooth": "onnxpress.optimizers.smooth:Smooth",
