@@ -31,7 +31,6 @@ from onnxpress.optimizers.linear import drop_unused, selected
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.optimizers.structure.attention_probe import attended_states, copy_attention, probe
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.editing import forget_shapes
 from onnxpress.optimizers.structure.head_reduction import (
     Attended,
     Observed,
@@ -134,7 +133,6 @@ class ReduceHeads(CalibratedPass):
                 self._finish(site, plan, tables, report)
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
-        forget_shapes(anatomy_of(model))
 
     def _sites(self, model: ir.Model, report: Report) -> list[HeadSite]:
         found, left = [], 0

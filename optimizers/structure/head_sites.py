@@ -15,7 +15,14 @@ from onnxpress.optimizers.anatomy.layers import NORMS
 from onnxpress.optimizers.anatomy.roles import FUSED, ROTARY_INPUTS
 from onnxpress.optimizers.linear import add_initializers
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.editing import read_weight, require_editable, set_bias, set_heads, set_weight
+from onnxpress.optimizers.structure.editing import (
+    forget_block_shapes,
+    read_weight,
+    require_editable,
+    set_bias,
+    set_heads,
+    set_weight,
+)
 from onnxpress.tensors import concrete_shape
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -84,6 +91,7 @@ class HeadSite:
         """Tell the operators their new sizes, and the tables of cosines and sines that fit them."""
         heads, kv_heads, head_dim = sizes
         set_heads(self.attention, heads, kv_heads, head_dim)
+        forget_block_shapes(self.block)
         for node, count in zip(self.rotations, (heads, kv_heads), strict=False):
             if "num_heads" in node.attributes and node.attributes["num_heads"].value:
                 node.attributes["num_heads"] = ir.AttrInt64("num_heads", count)
