@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from onnxpress.work import Work
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
     from onnxpress.exporter.lowering import WeightType
+    from onnxpress.exporter.weights import TensorSource
     from onnxpress.search.kernels import KernelTable
     from onnxpress.search.survey import Survey
 
@@ -72,6 +73,7 @@ def build(
     calibration: CalibrationData | None = None,
     search_options: SearchOptions | None = None,
     benchmark: bool = True,
+    checkpoint: Path | None = None,
     task: str | None = None,
     logits: Logits | None = None,
     context_length: int | None = None,
@@ -83,6 +85,9 @@ def build(
 ) -> BuildResult:
     """From a model, however it is named, to a verified artifact.
 
+    checkpoint: a folder for the model as it is before weights are packed or quantized, in Hugging Face's format,
+    verified against the graph.
+
     Raises UsageError, BadInputError, GateFailedError, VerificationError or OutputError; then nothing is written and an
     artifact that stood at `output` is untouched.
     """
@@ -92,9 +97,10 @@ def build(
     _check_search(chosen, gates, search_options)
     output = output or default_output(model)
     check_target(output)
+    _check_checkpoint(checkpoint, output)
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
-    with replacing(output) as stage:
+    with replacing(output) as stage, _beside(checkpoint) as folder:
         work = _begin(
             stage.work,
             source,
@@ -107,7 +113,16 @@ def build(
         )
         chosen = chosen or _default_recipe(model, work.artifact, target, gates)
         record = _press(
-            model, work, stage, chosen, gates, benchmark, last_logits=logits != "all", search_options=search_options
+            model,
+            work,
+            stage,
+            chosen,
+            gates,
+            benchmark,
+            last_logits=logits != "all",
+            search_options=search_options,
+            checkpoint=folder,
+            originals=None if isinstance(source, Artifact) else source.tensors,
         )
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
@@ -154,10 +169,14 @@ def optimize(
     calibration: CalibrationData | None = None,
     search_options: SearchOptions | None = None,
     benchmark: bool = True,
+    checkpoint: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Run passes on an artifact or on an ONNX graph made by anyone; the reference is what came in."""
+    """Run passes on an artifact or on an ONNX graph made by anyone; the reference is what came in.
+
+    checkpoint: see `build`.
+    """
     if passes and recipe:
         raise UsageError("--pass and --recipe exclude each other")
     progress = progress or Progress(enabled=False)
@@ -168,10 +187,11 @@ def optimize(
     chosen = _checked(chosen, target) if chosen else None
     _check_search(chosen, gates, search_options)
     check_target(output)
+    _check_checkpoint(checkpoint, output)
     artifact = load(source)
     if artifact is None:
         raise UsageError(f"{source} is a checkpoint", hint="optimize takes ONNX; from a checkpoint: onnxpress build")
-    with replacing(output) as stage:
+    with replacing(output) as stage, _beside(checkpoint) as folder:
         work = _begin(
             stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
         )
@@ -185,6 +205,7 @@ def optimize(
             benchmark,
             last_logits=False,
             search_options=search_options,
+            checkpoint=folder,
         )
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
@@ -286,12 +307,21 @@ def _press(
     *,
     last_logits: bool,
     search_options: SearchOptions | None = None,
+    checkpoint: Path | None = None,
+    originals: Mapping[str, TensorSource] | None = None,
 ) -> Manifest:
-    """[pass -> verify]* -> evaluate -> gate -> package. Without a recipe nothing changes and nothing is measured."""
+    """[pass -> verify]* -> evaluate -> gate -> package. Without a recipe nothing changes and nothing is measured.
+
+    checkpoint: an empty folder to write the float model to. originals: the weights that it came from.
+    """
     quality = None
     if recipe is not None:
         for spec, one in zip(recipe.passes, recipe.build(), strict=True):
             work.apply(spec, one)
+        if checkpoint is not None:
+            from onnxpress.checkpoint_output import write_checkpoint
+
+            write_checkpoint(work, checkpoint, originals)
         if recipe.formats:
             from onnxpress.search.budget import search
 
@@ -307,6 +337,25 @@ def _press(
     return package(
         name, work, stage.result, recipe=recipe, quality=quality, gates=gates or Gates(), benchmark=benchmark
     )
+
+
+@contextmanager
+def _beside(checkpoint: Path | None) -> Iterator[Path | None]:
+    """An empty folder that becomes `checkpoint` if all goes well; None if none is wanted."""
+    if checkpoint is None:
+        yield None
+        return
+    with replacing(checkpoint, option="--checkpoint") as stage:
+        yield stage.result
+
+
+def _check_checkpoint(checkpoint: Path | None, output: Path) -> None:
+    """Raise UsageError, before the long work, for a folder that cannot take a checkpoint."""
+    if checkpoint is None:
+        return
+    check_target(checkpoint, option="--checkpoint")
+    if checkpoint.resolve() == output.resolve():
+        raise UsageError("--checkpoint and --output are the same folder", hint="give the checkpoint one of its own")
 
 
 def _checked(recipe: Recipe, target: Profile) -> Recipe:

@@ -35,26 +35,29 @@ class Staging:
     work: Path
 
 
-def check_target(target: Path) -> None:
-    """Raise UsageError unless `target` is free, an empty folder, or an artifact that may be replaced."""
+def check_target(target: Path, option: str = "--output") -> None:
+    """Raise UsageError unless `target` is free, an empty folder, or an artifact that may be replaced.
+
+    option: of the command line, that chose the folder.
+    """
     if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} exists and is not a folder", hint="choose another folder with --output")
+        raise UsageError(f"{target} exists and is not a folder", hint=f"choose another folder with {option}")
     if target.is_dir() and any(target.iterdir()) and not is_artifact(target):
         raise UsageError(
             f"{target} exists and is not an onnxpress artifact: it would be overwritten",
-            hint="choose another folder with --output",
+            hint=f"choose another folder with {option}",
         )
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Staging]:
+def replacing(target: Path, option: str = "--output") -> Iterator[Staging]:
     """Yield a Staging whose `result` replaces `target` if the block ends without an exception.
 
     Raises UsageError if `target` holds something else than an artifact, OutputError if it cannot be written (full disk,
     quota, permissions; also where the block itself hits these).
     """
     target = target.resolve()
-    check_target(target)
+    check_target(target, option)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
@@ -67,7 +70,7 @@ def replacing(target: Path) -> Iterator[Staging]:
         staging.work.mkdir()
         yield staging
         _sync(staging.result)
-        check_target(target)  # it may have changed meanwhile
+        check_target(target, option)  # it may have changed meanwhile
         _swap_in(staging.result, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):

@@ -28,8 +28,10 @@ from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
+from onnxpress.reduced_config import reduced_config
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.stems import DECODER, DECODER_WITH_PAST
+from onnxpress.structure import RECORD, Record, Structure, compare, read_structure
 from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ class Work:
     """The folder of the current graphs' companions; a pass that changes these begins another."""
     lossy: bool = False
     """Whether a pass before was not exact."""
+    structure: Structure | None = field(init=False)
+    """Of the float graphs; None where no layers are recognised."""
+    floats: Mapping[str, Path] | None = field(init=False)
+    """The graphs as they were last while every product was a float one under its own name."""
     samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)
     """Inputs for passes that look at activations: for each graph, by rows and length that a pass asked for."""
 
@@ -78,6 +84,8 @@ class Work:
         self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
         self.meter = Meter(self.reference, self.data, self.threads, dict(self.profile.session_options))
+        self.structure = read_structure(self.artifact.graphs.values()) if _is_float(self.artifact.graphs) else None
+        self.floats = self.current if self.structure is not None else None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -120,6 +128,8 @@ class Work:
                 self.notes += companions.notes
                 self.samples.clear()
             before, self.current = self.current, self._save(graphs, spec.name)
+            if self.floats == before:
+                self._follow(one, graphs)
             if kept is not None:
                 kept += calibrations.values()
             else:
@@ -136,6 +146,27 @@ class Work:
                 hint="leave it out, or mark it optional = true in the recipe",
             )
         self.record(replace(step, seconds=time.perf_counter() - began))
+
+    def _follow(self, one: Pass, graphs: Mapping[str, ir.Model]) -> None:
+        """Let config.json say what the structure of float graphs is by now.
+
+        An exact pass that gives products other names packs them, and a pass that is not float quantizes: these change
+        how the model is stored, not its structure, and what comes after them is not followed.
+        """
+        found = read_structure(graphs.values()) if _is_float(graphs) else None
+        if found is None or self.structure is None or (one.exact and found.names - self.structure.names):
+            return
+        export = self.artifact.export
+        changed = reduced_config(self.artifact.config, self.structure, found)
+        earlier = Record.of(export)
+        before = earlier.before if earlier else self.structure
+        reasons = dict.fromkeys([*(earlier.onnx_only if earlier else ()), *changed.onnx_only])
+        if reasons or compare(before, found):
+            export = {**export, RECORD: Record(before, found, tuple(reasons)).to_dict()}
+        self.artifact = replace(self.artifact, config=changed.config, export=export)
+        self.notes += [f"ONNX only: {reason}" for reason in changed.onnx_only]
+        self.structure, self.floats = found, self.current
+        artifact_folder.write_companions(self.artifact, self.home)
 
     def _calibrations(self, one: Pass) -> dict[str, Calibration]:
         """Samples of each graph, by its stem, for a pass that looks at activations."""
@@ -206,6 +237,11 @@ class Work:
 def discard(calibrations: Iterable[Calibration]) -> None:
     for calibration in calibrations:
         calibration.discard()
+
+
+def _is_float(graphs: Mapping[str, ir.Model]) -> bool:
+    """Whether all weights are float32."""
+    return all(set(artifact_folder.weight_formats(model)) <= {"float32"} for model in graphs.values())
 
 
 def graph_bytes(paths: Mapping[str, Path]) -> int:

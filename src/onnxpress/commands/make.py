@@ -11,6 +11,7 @@ from onnxpress.commands.options import (
     all_of,
     calibration_data,
     calibration_options,
+    checkpoint_option,
     data_options,
     debug_option,
     export_options,
@@ -36,6 +37,7 @@ _common = all_of(threads_option, json_option, debug_option)
 @profile_option
 @recipe_option
 @output_option()
+@checkpoint_option
 @gate_options
 @search_options
 @data_options
@@ -94,6 +96,7 @@ def export(model: str, **options: Any) -> None:
     metavar="NAME[:k=v,…]",
     help="A pass to run, in order; repeatable. List them: onnxpress list passes.",
 )
+@checkpoint_option
 @recipe_option
 @profile_option
 @gate_options

@@ -150,6 +150,14 @@ def kernel_table(options: dict[str, Any]) -> KernelTable | None:
     return read_table(path) if path else None
 
 
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Also write the model, as it is before weights are packed or quantized, as a Hugging Face checkpoint.",
+)
+
+
 def output_option(required: bool = False) -> Callable[[F], F]:
     return click.option(
         "-o",

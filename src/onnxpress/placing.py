@@ -1,0 +1,101 @@
+"""The weights of float graphs by their roles, for a checkpoint to be written from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from onnxpress.errors import UnsupportedModelError
+from onnxpress.exporter.placed_weights import PlacedWeight, Role
+from onnxpress.optimizers.anatomy import Anatomy, anatomy_of
+from onnxpress.optimizers.anatomy.layers import NORMS, scope_of
+from onnxpress.optimizers.anatomy.products import find_products
+from onnxpress.optimizers.linear import match_linear
+from onnxpress.tensors import concrete_shape
+
+_TABLES = ("cos_cache", "sin_cache")
+_QUERIES = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
+
+
+def place_weights(graphs: Iterable[ir.Model]) -> list[PlacedWeight]:
+    """Every floating-point weight of the graphs of a model, each once, in graph order.
+
+    Raises UnsupportedModelError for a weight that two graphs have in two shapes.
+    """
+    found: dict[str, PlacedWeight] = {}
+    for model in graphs:
+        for one in _of_graph(model):
+            first = found.setdefault(one.name, one)
+            if concrete_shape(first.tensor) != concrete_shape(one.tensor):
+                raise UnsupportedModelError(
+                    f"{one.name} is {list(concrete_shape(first.tensor))} in one graph of the model and "
+                    f"{list(concrete_shape(one.tensor))} in another"
+                )
+    return list(found.values())
+
+
+def _of_graph(model: ir.Model) -> list[PlacedWeight]:
+    found: dict[str, PlacedWeight] = {}
+    anatomy = anatomy_of(model)
+    scales = _scales(anatomy)
+    products = list(find_products(model.graph))
+    for product in products:
+        linear = match_linear(product.node)
+        tensor = product.weight.const_value
+        if linear is None or tensor is None:
+            continue
+        scale, queries = scales.get(product.name, (None, 0))
+        is_head = anatomy.head is not None and product.node is anatomy.head.node
+        if product.name not in found:
+            found[product.name] = PlacedWeight(
+                product.name,
+                "product",
+                scope_of(product.node),
+                tensor,
+                linear.transposed,
+                scale,
+                queries,
+                is_head,
+                product.bias is not None,
+            )
+        _add(found, product.bias, "bias", product.node)
+    for node in model.graph:
+        if node.op_type in NORMS:
+            gain = 2 if node.op_type.startswith("Skip") else 1
+            _add(found, _input(node, gain), "gain", node)
+            if node.op_type.endswith("LayerNormalization") and "Simplified" not in node.op_type:
+                _add(found, _input(node, gain + 1), "shift", node)
+        elif node.op_type == "MoE":
+            _add(found, _input(node, 2), "experts", node)
+    for value in model.graph.initializers.values():
+        reader = next((node for node, _ in value.uses()), None)
+        if reader is not None and not str(value.name).endswith(_TABLES):
+            _add(found, value, "other", reader)
+    return list(found.values())
+
+
+def _scales(anatomy: Anatomy) -> dict[str, tuple[float, int]]:
+    """What the scores of an attention are multiplied by, and the number of its queries, by the product that makes
+    these."""
+    found = {}
+    for block in anatomy.blocks:
+        for one in block.attentions:
+            if one.node.op_type not in _QUERIES or one.heads is None or one.head_dim is None:
+                continue
+            given = one.node.attributes.get("scale")
+            scale = (float(given.value) if given is not None else 0.0) or float(one.head_dim**-0.5)
+            found[one.query.name] = (scale, one.heads * one.head_dim)
+    return found
+
+
+def _add(found: dict[str, PlacedWeight], value: ir.Value | None, role: Role, node: ir.Node) -> None:
+    """Note a weight, unless it is known: its first role counts."""
+    tensor = value.const_value if value is not None and value.is_initializer() else None
+    if value is None or tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+        return
+    found.setdefault(str(value.name), PlacedWeight(str(value.name), role, scope_of(node), tensor))
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
