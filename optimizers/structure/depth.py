@@ -110,23 +110,20 @@ class Regression:
         self.grams: list[Doubles] = []
         self.crosses: list[Doubles] = []
         self.squares = [0.0, 0.0]
-        self.rows = [0, 0]
 
     def update(self, x: NDArray[np.floating], y: NDArray[np.floating], weights: NDArray[np.floating]) -> None:
-        """Take in rows that count by `weights` [rows]; every other run of 16 rows joins the other half."""
+        """Take in rows that count by `weights` [rows]: a half of them, and the other, which other texts are in."""
         if not self.grams:
             inputs, outputs = x.shape[1], y.shape[1]
             self.grams = [np.zeros((inputs, inputs)) for _ in range(2)]
             self.crosses = [np.zeros((inputs, outputs)) for _ in range(2)]
         roots = np.sqrt(weights.astype(np.float64))[:, None]
-        halves = (np.arange(len(x)) // 16 + sum(self.rows) // 16) % 2
-        for half in range(2):
-            mine = halves == half
+        middle = len(x) // 2
+        for half, mine in enumerate((slice(0, middle), slice(middle, len(x)))):
             a, b = x[mine] * roots[mine], y[mine] * roots[mine]
             self.grams[half] += a.T @ a
             self.crosses[half] += a.T @ b
             self.squares[half] += float(np.square(b).sum())
-            self.rows[half] += int(mine.sum())
 
     def solve(self, ridges: Sequence[float] = RIDGES) -> Patch:
         """argmin_A Σ w ‖x A − y‖² + λ ‖A‖², λ being the one under which each half predicts the other best."""
