@@ -57,6 +57,7 @@ def test_divergence(seed: int, words: int, shift: float) -> None:
     assert (divergence(one, other) >= -1e-12).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.data())
 def test_lowest(scores: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(scores)))
@@ -69,6 +70,7 @@ def test_of_equal_scores_the_later_goes() -> None:
     assert lowest([1.0, 0.0, 0.0, 0.0], 2) == [2, 3]
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 30)))
 def test_runs(indices: set[int]) -> None:
     found = runs(sorted(indices))
