@@ -45,7 +45,7 @@ class PruneFfn(CalibratedPass):
 
     name = "prune-ffn"
     exact = False
-    wanted_rows = 16
+    wanted_rows = 32
     wanted_length = 512
 
     def __init__(
@@ -55,7 +55,7 @@ class PruneFfn(CalibratedPass):
         method: Method = "least-squares",
         allocation: Literal["uniform", "global"] = "uniform",
         refit: bool = True,
-        ridge: float = 0.01,
+        ridge: float = 0.1,
         bias_compensation: bool | None = None,
         multiple_of: int = 32,
         gradients: Path | None = None,
