@@ -28,6 +28,7 @@ from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
 from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
+from onnxpress.optimizers.structure.residual import addition_of
 from onnxpress.optimizers.structure.ridge import penalties
 from onnxpress.optimizers.structure.width import Method, Removal
 
@@ -208,7 +209,8 @@ class PruneFfn(CalibratedPass):
     def _moments(self, step: Step, one: Channels) -> Moments:
         lengths = StreamLengths()
         moments = Moments(one.count, str(one.down.activation.name), lengths)
-        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in one.block.outputs}
+        stream = addition_of(one.block, one.down).stream
+        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
         step.observe({**wanted, moments.tensor: [moments]})
         return moments
 
