@@ -28,6 +28,7 @@ from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
 from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
+from onnxpress.optimizers.structure.residual import addition_of
 from onnxpress.optimizers.structure.ridge import penalties
 from onnxpress.optimizers.structure.width import Method, Removal
 
@@ -45,7 +46,7 @@ class PruneFfn(CalibratedPass):
 
     name = "prune-ffn"
     exact = False
-    wanted_rows = 16
+    wanted_rows = 32
     wanted_length = 512
 
     def __init__(
@@ -55,7 +56,7 @@ class PruneFfn(CalibratedPass):
         method: Method = "least-squares",
         allocation: Literal["uniform", "global"] = "uniform",
         refit: bool = True,
-        ridge: float = 0.01,
+        ridge: float = 0.1,
         bias_compensation: bool | None = None,
         multiple_of: int = 32,
         gradients: Path | None = None,
@@ -208,7 +209,8 @@ class PruneFfn(CalibratedPass):
     def _moments(self, step: Step, one: Channels) -> Moments:
         lengths = StreamLengths()
         moments = Moments(one.count, str(one.down.activation.name), lengths)
-        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in one.block.outputs}
+        stream = addition_of(one.block, one.down).stream
+        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
         step.observe({**wanted, moments.tensor: [moments]})
         return moments
 

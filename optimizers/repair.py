@@ -58,7 +58,7 @@ class Repair(CalibratedPass):
     name = "repair"
     exact = False
     needs_reference = True
-    wanted_rows = 16
+    wanted_rows = 32
     wanted_length = 512
 
     def __init__(

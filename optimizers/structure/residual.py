@@ -24,6 +24,8 @@ class Addition:
     is normalised before it joins."""
     bias: NDArray[np.float32] | None = None
     """Added by a norm that also adds the streams."""
+    stream: tuple[ir.Value, ...] = ()
+    """The stream after: one value, or the terms where a norm adds them."""
 
 
 def addition_of(block: Block, product: Product) -> Addition:
@@ -45,6 +47,7 @@ def addition_of(block: Block, product: Product) -> Addition:
             place = BIASES[node.op_type]
             bias = node.inputs[place] if len(node.inputs) > place else None
             tensor = bias.const_value if bias is not None else None
-            return Addition(tuple(terms), None if tensor is None else np.asarray(tensor.numpy(), np.float32))
+            array = None if tensor is None else np.asarray(tensor.numpy(), np.float32)
+            return Addition(tuple(terms), array, (product.output, *terms))
         value = node.outputs[0]
-    return Addition(tuple(terms))
+    return Addition(tuple(terms), None, (value if value in known else product.output,))
