@@ -233,7 +233,7 @@ class ReduceHeads(CalibratedPass):
             inside = set(step.segment.nodes)
             for number, site in enumerate(one for one in sites if one.attention.node in inside):
                 plan = plans[site.attention.node]
-                with probe(site) as before:
+                with probe(site, "before") as before:
                     target = copy_attention(before)
                     dimensions = self._dimensions(site, planes)
                     site.write(step.results(f"heads{number}", partial(self._reduced, step, site, plan, dimensions)))
@@ -311,7 +311,7 @@ def _attended(step: Step, site: HeadSite, kept: Indices) -> Attended:
     heads, _, head_dim = site.sizes
     features, out = site.value.features[0], site.output.features[1]
     slabs = -(-features // head_dim)
-    with probe(site) as one:
+    with probe(site, "attended") as one:
         values = attended_states(one)
         products = HeadProducts(heads)
         step.observe({str(value.name): [products] for value in values})

@@ -20,13 +20,13 @@ from onnxpress.tensors import concrete_shape
 class Probe:
     """Nodes and initializers that stand in a graph for a while, after a node of it."""
 
-    def __init__(self, site: HeadSite) -> None:
+    def __init__(self, site: HeadSite, purpose: str) -> None:
         graph = site.attention.node.graph
         assert isinstance(graph, ir.Graph)
         self.graph, self.site = graph, site
         self.nodes: list[ir.Node] = []
         self.weights: list[ir.Value] = []
-        self.prefix = f"{site.block.title}.{site.attention.node.name}.probe"
+        self.prefix = f"{site.block.title}.{site.attention.node.name}.{purpose}"
 
     def add(self, node: ir.Node) -> list[ir.Value]:
         """Put a node behind those before it, and the first behind the attention's output."""
@@ -72,8 +72,9 @@ class Probe:
 
 
 @contextmanager
-def probe(site: HeadSite) -> Iterator[Probe]:
-    one = Probe(site)
+def probe(site: HeadSite, purpose: str) -> Iterator[Probe]:
+    """A probe that is removed afterwards; of those that stand at the same time, each has a purpose of its own."""
+    one = Probe(site, purpose)
     try:
         yield one
     finally:

@@ -140,9 +140,11 @@ def refit_to(weights: AttentionWeights, joint: Moments, ridge: float, *, centred
 def joint_error(weights: AttentionWeights, joint: Moments) -> float:
     """E|z O + offset − y|² / E|y|² from the same joint moments."""
     output = weights.output.reshape(-1, weights.output.shape[2])
-    moments, size, width = joint.augmented(), len(output), output.shape[1]
-    loss = np.vstack([output, -np.eye(width), weights.offset[None]])
-    error, whole = float(np.sum((moments @ loss) * loss)), float(np.trace(moments[size:-1, size:-1]))
+    difference = np.vstack([output, -np.eye(output.shape[1])])
+    covariance, mean = joint.second(centred=True), joint.mean()
+    error = float(np.sum((covariance @ difference) * difference))
+    error += float(np.square(mean @ difference + weights.offset).sum())
+    whole = float(np.trace(joint.second(centred=False)[len(output) :, len(output) :]))
     return max(error, 0.0) / max(whole, float(np.finfo(np.float64).tiny))
 
 

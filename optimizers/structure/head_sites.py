@@ -247,7 +247,8 @@ def _check_inputs(node: ir.Node, where: str) -> None:
 
 def _bias(product: Product) -> NDArray[np.float32]:
     if product.bias is None:
-        return np.zeros(product.features[1], np.float32)
+        # As wide as the weight is by now: `features` are what they were when the product was found.
+        return np.zeros(read_weight(product).shape[1], np.float32)
     if product.bias.const_value is None:
         raise UnsupportedModelError(f"the bias of {product.name} is no constant")
     return np.asarray(product.bias.const_value.numpy(), np.float32)

