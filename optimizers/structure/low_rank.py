@@ -33,7 +33,9 @@ def spectrum_of(weight: Floats, moments: Doubles | None) -> Spectrum:
     matrix = np.asarray(weight, np.float64)
     if moments is not None:
         ridge = RIDGE * float(np.trace(moments)) / len(moments) or 1.0
-        matrix = np.linalg.cholesky(moments + ridge * np.eye(len(moments))).T @ matrix
+        # Any root will do. Cholesky's would fail where fewer tokens than features were seen and one is massive.
+        powers, axes = np.linalg.eigh(moments + ridge * np.eye(len(moments)))
+        matrix = np.sqrt(np.maximum(powers, ridge))[:, None] * (axes.T @ matrix)
     _, values, directions = np.linalg.svd(matrix, full_matrices=False)
     return Spectrum(np.square(values), directions)
 

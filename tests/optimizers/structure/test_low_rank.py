@@ -66,3 +66,15 @@ def test_break_even() -> None:
     for shape in [(16, 16), (576, 1536), (3, 5)]:
         rank = break_even(shape)
         assert rank * sum(shape) < shape[0] * shape[1] <= (rank + 1) * sum(shape)
+
+
+def test_fewer_tokens_than_features_with_a_massive_one() -> None:
+    """As in a real model: a token a thousand times as large, and moments that no Cholesky factor exists of."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((40, 128))
+    x[0] *= 3000
+    weight = rng.standard_normal((128, 64)).astype(np.float32)
+    spectrum = spectrum_of(weight, x.T @ x / len(x))
+    assert np.isfinite(spectrum.energies).all()
+    expected = np.square(np.linalg.svd(x @ weight / np.sqrt(len(x)), compute_uv=False))
+    assert abs(spectrum.energies[0] / expected[0] - 1) < 1e-3  # the ridge is a millionth of the mean square
