@@ -1,7 +1,8 @@
 """Apply passes to a graph and save it beside copies of the source's configs: SOURCE TARGET ROWS LENGTH PASSES [TEXT].
 
-PASSES is JSON, a list of names with options; TEXT is what to calibrate on. The pass called `perturb` moves every weight
-by up to half a step of a 4-bit grid (blocks of 32): what was once 4-bit lies on no grid any more.
+PASSES is JSON, a list of names with options; TEXT is what to calibrate on. ROWS and LENGTH 0: as many samples as each
+pass wants. The pass called `perturb` moves every weight by up to half a step of a 4-bit grid (blocks of 32): what was
+once 4-bit lies on no grid any more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +39,8 @@ def main() -> None:
     source, target, rows, length = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     graph = next(source.rglob("model.onnx"))
     model = load_graph(graph)
-    samples = None
+    text = sys.argv[6] if len(sys.argv) > 6 else None
+    samples: dict[tuple[int, int], Any] = {}
     began = time.process_time()
     for name, options in json.loads(sys.argv[5]):
         if name == "perturb":
@@ -45,9 +48,10 @@ def main() -> None:
             continue
         one = PassSpec(name, options).build()
         if isinstance(one, CalibratedPass) and one.needs_samples:
-            text = sys.argv[6] if len(sys.argv) > 6 else None
-            samples = samples or CalibrationData(text).feeds(graph, rows, length)[""]
-            one.calibration = Calibration(samples)
+            size = (rows or one.wanted_rows, length or one.wanted_length)
+            samples[size] = samples.get(size) or CalibrationData(text).feeds(graph, *size)[""]
+            one.calibration = Calibration(samples[size])
+            one.reference = load_graph(graph)
         one.call(model)
     seconds = time.process_time() - began
     shutil.rmtree(target, ignore_errors=True)

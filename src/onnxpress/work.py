@@ -46,6 +46,9 @@ class Mark(NamedTuple):
     current: Mapping[str, Path]
     lossy: bool
     home: Path
+    structure: Structure | None
+    floats: Mapping[str, Path] | None
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -188,10 +191,12 @@ class Work:
 
     def mark(self) -> Mark:
         """Where the work stands, to come back to; the files stay."""
-        return Mark(self.artifact, self.current, self.lossy, self.home)
+        state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
+        return Mark(*state, tuple(self.notes))
 
     def restore(self, mark: Mark) -> None:
-        self.artifact, self.current, self.lossy, self.home = mark
+        self.artifact, self.current, self.lossy, self.home, self.structure, self.floats, notes = mark
+        self.notes = list(notes)
 
     def evaluate(self) -> Evaluation:
         """The quality that the artifact is judged by."""

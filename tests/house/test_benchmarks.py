@@ -72,11 +72,11 @@ def test_ranks_share_the_mean_where_values_are_equal(module: Any) -> None:
 
 
 def test_options_go_to_the_subject_that_they_name(module: Any) -> None:
-    quantization = module("quantization")
+    subjects = module("subjects")
     given = ["one=-r a", "gpt:two=--max-loss 1%", "encoder:three=--pass x:bits=4"]
-    assert quantization.named(module("contenders").Subject("gpt", "model"), given) == {
+    assert subjects.named(module("contenders").Subject("gpt", "model"), given) == {
         "one": "-r a",
         "two": "--max-loss 1%",
     }
     encoder = module("contenders").Subject("encoder", "model")
-    assert quantization.named(encoder, given) == {"one": "-r a", "three": "--pass x:bits=4"}
+    assert subjects.named(encoder, given) == {"one": "-r a", "three": "--pass x:bits=4"}
