@@ -1,4 +1,4 @@
-"""What masks buy: loss, and size as it is and compressed, in float32 and in blocks of 8 and 4 bits; which order is better.
+"""What masks buy: loss, and size as it is and compressed, in float32 and in 8-bit and 4-bit blocks, in which order.
 
     python benchmarks/sparsity.py --out DIR --text FILE
     python benchmarks/sparsity.py --out DIR --text FILE --include                   all products, not feed-forward alone
