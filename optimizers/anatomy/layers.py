@@ -72,17 +72,17 @@ def split_layers(graph: ir.Graph) -> list[Segment]:
     # Segment 0 is before everything; a stack of n layers takes n segments and one after them.
     numbers: dict[tuple[str, int], int] = {}
     afters, count = set(), 1
-    for stack, depth in stacks.items():
-        numbers |= {(stack, layer): count + layer for layer in range(depth)}
-        afters.add(count + depth)
-        count += depth + 1
+    for stack, layers in stacks.items():
+        numbers |= {(stack, layer): count + place for place, layer in enumerate(layers)}
+        afters.add(count + len(layers))
+        count += len(layers) + 1
     places = _Places(graph, numbers, afters).find()
     nodes: list[list[ir.Node]] = [[] for _ in range(count)]
     for node in graph:
         nodes[places[node]].append(node)
     segments = [Segment(f"before {next(iter(stacks))}", None, tuple(nodes[0]))]
-    for stack, depth in stacks.items():
-        segments += [Segment(f"{stack}.{i}", i, tuple(nodes[numbers[stack, i]])) for i in range(depth)]
+    for stack, layers in stacks.items():
+        segments += [Segment(f"{stack}.{i}", i, tuple(nodes[numbers[stack, i]])) for i in layers]
         segments.append(Segment(f"after {stack}", None, tuple(nodes[len(segments)])))
     empty = [segment.title for segment in segments if segment.layer is not None and not segment.nodes]
     if empty:
@@ -107,23 +107,23 @@ def scope_of(node: ir.Node) -> str | None:
     return node.name if node.name and ("/" in node.name or "." in node.name) else None
 
 
-def _stacks(graph: ir.Graph) -> dict[str, int]:
-    """Number of layers by the path of their stack, in the order in which the graph first uses their weights.
+def _stacks(graph: ir.Graph) -> dict[str, list[int]]:
+    """The layers of each stack by its path, in the order in which the graph first uses their weights.
 
     A layer has matrices: the genai builder calls the final norm one more layer. Where no weight is named after a layer,
-    as in TorchScript's exports, the names of the nodes that read them tell.
+    as in TorchScript's exports, the names of the nodes that read them tell. A part of a model may lack layers.
     """
-    depths: dict[str, int] = {}
+    found: dict[str, set[int]] = {}
     matrices = [(node, value) for node in graph for value in _read(node) if _is_weight(value) and _is_matrix(value)]
     by_name = (layer_of(value.name) for _, value in matrices)
     by_scope = (layer_of(scope_of(node)) for node, _ in matrices)
     for names in (by_name, by_scope):
-        for found in names:
-            if found is not None:
-                depths[found[0]] = max(depths.get(found[0], 0), found[1] + 1)
-        if depths:
+        for layer in names:
+            if layer is not None:
+                found.setdefault(layer[0], set()).add(layer[1])
+        if found:
             break
-    return depths
+    return {stack: sorted(layers) for stack, layers in found.items()}
 
 
 def _is_matrix(value: ir.Value) -> bool:

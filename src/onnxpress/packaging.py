@@ -47,6 +47,8 @@ def package(
 
     before = {"size_bytes": float(graph_bytes(work.reference))}
     after = {"size_bytes": float(artifact_folder.size_bytes(result))}
+    if work.structure is not None:
+        after["parameters"] = float(work.structure.parameters)
     if quality is not None:
         after |= measuring.figures(quality)
         if quality.reference_perplexity is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxpress.inspection import Port
     from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
+    from onnxpress.search.sensitivity import Measurement
     from onnxpress.search.survey import Survey
 
 Row = tuple[str, str, str]
@@ -167,19 +168,37 @@ def print_overview(found: Overview) -> None:
 
 
 def print_survey(found: Survey) -> None:
-    """A row for each unit, a column for each format: what the model loses, and which mark stands for what."""
-    names = [one.name for one in found.formats]
-    rows = {(row.unit, row.format): row for row in found.rows}
-    table = _table("loss with only this in", "float32", *names)
-    for unit in found.units:
-        cells = []
-        for name in names:
-            row = rows.get((unit.name, name))
-            cells.append("–" if row is None else f"[{_heat(row.loss)}]{row.loss:.1e}{'' if row.measured else '~'}[/]")
-        table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *cells)
+    """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
+
+    And a row for each block, a column for each cut: what the model loses, and how many parameters.
+    """
     console = _console()
-    console.print(table)
-    console.print("[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]")
+    if found.formats:
+        names = [one.name for one in found.formats]
+        rows = {(row.unit, row.format): row for row in found.rows}
+        table = _table("loss with only this in", "float32", *names)
+        for unit in found.units:
+            losses = (_loss(rows.get((unit.name, name))) for name in names)
+            table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *losses)
+        console.print(table)
+        console.print(
+            "[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]"
+        )
+    if found.cuts:
+        names = [one.name for one in found.cuts]
+        rows = {(row.unit, row.format): row for row in found.cut_rows}
+        table = _table("loss with only this cut", "parameters", *names)
+        for site in found.sites:
+            cells = []
+            for name in names:
+                row = rows.get((site.name, name))
+                cells.append(_loss(row) + (f" [dim]−{found.removed(row):,}[/]" if row is not None else ""))
+            table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
+        console.print(table)
+
+
+def _loss(row: Measurement | None) -> str:
+    return "–" if row is None else f"[{_heat(row.loss)}]{row.loss:.1e}{'' if row.measured else '~'}[/]"
 
 
 def _heat(loss: float) -> str:

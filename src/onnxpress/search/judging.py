@@ -19,8 +19,9 @@ MASK = "attention_mask"
 
 
 def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
-    """By graph: rows for the pass that wants most, and a few more for judging."""
-    passes = [spec.build() for specs in recipe.formats.values() for spec in specs]
+    """By graph: rows for the pass that wants most, and a few more for judging; none of them padded on the right."""
+    kinds = (*recipe.formats.values(), *recipe.cuts.values())
+    passes = [spec.build() for specs in kinds for spec in specs]
     calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
@@ -38,7 +39,8 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
     for stem in work.current:
         key = stem if stem in judge else ""
         if key in judge:
-            found[stem] = Samples(list(fit.get(key, ())), list(_together(_single(judge[key]))))
+            fitted = [one for batch in fit.get(key, ()) for one in _together(_single([batch]))]
+            found[stem] = Samples(fitted, list(_together(_single(judge[key]))))
     return found
 
 
