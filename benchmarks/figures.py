@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,30 +64,33 @@ def build(subject: Subject, contender: Contender, *, again: bool) -> Row:
 
 
 def measure(subject: Subject, found: Sequence[Contender], arguments: argparse.Namespace) -> None:
-    """Build `found`, judge one after the other, and have them race, as `arguments.do` says."""
+    """Build and judge `found` one after the other, then have them race, as `arguments.do` says."""
     figures = Figures(arguments.out)
     again = "build" in arguments.do and not arguments.reuse
-    found = [one for one in found if figures.attempt(subject, one, lambda one=one: build(subject, one, again=again))]
 
     def start(contender: Contender) -> Worker:
         return contender.start(contender.built(subject), arguments.threads)
 
-    if "quality" in arguments.do:
-        with tempfile.TemporaryDirectory() as folder:
+    def judged(contender: Contender, judge: Callable[[Worker], Row]) -> Row:
+        print(f"quality of {subject.name}: {contender.name}", file=sys.stderr)
+        worker = start(contender)
+        try:
+            return judge(worker)
+        finally:
+            worker.close()
+
+    ready = []
+    with tempfile.TemporaryDirectory() as folder:
+        judge = None
+        if "quality" in arguments.do:
             torch, judge = judges(subject, Path(folder), arguments)
             if torch:
                 figures.add(subject.name, "torch", torch)
-
-            def judged(contender: Contender) -> Row:
-                print(f"quality of {subject.name}: {contender.name}", file=sys.stderr)
-                worker = start(contender)
-                try:
-                    return judge(worker)
-                finally:
-                    worker.close()
-
-            for one in found:
-                figures.attempt(subject, one, lambda one=one: judged(one))
+        for one in found:
+            if not figures.attempt(subject, one, partial(build, subject, one, again=again)):
+                continue
+            if judge is None or figures.attempt(subject, one, partial(judged, one, judge)):
+                ready.append(one)
     if "speed" in arguments.do and subject.name != "gpt":
         loaded: dict[str, Worker] = {}
 
@@ -94,13 +98,13 @@ def measure(subject: Subject, found: Sequence[Contender], arguments: argparse.Na
             loaded[contender.name] = start(contender)
             return {}
 
-        found = [one for one in found if figures.attempt(subject, one, lambda one=one: load(one))]
+        ready = [one for one in ready if figures.attempt(subject, one, partial(load, one))]
         workers = list(loaded.values())
         if subject.name == "encoder":
             rows = encoder.race(workers, arguments.repeats)
         else:
             rows = decoder.race(workers, arguments.repeats, CONTEXTS)
-        for one, row in zip(found, rows, strict=True):
+        for one, row in zip(ready, rows, strict=True):
             figures.add(subject.name, one, {key: row[key] for key in row if key not in ("contender", "MB")})
         for worker in workers:
             worker.close()

@@ -2,7 +2,8 @@
 
 PASSES is JSON, a list of names with options; TEXT is what to calibrate on. ROWS and LENGTH 0: as many samples as each
 pass wants. The pass called `perturb` moves every weight by up to half a step of a 4-bit grid (blocks of 32): what was
-once 4-bit lies on no grid any more.
+once 4-bit lies on no grid any more. `round` (bits, include) puts weights on the grid of quantize-blocks in blocks of 32
+and leaves them float32, so that what is done to codes afterwards can be studied.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import onnx_ir as ir
 from onnxpress.calibration import CalibrationData
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
-from onnxpress.optimizers.linear import find_linears
+from onnxpress.optimizers.linear import find_linears, read_rows, selected
+from onnxpress.optimizers.quantization.block_format import BlockFormat
+from onnxpress.optimizers.quantization.least_squares import fit_least_squares
 from onnxpress.optimizers.recipe import PassSpec
 
 
@@ -35,6 +39,14 @@ def perturb(model: ir.Model) -> None:
         value.const_value = ir.tensor(weight, name=value.name)
 
 
+def round_to_blocks(model: ir.Model, bits: int, include: Sequence[str]) -> None:
+    for linear in find_linears(model.graph):
+        if selected(linear.name, include, ()):
+            weight = fit_least_squares(read_rows(linear).T, BlockFormat(bits, 32)).dequantize()
+            stored = np.ascontiguousarray(weight.T if linear.transposed else weight)
+            linear.weight.const_value = ir.tensor(stored, name=linear.weight.name)
+
+
 def main() -> None:
     source, target, rows, length = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     graph = next(source.rglob("model.onnx"))
@@ -45,6 +57,9 @@ def main() -> None:
     for name, options in json.loads(sys.argv[5]):
         if name == "perturb":
             perturb(model)
+            continue
+        if name == "round":
+            round_to_blocks(model, **options)
             continue
         one = PassSpec(name, options).build()
         if isinstance(one, CalibratedPass) and one.needs_samples:
