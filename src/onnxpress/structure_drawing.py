@@ -114,7 +114,7 @@ def _layers(before: Sequence[Layer], after: Sequence[Layer]) -> list[DrawnLayer]
 
 
 def _sizes(layer: Layer) -> dict[str, int]:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for prefix, one in zip(("", "cross "), layer.attentions, strict=False):
         sizes |= {
             f"{prefix}query heads": one.heads,
