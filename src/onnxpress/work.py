@@ -31,7 +31,8 @@ from onnxpress.progress import Progress
 from onnxpress.reduced_config import reduced_config
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.stems import DECODER, DECODER_WITH_PAST
-from onnxpress.structure import RECORD, Record, Structure, compare, read_structure
+from onnxpress.structure import RECORD, Record, Structure, read_structure
+from onnxpress.structure_changes import compare
 from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
