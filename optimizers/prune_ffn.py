@@ -29,16 +29,12 @@ from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
 from onnxpress.optimizers.structure.residual import addition_of
-from onnxpress.optimizers.structure.ridge import penalties
+from onnxpress.optimizers.structure.ridge import ROUNDING, penalties
 from onnxpress.optimizers.structure.width import Method, Removal
 
 Indices = NDArray[np.int64]
 LEAST = 0.25
 """Of its channels, what a global budget leaves every layer."""
-
-
-LEAST_RIDGE = 1e-6
-"""What sums of float32 products resolve; below it, rounding would be fitted."""
 
 
 class PruneFfn(CalibratedPass):
@@ -87,8 +83,8 @@ class PruneFfn(CalibratedPass):
             raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
         if width is not None and (width < 1 or width % multiple_of):
             raise ValueError(f"width must be a positive multiple of {multiple_of}, not {width}; or give multiple_of=1")
-        if ridge < LEAST_RIDGE:
-            raise ValueError(f"ridge must be at least {LEAST_RIDGE}, not {ridge}")
+        if ridge < ROUNDING:
+            raise ValueError(f"ridge must be at least {ROUNDING}, not {ridge}")
         if (method == "taylor") != (gradients is not None):
             raise ValueError(
                 "taylor needs gradients=FILE.npz, and nothing else takes it: onnxpress computes none itself"
@@ -248,12 +244,10 @@ class PruneFfn(CalibratedPass):
 
     def _second(self, one: Channels, moments: Moments) -> NDArray[np.float64]:
         """What is left to fit by weights: around the mean, where a bias takes that."""
-        second = moments.second()
-        return second - np.outer(moments.mean(), moments.mean()) if self._compensates(one) else second
+        return moments.covariance() if self._compensates(one) else moments.second()
 
     def _penalty(self, one: Channels, moments: Moments) -> NDArray[np.float64]:
-        """By channel; what is around a mean much larger than it is known only as well as the mean's square."""
-        return penalties(self._second(one, moments), self.ridge) + LEAST_RIDGE * np.diagonal(moments.second())
+        return penalties(self._second(one, moments), self.ridge, np.diagonal(moments.second()))
 
     def _solve(
         self, one: Channels, count: int, moments: Moments | None, gradients: Mapping[str, Any] | None

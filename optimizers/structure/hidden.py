@@ -38,7 +38,7 @@ def center(writer: Floats) -> Floats:
 
 
 def stream_scale(width: int, kept: int) -> float:
-    """What the sliced stream is multiplied by, so that a norm over `kept` components divides as one over `width` did."""
+    """What a sliced stream is multiplied by, so that a norm over `kept` components divides as one over `width` did."""
     return float(np.sqrt(kept / width))
 
 

@@ -144,7 +144,7 @@ def _follow(
             if values == were:
                 continue
             if len(values) != 1:
-                reasons.append(f"{TITLES[size]} differ between layers: {_list(values)}")
+                reasons.append(f"layers differ in {TITLES[size]}: {_list(values)}")
             elif size == "kv_heads" and values == new.values("heads", group) and not names:
                 continue  # as many as there are queries, which is what a configuration without a name means
             elif not names:
@@ -156,7 +156,7 @@ def _follow(
         if len(dims) == 1:
             _head_dim(config, next(iter(dims)), stacks[0], reasons)
         elif dims:
-            reasons.append(f"{TITLES['head_dim']} differ between layers: {_list(dims)}")
+            reasons.append(f"layers differ in {TITLES['head_dim']}: {_list(dims)}")
     if after.frequencies and (after.frequencies != before.frequencies or dims != was) and len(dims) == 1:
         _rotary(config, before, after, next(iter(dims)), reasons)
 

@@ -134,7 +134,7 @@ def test_merged_layers_are_recorded(exported: Callable[[str], Exported]) -> None
 
 def test_layers_of_different_widths_are_named(exported: Callable[[str], Exported]) -> None:
     one = PruneFfn(ratio=0.5, multiple_of=8, method="l2", refit=False, include=["*.layers.2.*"])
-    with pytest.raises(UnsupportedModelError, match="feed-forward width differ between layers: 48, 96"):
+    with pytest.raises(UnsupportedModelError, match="layers differ in feed-forward width: 48, 96"):
         _reduce(exported("llama").artifact, one)
 
 
