@@ -13,10 +13,10 @@ each sees what those before it make of the samples by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.optimizers.anatomy import anatomy_of
 from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import drop_unused, selected
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
-from onnxpress.optimizers.structure.attended import KeptHeads, attended_states
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.head_reduction import Attended, Observed, Reduction
+from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
 from onnxpress.optimizers.structure.head_request import HeadPlan, plan_heads, plan_resampling
+from onnxpress.optimizers.structure.head_samples import HeadSamples
 from onnxpress.optimizers.structure.head_sites import (
     Arrays,
     HeadSite,
@@ -42,14 +42,10 @@ from onnxpress.optimizers.structure.head_sites import (
     skip_reason,
     table_width,
 )
-from onnxpress.optimizers.structure.moments import Moments, StreamLengths
-from onnxpress.optimizers.structure.output_refit import Sums, error, refit
+from onnxpress.optimizers.structure.output_refit import error, refit
 from onnxpress.optimizers.structure.resample import matrices_for, resample
-from onnxpress.optimizers.structure.residual import addition_of
-from onnxpress.optimizers.structure.ridge import Normal
 from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
-from onnxpress.optimizers.structure.targets import Plus, Regression, Target
-from onnxpress.optimizers.structure.value_regression import HeadProducts
+from onnxpress.optimizers.structure.targets import Target
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
 Doubles = NDArray[np.float64]
@@ -167,6 +163,13 @@ class ReduceHeads(CalibratedPass):
                 else f"{where}: regress cannot merge key/value heads",
                 hint="use method=least-squares",
             )
+        needed = 8 * (plan.dropped[0] * site.value.features[0]) ** 2
+        if self.method == "regress" and plan.drops and needed > self.calibration.memory_bytes:
+            raise UnsupportedModelError(
+                f"{where}: to regress on what {plan.dropped[0]} heads attend to takes {needed / 1e9:.1f} GB, more than "
+                f"the {self.calibration.memory_bytes / 1e9:.1f} GB that calibration may take",
+                hint="use method=least-squares",
+            )
         rotary = site.attention.rotary
         if rotary is None or not (plan.narrows or plan.merges):
             return
@@ -231,7 +234,7 @@ class ReduceHeads(CalibratedPass):
             inside = set(step.segment.nodes)
             for number, site in enumerate(one for one in sites if one.attention.node in inside):
                 plan = plans[site.attention.node]
-                seen = _Seen(step, site, Target(self.calibration.memory_bytes))
+                seen = HeadSamples(step, site, Target(self.calibration.memory_bytes))
                 try:
                     if not step.finished:
                         seen.look()
@@ -244,7 +247,7 @@ class ReduceHeads(CalibratedPass):
                 site.write(found)
                 report.measure(site.output.name, float(found["error"].numpy()[0]))
 
-    def _reduced(self, seen: _Seen, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
+    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
         site, weights = seen.site, seen.site.read()
         if self.method == "resample":
             return pack(site, self._resampled(weights, plan, dimensions))
@@ -260,7 +263,7 @@ class ReduceHeads(CalibratedPass):
         )
         return pack(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
-    def _refitted(self, seen: _Seen, plan: HeadPlan) -> Arrays:
+    def _refitted(self, seen: HeadSamples, plan: HeadPlan) -> Arrays:
         """The output fitted to what the attention makes by now, and what is lost."""
         after = replace(seen.site, sizes=plan.after)
         weights = after.read()
@@ -280,46 +283,3 @@ class ReduceHeads(CalibratedPass):
         rotary = site.attention.rotary
         site.resize(plan.after, tables.get(rotary[0]) if rotary is not None else None)
         report.match(str(plan))
-
-
-class _Seen:
-    """What one attention does on the samples, before it is changed and after."""
-
-    def __init__(self, step: Step, site: HeadSite, target: Target) -> None:
-        self.step, self.site = step, site
-        self.target = target
-        """What it puts out as it was."""
-        self.lengths = StreamLengths()
-        self.hidden = Moments(site.query.features[0], str(site.hidden.name))
-        self.states = Moments(site.output.features[0], str(site.states.name), self.lengths)
-
-    def look(self) -> None:
-        stream = addition_of(self.site.block, self.site.output).stream
-        wanted: dict[str, list[Any]] = {str(value.name): [self.lengths] for value in stream}
-        for name, accumulator in (
-            (self.hidden.tensor, self.hidden),
-            (str(self.site.output.output.name), Plus(self.target)),
-            (self.states.tensor, self.states),
-        ):
-            wanted.setdefault(name, []).append(accumulator)
-        self.step.observe(wanted)
-
-    def regress(self, features: int) -> Normal:
-        """Of what the output product reads by now, and a 1, against what it put out before."""
-        return self._regression(features, lambda regression: {self.states.tensor: [regression]})
-
-    def attended(self, kept: Indices) -> Attended:
-        products = HeadProducts(self.site.sizes[0])
-        with attended_states(self.site) as (*values, joined):
-            wanted = {str(value.name): [products] for value in values}
-            normal = self._regression(
-                len(kept) * self.site.value.features[0],
-                lambda regression: wanted | {str(joined.name): [KeptHeads(self.site, kept, regression)]},
-            )
-        return Attended(products.total, Sums.of(normal, centred=self.site.biased))
-
-    def _regression(self, features: int, wanted: Callable[[Regression], dict[str, Any]]) -> Normal:
-        shape = (features, self.site.output.features[1])
-        regression = Regression(self.target, self.lengths, shape, self.states.tensor, intercept=True)
-        self.step.observe(wanted(regression))
-        return regression.fit + regression.held_out

@@ -210,7 +210,7 @@ def _bar(bar: Bar, most: int) -> str:
 def print_survey(found: Survey) -> None:
     """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
 
-    And a row for each block, a column for each cut: what the model loses, and how many parameters.
+    And a row for each block, a column for each cut: what the model loses, and how much of the block is gone.
     """
     console = _console()
     if found.formats:
@@ -232,7 +232,7 @@ def print_survey(found: Survey) -> None:
             cells = []
             for name in names:
                 row = rows.get((site.name, name))
-                cells.append(_loss(row) + (f" [dim]−{found.removed(row):,}[/]" if row is not None else ""))
+                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / site.parameters:.0%}[/]" if row else ""))
             table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
         console.print(table)
 

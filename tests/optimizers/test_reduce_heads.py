@@ -379,6 +379,14 @@ def test_refusals(tiny: Tiny, name: str, options: Any, message: str) -> None:
     assert {key: value.const_value for key, value in model.graph.initializers.items()} == before
 
 
+def test_a_regression_beyond_the_memory_is_refused(tiny: Tiny) -> None:
+    model = tiny("bert")
+    optimizer = ReduceHeads(heads=2, method="regress")
+    optimizer.calibration = Calibration(texts(model), memory_bytes=1 << 16)
+    with pytest.raises(UnsupportedModelError, match=r"what 2 heads attend to takes .* GB, more than"):
+        optimizer(model)
+
+
 def test_position_biases_of_each_head_are_refused(exported: Exported) -> None:
     with pytest.raises(UnsupportedModelError, match="not known to be the same for all heads"):
         reduce(exported("t5", "encoder_model"), (), heads=2)

@@ -32,8 +32,12 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
         other = replace(data, seed=data.seed + 1, samples=None, length=None)
         judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
     else:
-        wanted = (data.samples or rows or ROWS) + ROWS
-        every = replace(data, samples=wanted).feeds(graph, wanted, length, work.threads, work.home)
+        # Text is cut into rows of a length: what judges begins behind all that was fitted to, and is as short as above.
+        longer, shorter = data.length or length, min(data.length or length, LENGTH)
+        parts = -(-longer // shorter) if work.artifact.task.startswith("text-generation") else 1
+        wanted = parts * (data.samples or rows or ROWS) + ROWS
+        other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
+        every = other.feeds(graph, wanted, length, work.threads, work.home)
         judge = {stem: list(_single(feeds))[-ROWS:] for stem, feeds in every.items()}
     found = {}
     for stem in work.current:
