@@ -33,6 +33,8 @@ from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
+from onnxpress.optimizers.name_weights import name_weights
+from onnxpress.optimizers.split_skip_norm import split_skip_norms
 
 _RULES: list[Callable[[ir.Model], object]] = [
     rms_normalization.fuse_rms_normalization,
@@ -48,9 +50,13 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
+_REWRITTEN = ("names of weights", "sum and normalisation")
+"""What is brought to our form without being fused."""
+
 
 class FuseForeign(Pass):
-    """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them.
+    """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them, and bring the rest to
+    the form of our own exports: weights have their checkpoint's names, sums and normalisations are two operators.
 
     Does not modify the model's signature. Reports per operator what was fused, and what is left that looks as if it
     could have been.
@@ -59,12 +65,14 @@ class FuseForeign(Pass):
     name: ClassVar[str] = "fuse-foreign"
 
     def apply(self, model: ir.Model, report: Report) -> None:
+        found = Report()
+        name_weights(model.graph, found)
+        split_skip_norms(model, found)
         before = _fused_operators(model)
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
         CleanUp()(model)
-        found = Report()
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
@@ -72,9 +80,11 @@ class FuseForeign(Pass):
         fuse_rotary(model, found)
         fuse_attention(model, found)
         FuseGelu().apply(model, found)
+        common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)
         report.skipped.update(found.skipped)
         report.matched.update(_fused_operators(model) - before)
+        report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
 
 

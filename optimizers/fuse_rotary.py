@@ -75,6 +75,7 @@ def _fuse(graph: ir.Graph, turned: ir.Node, tables: dict[tuple[ir.Value, float],
     if key not in tables:
         tables[key] = _tables(graph, total, sine, source)
     fused = ir.node("RotaryEmbedding", [source, *tables[key]], {"interleaved": 0}, domain=MICROSOFT, name=total.name)
+    fused.metadata_props.update(total.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, total, [total], [fused], [total.outputs[0]], [fused.outputs[0]])
     return None
 

@@ -37,6 +37,7 @@ class ReduceHidden(CalibratedPass):
 
     name = "reduce-hidden"
     exact = False
+    needs_anatomy = True
 
     def __init__(
         self,
