@@ -28,6 +28,7 @@ from onnxscript.rewriter.ort_fusions import (
 
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.unflatten import turn_tables, unflatten_products
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
@@ -50,28 +51,32 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
-_REWRITTEN = ("names of weights", "sum and normalisation")
+_REWRITTEN = ("names of weights", "products of flat matrices", "sum and normalisation", "tables")
 """What is brought to our form without being fused."""
 
 
 class FuseForeign(Pass):
     """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them, and bring the rest to
-    the form of our own exports: weights have their checkpoint's names, sums and normalisations are two operators.
+    the form of our own exports: weights have their checkpoint's names, sums and normalisations are two operators,
+    products are of what they come from, embeddings are tables [vocabulary, hidden].
 
     Does not modify the model's signature. Reports per operator what was fused, and what is left that looks as if it
     could have been.
     """
 
     name: ClassVar[str] = "fuse-foreign"
+    gives_form: ClassVar[bool] = True
 
     def apply(self, model: ir.Model, report: Report) -> None:
         found = Report()
         name_weights(model.graph, found)
         split_skip_norms(model, found)
+        turn_tables(model.graph, found)
         before = _fused_operators(model)
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
+        unflatten_products(model.graph, found)
         CleanUp()(model)
         fuse_norms(model, found)
         for rule in _RULES:

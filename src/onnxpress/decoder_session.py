@@ -189,7 +189,15 @@ class DecoderSession:
         """(logits of the last token only, vocabulary size, may past and present be one memory)."""
         self.reset()
         ids = np.array([[0, 1, 2]])
-        prompt, expected = self.prefill(ids[:, :2]), self.decode(ids[:, 2:])
+        try:
+            prompt, expected = self.prefill(ids[:, :2]), self.decode(ids[:, 2:])
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"onnxruntime does not run the decoder with an empty cache: {' '.join(str(error).split())[:300]}",
+                hint="a cache as long as a sliding window (sliding_window_cache) is not supported"
+                if "sliding_window_cache" in str(error)
+                else None,
+            ) from error
         self.last_only, self.vocabulary = prompt.shape[1] == 1, int(prompt.shape[2])
         if shared is False or not self._past:
             return self.last_only, self.vocabulary, False
