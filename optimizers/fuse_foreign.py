@@ -28,7 +28,7 @@ from onnxscript.rewriter.ort_fusions import (
 
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.unflatten import turn_tables, unflatten_products
+from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
@@ -51,7 +51,7 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
-_REWRITTEN = ("names of weights", "products of flat matrices", "sum and normalisation", "tables")
+_REWRITTEN = ("names of weights", "products of flat matrices", "slices as one split", "sum and normalisation", "tables")
 """What is brought to our form without being fused."""
 
 
@@ -84,6 +84,7 @@ class FuseForeign(Pass):
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         fuse_rotary(model, found)
         fuse_attention(model, found)
+        join_slices(model.graph, found)
         FuseGelu().apply(model, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)

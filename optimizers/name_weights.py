@@ -8,11 +8,12 @@ graph, and reports mean the same whoever exported it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import copy
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import module_of
+from onnxpress.optimizers.anatomy.layers import layer_of, module_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.linear import match_linear
 
@@ -23,9 +24,10 @@ def name_weights(graph: ir.Graph, report: Report) -> None:
     Left alone are modules with several such matrices, and names that are taken: which is which is not known.
     """
     found: dict[str, dict[ir.Value, None]] = {}
+    stacks = {layer[0] for name in graph.initializers if (layer := layer_of(name)) is not None}
     for node in graph:
         linear = match_linear(node)
-        module = module_of(node)
+        module = _in_full(module_of(node), stacks)
         if linear is None or not module or "." in linear.name or linear.weight.is_graph_input():
             continue
         found.setdefault(f"{module}.weight", {})[linear.weight] = None
@@ -39,3 +41,13 @@ def name_weights(graph: ir.Graph, report: Report) -> None:
             value.const_value = copy(value.const_value)
         value.name = name
         report.match("names of weights")
+
+
+def _in_full(module: str | None, stacks: Collection[str]) -> str | None:
+    """The path of a module as the weights that kept their names have it: where a model calls `self.model.decoder` and
+    not `self.model`, torch's older exporter leaves `model` out."""
+    layer = layer_of(f"{module}.")
+    if module is None or layer is None or layer[0] in stacks:
+        return module
+    longer = [stack for stack in stacks if stack.endswith(f".{layer[0]}")]
+    return module if len(longer) != 1 else longer[0].removesuffix(layer[0]) + module

@@ -2,9 +2,11 @@
 
     Reshape(Gemm(Reshape(x, [-1, in]), W, b), [batch, length, out])  =>  Add(MatMul(x, W), b)
     Gather(Transpose(W), ids), MatMul(x, W)                          =>  Gather(W', ids), MatMul(x, Transpose(W'))
+    Slice(p, 0, n), Slice(p, n, 2n)                                  =>  Split(p, [n, n])
 
 The first is how torch writes GPT-2's layers, the second how the genai builder writes an embedding that is the head, too:
-W' [vocabulary, hidden] then is one table under the name of the embedding, as in our exports.
+W' [vocabulary, hidden] then is one table under the name of the embedding, as in our exports. The third is a packed
+product that torch's older exporter takes apart.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import onnx_ir as ir
 from onnxpress.optimizers.anatomy.layers import module_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.linear import match_linear
-from onnxpress.optimizers.matching import is_op, only_reader, producer, weight
+from onnxpress.optimizers.matching import is_op, only_reader, producer, slice_bounds, weight
 from onnxpress.tensors import concrete_shape
 
 
@@ -47,6 +49,37 @@ def _unflatten(graph: ir.Graph, gemm: ir.Node) -> bool:
         node.metadata_props.update(gemm.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, after, [after], nodes, [result], [nodes[-1].outputs[0]])
     return True
+
+
+def join_slices(graph: ir.Graph, report: Report) -> None:
+    """Split in the place of Slices that together take what a product makes apart, as torch's `chunk` becomes."""
+    pieces: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph:
+        if is_op(node, "Slice") and node.inputs[0] is not None and _is_product(node.inputs[0]):
+            pieces.setdefault(node.inputs[0], []).append(node)
+    for value, nodes in pieces.items():
+        bounds = [slice_bounds(node, value) for node in nodes]
+        if len(nodes) < 2 or any(one is None for one in bounds):
+            continue
+        order = sorted(range(len(nodes)), key=lambda i: bounds[i] or (0, 0))
+        nodes, ends = [nodes[i] for i in order], [bounds[i] or (0, 0) for i in order]
+        assert value.shape is not None
+        if [0, *(end for _, end in ends)] != [*(start for start, _ in ends), value.shape[-1]]:
+            continue
+        sizes = ir.tensor(np.array([end - start for start, end in ends], np.int64))
+        constant = ir.node("Constant", [], {"value": sizes})
+        split = ir.node("Split", [value, constant.outputs[0]], {"axis": -1}, num_outputs=len(nodes))
+        split.metadata_props.update(nodes[0].metadata_props)
+        graph.insert_before(min(nodes, key=list(graph).index), [constant, split])
+        for node, output in zip(nodes, split.outputs, strict=True):
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [], [node.outputs[0]], [output])
+        report.match("slices as one split")
+
+
+def _is_product(value: ir.Value) -> bool:
+    """Whether it is [batch, length, width], as a product makes it, width being known."""
+    maker, shape = value.producer(), value.shape
+    return maker is not None and maker.op_type in ("Add", "MatMul") and shape is not None and len(shape) == 3
 
 
 def turn_tables(graph: ir.Graph, report: Report) -> None:

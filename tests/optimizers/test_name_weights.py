@@ -69,3 +69,12 @@ def test_a_name_that_is_taken(model: ir.Model) -> None:
     name_weights(model.graph, report := Report())
     assert report.skipped == {"name of a weight is not clear": 1}
     assert not report.matched
+
+
+def test_a_path_that_lost_its_beginning(model: ir.Model) -> None:
+    """As OPT's does, whose head calls `self.model.decoder`."""
+    first, _ = model.graph
+    first.name = "/decoder/layers.0/self_attn/q_proj/MatMul"
+    model.graph.initializers["v"].name = "model.decoder.layers.0.fc1.weight"
+    name_weights(model.graph, Report())
+    assert names(model) == ["model.decoder.layers.0.fc1.weight", "model.decoder.layers.0.self_attn.q_proj.weight"]

@@ -9,7 +9,7 @@ import pytest
 
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.unflatten import turn_tables, unflatten_products
+from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
 
 FLAT = """g (float[B, S, 8] x, float[8, 16] w, float[16] b) => (float[B, S, 16] z)
     <int64[2] flat = {-1, 8}, int64[1] last = {16}, float[B, S, 16] y, float[N, 8] xs> {
@@ -74,4 +74,36 @@ def test_a_table_that_something_else_reads(graph: Any, rng: np.random.Generator)
     model = graph(text, w=rng.standard_normal((8, 200), dtype=np.float32))
     turn_tables(model.graph, report := Report())
     assert report.skipped == {"table is read by more than lookups and products": 1}
+    assert not report.matched
+
+
+HALVES = """g (float[B, S, 8] x, float[8, 12] w) => (float[B, S, 6] z)
+    <float[B, S, 12] p, int64[1] zero = {0}, int64[1] half = {6}, int64[1] all = {12}, int64[1] last = {-1}> {
+    p = MatMul(x, w)
+    second = Slice(p, half, all, last)
+    first = Slice(p, zero, half, last)
+    a = Sigmoid(first)
+    z = Mul(a, second)
+}"""
+
+
+def test_halves_of_a_packed_product(graph: Any, check: Any, rng: np.random.Generator) -> None:
+    feeds = {"x": rng.standard_normal((2, 3, 8), dtype=np.float32)}
+    done = check(FuseForeign(), graph(HALVES, w=rng.standard_normal((8, 12), dtype=np.float32)), feeds)
+    assert done.result.report.matched == {"slices as one split": 1}
+    split = next(node for node in done.model.graph if node.op_type == "Split")
+    assert split.inputs[1] is not None
+    assert split.inputs[1].const_value is not None
+    assert split.inputs[1].const_value.numpy().tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("half = {6}", "half = {5}"), ("p = MatMul(x, w)", "q = MatMul(x, w) p = Tanh(q)"), ("last = {-1}", "last = {1}")],
+    ids=["no share of the width", "no product", "another axis"],
+)
+def test_slices_that_stay(graph: Any, rng: np.random.Generator, old: str, new: str) -> None:
+    text = HALVES.replace("second = Slice(p, half,", "second = Slice(p, six,").replace("half = {6}", "half = {6}, int64[1] six = {6}")
+    model = graph(text.replace(old, new), w=rng.standard_normal((8, 12), dtype=np.float32))
+    join_slices(model.graph, report := Report())
     assert not report.matched
