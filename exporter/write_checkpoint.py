@@ -177,7 +177,7 @@ def _entry(model: Any, name: str, parameter: torch.Tensor, weight: PlacedWeight)
             values = np.moveaxis(np.array(values), axis, 0)
             values[: weight.queries] *= np.float32(factor)
             values = np.moveaxis(values, 0, axis)
-        return np.ascontiguousarray(values)
+        return np.asarray(values, order="C")
 
     return Entry(name, wanted, read)
 

@@ -20,6 +20,7 @@ from onnxpress.errors import UsageError
 from onnxpress.optimizers.anatomy import Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
+from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.linear import selected
 from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
@@ -29,16 +30,12 @@ from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
 from onnxpress.optimizers.structure.moments import Moments, StreamLengths
 from onnxpress.optimizers.structure.residual import addition_of
-from onnxpress.optimizers.structure.ridge import penalties
+from onnxpress.optimizers.structure.ridge import ROUNDING, penalties
 from onnxpress.optimizers.structure.width import Method, Removal
 
 Indices = NDArray[np.int64]
 LEAST = 0.25
 """Of its channels, what a global budget leaves every layer."""
-
-
-LEAST_RIDGE = 1e-6
-"""What sums of float32 products resolve; below it, rounding would be fitted."""
 
 
 class PruneFfn(CalibratedPass):
@@ -88,8 +85,8 @@ class PruneFfn(CalibratedPass):
             raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
         if width is not None and (width < 1 or width % multiple_of):
             raise ValueError(f"width must be a positive multiple of {multiple_of}, not {width}; or give multiple_of=1")
-        if ridge < LEAST_RIDGE:
-            raise ValueError(f"ridge must be at least {LEAST_RIDGE}, not {ridge}")
+        if ridge < ROUNDING:
+            raise ValueError(f"ridge must be at least {ROUNDING}, not {ridge}")
         if (method == "taylor") != (gradients is not None):
             raise ValueError(
                 "taylor needs gradients=FILE.npz, and nothing else takes it: onnxpress computes none itself"
@@ -103,6 +100,8 @@ class PruneFfn(CalibratedPass):
         self.multiple_of, self.gradients = multiple_of, gradients
         self.include, self.exclude = tuple(include), tuple(exclude)
         self._known = FittedOnce()
+        self._digest: str | None = None
+        """Of a graph of which one network alone is pruned, in several ways; see `Calibration.memory`."""
 
     @property
     def needs_samples(self) -> bool:
@@ -125,6 +124,9 @@ class PruneFfn(CalibratedPass):
         widths = self._widths(None, networks)
         if self.allocation == "global":
             widths = self._widths(self._measured_curves(model, networks, gradients), networks)
+        self._digest = (
+            fingerprint(model, (), "") if self.calibration.memory is not None and len(networks) == 1 else None
+        )
         pending = dict(zip((one.block.title for one in networks), zip(networks, widths, strict=True), strict=True))
         for step in self.calibration.walk(model, method=self._title(widths)):
             if step.title in pending:
@@ -208,12 +210,17 @@ class PruneFfn(CalibratedPass):
         return found if moments is None else Removal(found.order, found.costs * moments.scale())
 
     def _moments(self, step: Step, one: Channels) -> Moments:
-        lengths = StreamLengths()
-        moments = Moments(one.count, str(one.down.activation.name), lengths)
-        stream = addition_of(one.block, one.down).stream
-        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
-        step.observe({**wanted, moments.tensor: [moments]})
-        return moments
+        def compute() -> Moments:
+            lengths = StreamLengths()
+            moments = Moments(one.count, str(one.down.activation.name), lengths)
+            stream = addition_of(one.block, one.down).stream
+            wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
+            step.observe({**wanted, moments.tensor: [moments]})
+            return moments
+
+        if self._digest is None:
+            return compute()
+        return self.calibration.recall((self.name, self._digest, one.down.name), compute)
 
     def _observed(
         self, step: Step, one: Channels, count: int, gradients: Mapping[str, Any] | None
@@ -240,7 +247,16 @@ class PruneFfn(CalibratedPass):
             return maths.rank(maths.by_activation(moments.second(), down), count)
         if self.method == "flap":
             return maths.rank(maths.by_fluctuation(moments.second(), moments.mean(), down), count)
-        return maths.eliminate(self._second(one, moments), down, count, self._penalty(one, moments))
+
+        def eliminate() -> Removal:
+            return maths.eliminate(self._second(one, moments), down, count, self._penalty(one, moments))
+
+        if self._digest is None:
+            return eliminate()
+        # Removing fewer begins like removing more.
+        key = (self.name, self._digest, one.down.name, self.ridge, self._compensates(one))
+        longest = self.calibration.recall(key, eliminate, lambda found: len(found.order) >= count)
+        return Removal(longest.order[:count], longest.costs[:count])
 
     def _compensates(self, one: Channels) -> bool:
         if self.bias_compensation is None:
@@ -249,12 +265,10 @@ class PruneFfn(CalibratedPass):
 
     def _second(self, one: Channels, moments: Moments) -> NDArray[np.float64]:
         """What is left to fit by weights: around the mean, where a bias takes that."""
-        second = moments.second()
-        return second - np.outer(moments.mean(), moments.mean()) if self._compensates(one) else second
+        return moments.covariance() if self._compensates(one) else moments.second()
 
     def _penalty(self, one: Channels, moments: Moments) -> NDArray[np.float64]:
-        """By channel; what is around a mean much larger than it is known only as well as the mean's square."""
-        return penalties(self._second(one, moments), self.ridge) + LEAST_RIDGE * np.diagonal(moments.second())
+        return penalties(self._second(one, moments), self.ridge, np.diagonal(moments.second()))
 
     def _solve(
         self, one: Channels, count: int, moments: Moments | None, gradients: Mapping[str, Any] | None

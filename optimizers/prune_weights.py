@@ -23,7 +23,6 @@ from onnxpress.optimizers.fit_blocks import FEWEST_TOKENS
 from onnxpress.optimizers.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
 from onnxpress.optimizers.quantization.gptq import relative_error
-from onnxpress.optimizers.quantization.statistics import Gram
 from onnxpress.optimizers.structure.mask_files import PackedMask, read_masks
 from onnxpress.optimizers.structure.masks import (
     Floats,
@@ -35,6 +34,8 @@ from onnxpress.optimizers.structure.masks import (
     parse_pattern,
     scores,
 )
+from onnxpress.optimizers.structure.moments import Moments, StreamLengths
+from onnxpress.optimizers.structure.residual import streams_of
 from onnxpress.optimizers.structure.sparsegpt import refit, sparsegpt
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
@@ -218,11 +219,11 @@ class PruneWeights(CalibratedPass):
                 hint='give a longer text with --calibration, or choose method="magnitude", which needs none',
             )
         options = (sparsity, self.pattern, self.method, self.strength, self.refit, self.damping, sorted(targets))
-        waiting, changed = dict(targets), set()
+        waiting, changed, streams = dict(targets), set(), streams_of(model)
         for step in self.calibration.walk(model, method=f"prune-weights {number} {options!r}", by_product=True):
             for place, linears in enumerate(_stages(step, waiting)):
                 fresh = [linear for linear in linears if not self._is_done(linear, sparsity)]
-                found = step.results(str(place), partial(self._solve, step, fresh, before, sparsity))
+                found = step.results(str(place), partial(self._solve, step, fresh, before, sparsity, streams))
                 for linear in fresh:
                     put(linear, found[f"{linear.name}#weight"])
                     report.measure(linear.name, float(found[f"{linear.name}#error"].numpy()[0]))
@@ -244,15 +245,20 @@ class PruneWeights(CalibratedPass):
         return self.method == "wanda"
 
     def _solve(
-        self, step: Step, linears: Sequence[Linear], before: Mapping[str, _Before], sparsity: float
+        self,
+        step: Step,
+        linears: Sequence[Linear],
+        before: Mapping[str, _Before],
+        sparsity: float,
+        streams: Mapping[ir.Node, Sequence[ir.Value]],
     ) -> dict[str, NDArray[Any]]:
-        """Pruned weights and relative errors of products that read one activation: `weight#weight`, `weight#error`."""
+        """Pruned weights and relative errors of products that read one activation: `weight#weight`, `weight#error`.
+
+        Where their output joins the residual stream, tokens weigh in by its length, see `structure.moments`.
+        """
         if not linears:
             return {}
-        activation = str(linears[0].activation.name)
-        gram = Gram(linears[0].shape[0], activation)
-        step.observe({activation: [gram]})
-        moments = gram.matrix()
+        moments = _moments(step, linears[0], streams.get(linears[0].node, ())).second()
         arrays: dict[str, NDArray[Any]] = {}
         for linear in linears:
             original = read_matrix(before[linear.name].tensor, linear.name, transpose=linear.transposed)
@@ -279,6 +285,15 @@ class _Before(NamedTuple):
 
     tensor: Any
     digest: bytes
+
+
+def _moments(step: Step, linear: Linear, stream: Sequence[ir.Value]) -> Moments:
+    """Of what a product reads."""
+    lengths = StreamLengths() if stream and {str(value.name) for value in stream} <= step.values else None
+    moments = Moments(linear.shape[0], str(linear.activation.name), lengths)
+    wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream} if lengths is not None else {}
+    step.observe({**wanted, moments.tensor: [moments]})
+    return moments
 
 
 def _stages(step: Step, waiting: Mapping[str, Linear]) -> list[list[Linear]]:

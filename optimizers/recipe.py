@@ -12,8 +12,9 @@
     bits = 8                 # everything else is an argument of the pass's constructor
     block_size = "auto"      # the profile's value, as if it were left out: [auto.quantize-blocks] block_size
 
-A recipe may leave it to a search which products get which format (see `onnxpress.search`): after its passes come the
-passes in one or another format, each for the products that the search gave it, and then those under `after`.
+A recipe may leave it to a search which products get which format, and which blocks are cut how (see
+`onnxpress.search`): after its passes come the cuts and the formats, each for what the search gave it, and then the
+passes under `after`.
 
     [[format]]
     name = "int8"
@@ -23,6 +24,11 @@ passes in one or another format, each for the products that the search gave it, 
     [[format]]               # several passes, one after another
     name = "int8 rotated"
     passes = [{ name = "rotate" }, { name = "quantize-dynamic", activations = "per_token" }]
+
+    [[cut]]                  # a structural pass, for the blocks that the search gave it; cuts come before formats
+    name = "ffn 75%"
+    pass = "prune-ffn"
+    ratio = 0.75
 
     [importance]             # by pattern of weight names: how much more, or less, a loss there counts
     "*.layers.0.*" = 2.0
@@ -56,7 +62,7 @@ from onnxpress.optimizers.base import Pass
 
 AUTO = "auto"
 _OWN_KEYS = {"name", "optional"}
-_TABLES = ("name", "description", "pass", "format", "importance", "after")
+_TABLES = ("name", "description", "pass", "cut", "format", "importance", "after")
 
 
 @dataclass(frozen=True)
@@ -108,23 +114,31 @@ class Recipe:
     passes: tuple[PassSpec, ...]
     description: str = ""
     formats: Mapping[str, tuple[PassSpec, ...]] = field(default_factory=dict)
-    """What a search chooses from, by name; without any, there is nothing to search."""
+    """What a search chooses from for each product, by name."""
+    cuts: Mapping[str, tuple[PassSpec, ...]] = field(default_factory=dict)
+    """What a search chooses from for each block, by name."""
     importance: Mapping[str, float] = field(default_factory=dict)
     """Factors of the losses of weights, by pattern of their names; the first that fits counts."""
     after: tuple[PassSpec, ...] = ()
     """Passes that follow those that a search decided on."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether anything is left to a search."""
+        return bool(self.formats or self.cuts)
 
     def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> Recipe:
         return replace(
             self,
             passes=tuple(spec.resolve(auto) for spec in self.passes),
             formats={name: tuple(spec.resolve(auto) for spec in specs) for name, specs in self.formats.items()},
+            cuts={name: tuple(spec.resolve(auto) for spec in specs) for name, specs in self.cuts.items()},
             after=tuple(spec.resolve(auto) for spec in self.after),
         )
 
     def build(self) -> list[Pass]:
         """All passes, so that a wrong option in the last one is found before the first one runs."""
-        for spec in (*chain.from_iterable(self.formats.values()), *self.after):
+        for spec in (*chain.from_iterable((*self.formats.values(), *self.cuts.values())), *self.after):
             spec.build()
         return [spec.build() for spec in self.passes]
 
@@ -132,8 +146,9 @@ class Recipe:
         """As a recipe's TOML file holds it."""
         table: dict[str, Any] = {"name": self.name} | ({"description": self.description} if self.description else {})
         table["pass"] = [spec.to_dict() for spec in self.passes]
-        if self.formats:
-            table["format"] = [_format_row(name, specs) for name, specs in self.formats.items()]
+        for key, kinds in (("cut", self.cuts), ("format", self.formats)):
+            if kinds:
+                table[key] = [_format_row(name, specs) for name, specs in kinds.items()]
         if self.importance:
             table["importance"] = dict(self.importance)
         return table | ({"after": [spec.to_dict() for spec in self.after]} if self.after else {})
@@ -167,7 +182,8 @@ def loads(text: str, label: str = "recipe") -> Recipe:
         str(table.get("name", label.removesuffix(".toml"))),
         tuple(_spec(row, row["name"], label) for row in _rows(table, "pass", "a name", label)),
         str(table.get("description", "")),
-        {row["name"]: _format(row, label) for row in _rows(table, "format", "a name and a pass", label)},
+        {row["name"]: _format(row, "format", label) for row in _rows(table, "format", "a name and a pass", label)},
+        {row["name"]: _format(row, "cut", label) for row in _rows(table, "cut", "a name and a pass", label)},
         _importance(table.get("importance", {}), label),
         tuple(_spec(row, row["name"], label) for row in _rows(table, "after", "a name", label)),
     )
@@ -182,19 +198,20 @@ def _rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[dict
     return rows
 
 
-def _format(row: Mapping[str, Any], label: str) -> tuple[PassSpec, ...]:
+def _format(row: Mapping[str, Any], kind: str, label: str) -> tuple[PassSpec, ...]:
+    """The passes of a [[format]] or a [[cut]]."""
     name = row["name"]
     if "passes" in row:
         if unknown := sorted(row.keys() - {"name", "passes"}):
             raise UsageError(
-                f"{label}: format {name} has passes, and {unknown[0]} beside them",
+                f"{label}: {kind} {name} has passes, and {unknown[0]} beside them",
                 hint='options belong to a pass: passes = [{ name = "rotate", size = 16 }]',
             )
         rows = _rows(row, "passes", "a name", label)
         if rows:
             return tuple(_spec(one, one["name"], label) for one in rows)
     if not isinstance(row.get("pass"), str):
-        raise UsageError(f"{label}: format {name} names no pass", hint='pass = "quantize-blocks"')
+        raise UsageError(f"{label}: {kind} {name} names no pass", hint='pass = "quantize-blocks"')
     return (_spec({key: value for key, value in row.items() if key != "pass"}, row["pass"], label),)
 
 

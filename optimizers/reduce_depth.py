@@ -24,7 +24,7 @@ from onnxpress.optimizers.anatomy import Anatomy, Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.depth.choice import Select, choose
-from onnxpress.optimizers.depth.cuts import cut_layers, require_single_states, stacks_of
+from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
 from onnxpress.optimizers.depth.kinds import kind_of, layer_weights, require_same_kind
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
 from onnxpress.optimizers.linear import find_linears
@@ -129,7 +129,7 @@ class ReduceDepth(CalibratedPass):
         kinds = {kind_of(block) for block in blocks}
         gaps = _gaps(plan.dropped)
         if self.method in ("merge", "average"):
-            _merge(blocks, gaps, "merge" if self.method == "merge" else "average")
+            _merge(model, stack, blocks, gaps, "merge" if self.method == "merge" else "average")
         cut_layers(model, stack, plan.dropped)
         if self.method == "linear":
             if plan.patches is None:
@@ -175,13 +175,14 @@ def _gaps(dropped: Sequence[int]) -> list[Gap]:
     return [Gap(run[0] - 1 - sum(other < run[0] for other in dropped), run[-1]) for run in runs(dropped)]
 
 
-def _merge(blocks: Sequence[Block], gaps: Sequence[Gap], method: Merge) -> None:
+def _merge(model: ir.Model, stack: str, blocks: Sequence[Block], gaps: Sequence[Gap], method: Merge) -> None:
     """Add the weights of each run to those of the layer before it, or after it where none is before."""
     removed = 0
     for gap in gaps:
         first = gap.after + 1 + removed
         removed += gap.last + 1 - first
-        host = blocks[first - 1] if gap.after >= 0 else blocks[gap.last + 1]
+        into = first - 1 if gap.after >= 0 else gap.last + 1
+        host = blocks[into]
         run = blocks[first : gap.last + 1]
         for block in run:
             require_same_kind(host, block)
@@ -190,6 +191,7 @@ def _merge(blocks: Sequence[Block], gaps: Sequence[Gap], method: Merge) -> None:
         for name, value in layer_weights(host).items():
             tensors = [weights[name].const_value for weights in others]
             value.const_value = _combined([value.const_value, *tensors], coefficients, str(value.name))
+        note_merge(model, stack, len(blocks), into, range(first, gap.last + 1))
 
 
 def _combined(tensors: Sequence[ir.TensorProtocol | None], coefficients: Sequence[float], name: str) -> RowTensor:

@@ -23,8 +23,8 @@ from onnxpress.optimizers.structure.editing import read_weight, require_editable
 from onnxpress.optimizers.structure.hidden import (
     center,
     lost_share,
-    norm_correction,
     principal_directions,
+    stream_scale,
     tied_mixture,
 )
 from onnxpress.optimizers.structure.stream import Stream, find_stream, moments_of, rotate_rows
@@ -86,7 +86,7 @@ class ReduceHidden(CalibratedPass):
             assert head is not None
             assert gain is not None
             mixture = tied_mixture(moments_of(head.weight), gain, directions)
-            _mix(model.graph, head, mixture)
+            _mix(model.graph, head, mixture / stream_scale(stream.width, kept) ** 2)  # the table is shorter, too
         _slice(stream, directions, head if mixed else None)
         report.measure("residual stream", lost_share(covariance, directions))
         report.match(f"hidden size {stream.width} to {kept}", len(stream.norms))
@@ -152,13 +152,7 @@ def _fold_norms(
                 old = 0.0 if product.bias is None else _constant(product.bias)
                 set_bias(product, old + offset.astype(np.float64) @ weight)
             set_weight(product, (gain[:, None] * weight).astype(np.float32))
-        _plain_norm(
-            graph,
-            node,
-            len(gain),
-            1.0,
-            float(node.attributes["epsilon"].value) if "epsilon" in node.attributes else 1e-5,
-        )
+        _plain_norm(graph, node, len(gain))
     if centered:
         identity = np.eye(stream.width)
         _write_through(stream, np.asarray(center(identity)))
@@ -186,20 +180,22 @@ def _untie(graph: ir.Graph, head: Product) -> Product:
     return Product(head.node, head.activation, own, head.features, head.bias, head.output)
 
 
-def _plain_norm(graph: ir.Graph, node: ir.Node, size: int, gain: float, epsilon: float) -> None:
-    """Give a norm `size` equal gains and this epsilon."""
-    index = 2 if node.op_type.startswith("Skip") else 1
+def _plain_norm(graph: ir.Graph, node: ir.Node, size: int) -> None:
+    """Give a norm `size` gains of 1."""
+    skip = node.op_type.startswith("Skip")
+    index = 2 if skip else 1
     old = node.inputs[index]
     assert old is not None
     constant = add_constant(
         graph,
         f"{old.name}.folded" if not str(old.name).endswith(".folded") else str(old.name),
-        np.full(size, gain, np.float32),
+        np.ones(size, np.float32),
     )
-    constant.const_value = ir.tensor(np.full(size, gain, np.float32), name=constant.name)
+    constant.const_value = ir.tensor(np.ones(size, np.float32), name=constant.name)
     constant.shape = ir.Shape([size])
     node.replace_input_with(index, constant)
-    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+    if "epsilon" not in node.attributes:
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-12 if skip else 1e-5)  # the operators' defaults
     if old is not constant and not old.uses() and old.name in graph.initializers:
         del graph.initializers[str(old.name)]
 
@@ -248,14 +244,15 @@ def _write_through(stream: Stream, matrix: Doubles) -> None:
 def _slice(stream: Stream, directions: Doubles, mixed_head: Product | None) -> None:
     """Rotate all that touches the stream, keeping these directions [width, kept]."""
     width, kept = directions.shape
-    _write_through(stream, directions)
+    scale = stream_scale(width, kept)
+    _write_through(stream, scale * directions)
     for node, readers in stream.norms.items():
         for product in readers:
             if mixed_head is None or product.node is not mixed_head.node:
-                set_weight(product, (directions.T @ read_weight(product)).astype(np.float32))
+                set_weight(product, (directions.T @ read_weight(product) / scale).astype(np.float32))
         graph = node.graph
         assert isinstance(graph, ir.Graph)
-        _plain_norm(graph, node, kept, *norm_correction(width, kept, float(node.attributes["epsilon"].value)))
+        _plain_norm(graph, node, kept)
         for output in node.outputs:
             _narrow(output, width, kept)
     for value in stream.values:

@@ -1,7 +1,9 @@
 """Apply passes to a graph and save it beside copies of the source's configs: SOURCE TARGET ROWS LENGTH PASSES [TEXT].
 
-PASSES is JSON, a list of names with options; TEXT is what to calibrate on. The pass called `perturb` moves every weight
-by up to half a step of a 4-bit grid (blocks of 32): what was once 4-bit lies on no grid any more.
+PASSES is JSON, a list of names with options; TEXT is what to calibrate on. ROWS and LENGTH 0: as many samples as each
+pass wants. The pass called `perturb` moves every weight by up to half a step of a 4-bit grid (blocks of 32): what was
+once 4-bit lies on no grid any more. `round` (bits, include) puts weights on the grid of quantize-blocks in blocks of 32
+and leaves them float32, so that what is done to codes afterwards can be studied.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +22,9 @@ import onnx_ir as ir
 from onnxpress.calibration import CalibrationData
 from onnxpress.graph_io import load_graph, save_graph
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
-from onnxpress.optimizers.linear import find_linears
+from onnxpress.optimizers.linear import find_linears, read_rows, selected
+from onnxpress.optimizers.quantization.block_format import BlockFormat
+from onnxpress.optimizers.quantization.least_squares import fit_least_squares
 from onnxpress.optimizers.recipe import PassSpec
 
 
@@ -33,21 +39,34 @@ def perturb(model: ir.Model) -> None:
         value.const_value = ir.tensor(weight, name=value.name)
 
 
+def round_to_blocks(model: ir.Model, bits: int, include: Sequence[str]) -> None:
+    for linear in find_linears(model.graph):
+        if selected(linear.name, include, ()):
+            weight = fit_least_squares(read_rows(linear).T, BlockFormat(bits, 32)).dequantize()
+            stored = np.ascontiguousarray(weight.T if linear.transposed else weight)
+            linear.weight.const_value = ir.tensor(stored, name=linear.weight.name)
+
+
 def main() -> None:
     source, target, rows, length = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     graph = next(source.rglob("model.onnx"))
     model = load_graph(graph)
-    samples = None
+    text = sys.argv[6] if len(sys.argv) > 6 else None
+    samples: dict[tuple[int, int], Any] = {}
     began = time.process_time()
     for name, options in json.loads(sys.argv[5]):
         if name == "perturb":
             perturb(model)
             continue
+        if name == "round":
+            round_to_blocks(model, **options)
+            continue
         one = PassSpec(name, options).build()
         if isinstance(one, CalibratedPass) and one.needs_samples:
-            text = sys.argv[6] if len(sys.argv) > 6 else None
-            samples = samples or CalibrationData(text).feeds(graph, rows, length)[""]
-            one.calibration = Calibration(samples)
+            size = (rows or one.wanted_rows, length or one.wanted_length)
+            samples[size] = samples.get(size) or CalibrationData(text).feeds(graph, *size)[""]
+            one.calibration = Calibration(samples[size])
+            one.reference = load_graph(graph)
         one.call(model)
     seconds = time.process_time() - began
     shutil.rmtree(target, ignore_errors=True)

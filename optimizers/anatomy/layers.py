@@ -76,17 +76,17 @@ def split_layers(graph: ir.Graph) -> list[Segment]:
     # Segment 0 is before everything; a stack of n layers takes n segments and one after them.
     numbers: dict[tuple[str, int], int] = {}
     afters, count = set(), 1
-    for stack, depth in stacks.items():
-        numbers |= {(stack, layer): count + layer for layer in range(depth)}
-        afters.add(count + depth)
-        count += depth + 1
+    for stack, layers in stacks.items():
+        numbers |= {(stack, layer): count + place for place, layer in enumerate(layers)}
+        afters.add(count + len(layers))
+        count += len(layers) + 1
     places = _Places(graph, numbers, afters).find()
     nodes: list[list[ir.Node]] = [[] for _ in range(count)]
     for node in graph:
         nodes[places[node]].append(node)
     segments = [Segment(f"before {next(iter(stacks))}", None, tuple(nodes[0]))]
-    for stack, depth in stacks.items():
-        segments += [Segment(f"{stack}.{i}", i, tuple(nodes[numbers[stack, i]])) for i in range(depth)]
+    for stack, layers in stacks.items():
+        segments += [Segment(f"{stack}.{i}", i, tuple(nodes[numbers[stack, i]])) for i in layers]
         segments.append(Segment(f"after {stack}", None, tuple(nodes[len(segments)])))
     empty = [segment.title for segment in segments if segment.layer is not None and not segment.nodes]
     if empty:
@@ -125,26 +125,27 @@ def module_of(node: ir.Node) -> str | None:
     return scope.rpartition("/")[0].strip("/").replace("/", ".") if "/" in scope else scope.rpartition(".")[0]
 
 
-def _stacks(graph: ir.Graph) -> dict[str, int]:
-    """Number of layers by the path of their stack, in the order in which the graph first uses their weights.
+def _stacks(graph: ir.Graph) -> dict[str, list[int]]:
+    """The layers of each stack by its path, in the order in which the graph first uses their weights.
 
     A layer has matrices: the genai builder calls the final norm one more layer. Where weights are not named after
-    layers, as most are not in torch's exports, the modules of the nodes that read them tell.
+    layers, as most are not in torch's exports, the modules of the nodes that read them tell. A part of a model may lack
+    layers.
     """
     matrices = [(node, value) for node in graph for value in _read(node) if _is_weight(value) and _is_matrix(value)]
-    by_name = _depths(layer_of(value.name) for _, value in matrices)
-    by_scope = _depths(layer_of(scope_of(node)) for node, _ in matrices)
+    by_name = _layers(layer_of(value.name) for _, value in matrices)
+    by_scope = _layers(layer_of(scope_of(node)) for node, _ in matrices)
     if not by_name:
-        return by_scope
-    return {stack: max(depth, by_scope.get(stack, 0)) for stack, depth in by_name.items()}
+        by_name, by_scope = by_scope, {}
+    return {stack: sorted(layers | by_scope.get(stack, set())) for stack, layers in by_name.items()}
 
 
-def _depths(layers: Iterable[tuple[str, int] | None]) -> dict[str, int]:
-    depths: dict[str, int] = {}
-    for found in layers:
-        if found is not None:
-            depths[found[0]] = max(depths.get(found[0], 0), found[1] + 1)
-    return depths
+def _layers(found: Iterable[tuple[str, int] | None]) -> dict[str, set[int]]:
+    stacks: dict[str, set[int]] = {}
+    for layer in found:
+        if layer is not None:
+            stacks.setdefault(layer[0], set()).add(layer[1])
+    return stacks
 
 
 def _is_matrix(value: ir.Value) -> bool:

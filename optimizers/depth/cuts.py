@@ -23,6 +23,8 @@ from onnxpress.optimizers.anatomy.layers import MODULE, layer_of
 LAYERS = "onnxpress.layers"
 """Key of the graph's metadata: JSON, for each stack that was cut the original index of every layer that
 is left, such as {"model.layers": [0, 1, 3]}."""
+MERGED = "onnxpress.merged"
+"""The same for layers whose weights were added to another's: {"model.layers": {"1": [2]}}."""
 _CACHE = re.compile(r"^(past_key_values|present(?:_key_values)?)\.(\d+)(?=\.)")
 _NUMBER = re.compile(r"(?:^|.*?[./])(?:layers?|h|blocks?)[./](\d+)(?=[./]|$)")
 
@@ -58,6 +60,17 @@ def layers_left(model: ir.Model, stack: str, depth: int) -> list[int]:
     """The original index of each of the `depth` layers that a stack has by now."""
     recorded = json.loads(model.metadata_props.get(LAYERS, "{}"))
     return [int(index) for index in recorded.get(stack, range(depth))]
+
+
+def note_merge(model: ir.Model, stack: str, depth: int, host: int, run: Collection[int]) -> None:
+    """Record that layers of a stack, by their present indices, were added to the layer `host`, with all that theirs
+    had taken in before."""
+    origin = layers_left(model, stack, depth)
+    recorded = json.loads(model.metadata_props.get(MERGED, "{}"))
+    known = recorded.setdefault(stack, {})
+    taken = [index for layer in run for index in (origin[layer], *known.pop(str(origin[layer]), []))]
+    known[str(origin[host])] = sorted([*known.get(str(origin[host]), []), *taken])
+    model.metadata_props[MERGED] = json.dumps(recorded)
 
 
 def require_single_states(block: Block) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Anatomy, Attention, Product
+from onnxpress.optimizers.anatomy import Anatomy, Attention, Block, Product
 from onnxpress.optimizers.anatomy.roles import FUSED
 from onnxpress.optimizers.linear import add_constant, is_shared, match_linear, read_rows
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
@@ -125,10 +125,15 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
 def forget_shapes(anatomy: Anatomy) -> None:
     """Remove the inferred shapes of what blocks compute inside, which edits have made wrong."""
     for block in anatomy.blocks:
-        for node in block.nodes:
-            for output in node.outputs:
-                if not output.is_graph_output() and output not in block.outputs:
-                    output.shape = None
+        forget_block_shapes(block)
+
+
+def forget_block_shapes(block: Block) -> None:
+    """Likewise for one block."""
+    for node in block.nodes:
+        for output in node.outputs:
+            if not output.is_graph_output() and output not in block.outputs:
+                output.shape = None
 
 
 def select(tensor: ir.TensorProtocol, rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None) -> RowTensor:

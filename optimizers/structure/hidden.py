@@ -4,9 +4,10 @@ Once norms have no gain of their own, a stream that is rotated by an orthogonal 
 sees lengths, what writes into the stream is multiplied by Q and what reads it by Qᵀ. The columns of Q are ordered by
 how much of the stream lies along them; the last ones are deleted.
 
-A norm of the sliced stream z (width of `width`) must still divide by the length over all `width` components:
+A norm of the sliced stream z must still divide by the length over all `width` components. It does, with the ε that it
+had, if the stream is made shorter by c = √(kept/width), which its readers take back:
 
-    z / √(|z|²/width + ε)  =  √(width/kept) · z / √(|z|²/kept + ε · width/kept)
+    z / √(|z|²/width + ε)  =  1/c · cz / √(|cz|²/kept + ε)
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def center(writer: Floats) -> Floats:
     return np.asarray(writer - writer.mean(axis=-1, keepdims=True))
 
 
-def norm_correction(width: int, kept: int, epsilon: float) -> tuple[float, float]:
-    """(gain, epsilon) of a norm over `kept` components that divides as one over `width` components did."""
-    return float(np.sqrt(width / kept)), epsilon * width / kept
+def stream_scale(width: int, kept: int) -> float:
+    """What a sliced stream is multiplied by, so that a norm over `kept` components divides as one over `width` did."""
+    return float(np.sqrt(kept / width))
 
 
 def tied_mixture(table_moments: Doubles, gain: Floats, directions: Doubles) -> Doubles:

@@ -70,3 +70,11 @@ class Moments:
     def mean(self) -> Doubles:
         require_data(int(self.weight > 0), self.tensor)
         return self.sum / self.weight
+
+    def covariance(self) -> Doubles:
+        return self.second() - np.outer(self.mean(), self.mean())
+
+    def augmented(self) -> Doubles:
+        """E[(x, 1)(x, 1)ᵀ], [features + 1, features + 1]."""
+        mean = self.mean()
+        return np.block([[self.second(), mean[:, None]], [mean[None], np.ones((1, 1))]])

@@ -23,13 +23,20 @@ FLOOR = 1e-12
 
 
 ROUNDING = 1e-6
-"""Of Σ|t|²: gains below it are rounding of the sums, which are of float32 products."""
+"""What sums of float32 products resolve, in parts of a second moment; gains below it,
+in parts of Σ|t|², are rounding."""
 
 
-def penalties(second: Doubles, ridge: float) -> Doubles:
-    """λ [features] of E[xxᵀ] [features, features]."""
+def penalties(second: Doubles, ridge: float, raw: Doubles | None = None) -> Doubles:
+    """λ [features] of E[xxᵀ] [features, features].
+
+    Args:
+        raw: E[xⱼ²] [features] where `second` is around the mean: what is around a mean much larger than it is known
+            only as well as the mean's square.
+    """
     diagonal = np.diagonal(second)
-    return ridge * diagonal + FLOOR * max(float(diagonal.mean()), np.finfo(np.float64).tiny)
+    found: Doubles = ridge * diagonal + FLOOR * max(float(diagonal.mean()), np.finfo(np.float64).tiny)
+    return found if raw is None else found + ROUNDING * raw
 
 
 def solve(second: Doubles, cross: Doubles, prior: Doubles, penalty: Doubles) -> Doubles:

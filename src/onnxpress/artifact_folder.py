@@ -7,7 +7,7 @@ onnx/model{suffix}.onnx_data   its weights, where they are too many for one file
                                decoder_model_merged, whose .onnx_data has the weights of all three decoders
 config.json generation_config.json genai_config.json tokenizer*.json chat_template.jinja
 golden/                        inputs and expected outputs for a self-test
-README.md                      the model card
+README.md report.html          the model card; the same with pictures
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from onnxpress import manifest
 from onnxpress.artifact import Artifact, Source, Step
 from onnxpress.errors import CorruptFileError, VerificationError
 from onnxpress.graph_io import load_graph, save_graph, save_graphs
-from onnxpress.manifest import Manifest
 from onnxpress.merged_decoder import merge_decoders, share_weights
 from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
 from onnxpress.storage import stored
 from onnxpress.tensors import FileTensor, concrete_shape
 
 GRAPHS = "onnx"
+CARD, REPORT = "README.md", "report.html"
 SINGLE_FILE_BYTES = 64 * 2**20
 """Up to here weights stay in the .onnx file; more go beside it, where sessions map them instead of reading them."""
 
@@ -102,18 +102,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_card(folder: Path, record: Manifest, rows: list[tuple[str, str, str]]) -> None:
-    """README.md: the model card. `rows` are (measure, before, after), as the command line shows them."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("onnxpress"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    graphs = sorted(path.name for path in (folder / GRAPHS).glob("*.onnx"))
-    text = environment.get_template("model_card.md.j2").render(record=record, rows=rows, graphs=graphs)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
 def graph_paths(folder: Path) -> dict[str, Path]:
     """The graphs of an artifact by file stem without the suffix. Raises CorruptFileError if there is none."""
     paths = {}
@@ -136,7 +124,7 @@ def load(folder: Path) -> Artifact:
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     config.pop("transformers.js_config", None)
-    made_here = {"config.json", "genai_config.json", "README.md"}
+    made_here = {"config.json", "genai_config.json", CARD, REPORT}
     files = {
         name: folder / _inside(name)
         for name in record.files

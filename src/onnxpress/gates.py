@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxpress.artifact import Step
-from onnxpress.errors import GateFailedError
+from onnxpress.errors import GateFailedError, UnsupportedModelError
 from onnxpress.manifest import GateRecord
+
+
+class Share(float):
+    """A limit as a part of what the float32 model has."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,29 @@ class Gates:
     max_loss: float | None = None
     """The rise of perplexity (decoders) or 1 - the mean cosine (the others), as a fraction."""
     max_size: float | None = None
-    """Bytes of the graphs with their weights."""
+    """Bytes of the graphs with their weights, or a `Share` of them."""
     max_latency: float | None = None
     """Milliseconds per token (decoders) or per call."""
     max_memory: float | None = None
     """Bytes of peak resident memory."""
+    max_parameters: float | None = None
+    """Numbers in the weights, or a `Share` of them."""
+
+    def of(self, size_bytes: float, parameters: float | None) -> Gates:
+        """The same with amounts for shares. Raises UnsupportedModelError for a share of what is not known.
+
+        Args:
+            size_bytes, parameters: of the float32 model.
+        """
+        if isinstance(self.max_parameters, Share) and parameters is None:
+            raise UnsupportedModelError(
+                f"{self.max_parameters:.0%} of how many parameters? No transformer layers were recognised in the model"
+            )
+        return replace(
+            self,
+            max_size=_amount_of(self.max_size, size_bytes),
+            max_parameters=_amount_of(self.max_parameters, parameters or 0),
+        )
 
     @property
     def need_benchmark(self) -> bool:
@@ -35,6 +57,7 @@ class Gates:
             ("max_size_bytes", self.max_size, after.get("size_bytes")),
             ("max_latency_ms", self.max_latency, latency),
             ("max_memory_bytes", self.max_memory, after.get("peak_rss_bytes")),
+            ("max_parameters", self.max_parameters, after.get("parameters")),
         )
         return [
             # A value that could not be measured does not pass.
@@ -47,6 +70,10 @@ class Gates:
             for name, limit, value in rows
             if limit is not None
         ]
+
+
+def _amount_of(limit: float | None, whole: float) -> float | None:
+    return float(limit * whole) if isinstance(limit, Share) else limit
 
 
 def require(gates: Sequence[GateRecord], before: Mapping[str, float], steps: Sequence[Step]) -> None:
@@ -103,4 +130,6 @@ def _amount(name: str, value: float) -> str:
         return "(not measured)"
     if name.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
+    if name.endswith("_parameters"):
+        return f"{value:,.0f}"
     return f"{value:.1f} ms" if name.endswith("_ms") else f"{value:.2%}"

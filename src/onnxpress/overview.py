@@ -13,6 +13,7 @@ from onnxpress.errors import SourceNotFoundError
 from onnxpress.graph_io import load_graph
 from onnxpress.inspection import Inspection, inspect_graph
 from onnxpress.runtime_profiles.profile import Profile
+from onnxpress.structure import Record
 
 CONTEXTS = (512, 2048, 8192)
 """Context lengths that memory is estimated for."""
@@ -25,6 +26,8 @@ class Overview:
     """By file name."""
     profile: str
     warnings: list[str]
+    structure: Record | None = None
+    """What was cut, where that is an artifact's."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the memory at some context lengths."""
@@ -33,7 +36,8 @@ class Overview:
             row = {key: value for key, value in asdict(found).items() if not key.startswith("_")}
             row["memory"] = {str(context): asdict(found.memory(context)) for context in CONTEXTS}
             graphs[name] = row
-        return {"graphs": graphs, "profile": self.profile, "warnings": self.warnings}
+        structure = self.structure.to_dict() if self.structure is not None else None
+        return {"graphs": graphs, "profile": self.profile, "warnings": self.warnings, "structure": structure}
 
 
 def inspect(model: str, profile: Profile) -> Overview:
@@ -42,7 +46,9 @@ def inspect(model: str, profile: Profile) -> Overview:
     Raises SourceNotFoundError where there is none, and what `load_graph` raises for a broken one.
     """
     path = Path(model)
+    structure = None
     if manifest.is_artifact(path):
+        structure = Record.of(manifest.read(path).export)
         files = list(artifact_folder.graph_paths(path).values())
     else:
         files = [path] if path.is_file() else sorted(path.rglob("*.onnx"))
@@ -50,7 +56,8 @@ def inspect(model: str, profile: Profile) -> Overview:
         raise SourceNotFoundError(f"no ONNX graph at {model}", hint="give an artifact, an ONNX file or a folder")
     loaded = {file.name: load_graph(file) for file in files}
     warnings = [warning for name, graph in loaded.items() for warning in objections(name, graph, profile)]
-    return Overview({name: inspect_graph(graph) for name, graph in loaded.items()}, profile.name, warnings)
+    found = {name: inspect_graph(graph) for name, graph in loaded.items()}
+    return Overview(found, profile.name, warnings, structure)
 
 
 def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:

@@ -16,6 +16,7 @@ from onnxpress.graph_io import load_graph
 from onnxpress.manifest import Manifest, StepRecord
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import before_after
+from onnxpress.report_files import write_report
 from onnxpress.stems import DECODER_MERGED
 from onnxpress.work import Work, graph_bytes
 
@@ -47,6 +48,8 @@ def package(
 
     before = {"size_bytes": float(graph_bytes(work.reference))}
     after = {"size_bytes": float(artifact_folder.size_bytes(result))}
+    if work.structure is not None:
+        after["parameters"] = float(work.structure.parameters)
     if quality is not None:
         after |= measuring.figures(quality)
         if quality.reference_perplexity is not None:
@@ -75,7 +78,7 @@ def package(
         versions=manifest.versions(),
     )
     _write_configs(result, work, graphs, paths)
-    artifact_folder.write_card(result, record, before_after(record.before, record.metrics))
+    write_report(result, record, before_after(record.before, record.metrics))
     (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
     with progress.stage("recording golden outputs"):
         write_golden(result, threads=work.threads)

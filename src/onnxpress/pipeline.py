@@ -29,7 +29,7 @@ from onnxpress.runtime_profiles import profile as profiles
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.search.options import SearchOptions
 from onnxpress.staging import Staging, check_target, replacing, replacing_file
-from onnxpress.work import Work
+from onnxpress.work import Work, graph_bytes
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ __all__ = ["BuildResult", "build", "default_output", "export", "kernels", "load"
 
 Logits = Literal["all", "last"]
 
-BUDGET, BUDGET_STORED = "budget", "budget-stored"
+BUDGET, BUDGET_STORED, STRUCTURE = "budget", "budget-stored", "budget-structure"
 """The recipes that are searched where limits are given and no recipe: for weights in general, and for those that were
 quantized before."""
 FUSE_FOREIGN = "fuse-foreign"
@@ -113,7 +113,7 @@ def build(
             task,
             context_length,
         )
-        chosen = chosen or _default_recipe(model, work.artifact, target, gates)
+        chosen = chosen or _default_recipe(model, work.artifact, target, gates, search_options)
         record = _press(
             model,
             work,
@@ -197,7 +197,8 @@ def optimize(
         work = _begin(
             stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
         )
-        chosen = _with_our_operators(chosen or _default_recipe(source, artifact, target, gates), artifact)
+        chosen = chosen or _default_recipe(source, artifact, target, gates, search_options)
+        chosen = _with_our_operators(chosen, artifact)
         record = _press(
             artifact.source.name,
             work,
@@ -216,19 +217,24 @@ def sensitivity(
     model: str,
     *,
     every: bool = False,
+    structure: bool = False,
     kernel_table: KernelTable | None = None,
     **options: Any,
 ) -> Survey:
-    """What each product of a model loses, weighs and takes in each format of a recipe, after the recipe's passes.
+    """What each product of a model loses, weighs and takes in each format of a recipe, after the recipe's passes, and
+    what each block loses with each of its cuts.
 
     Args:
+        structure: by default, try the cuts of the recipe `budget-structure` and no formats.
         every: measure every loss, rather than infer those of finer formats from the coarsest one's that loses alike.
         options: those of `_prepared`.
     """
     from onnxpress.search.survey import survey
 
-    with _prepared(model, **options) as (work, recipe):
-        return survey(work, recipe, kernel_table, every)
+    if structure and options.get("recipe"):
+        raise UsageError("--structure and --recipe exclude each other", hint="a recipe's own cuts are tried anyway")
+    with _prepared(model, default=STRUCTURE if structure else None, **options) as (work, recipe):
+        return survey(work, replace(recipe, formats={}) if structure else recipe, kernel_table, every)
 
 
 def kernels(model: str, output: Path, **options: Any) -> KernelTable:
@@ -248,6 +254,7 @@ def _prepared(
     *,
     profile: str = "cpu",
     recipe: str | None = None,
+    default: str | None = None,
     calibration: CalibrationData | None = None,
     threads: int | None = None,
     offline: bool = False,
@@ -255,18 +262,23 @@ def _prepared(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Work, Recipe]]:
-    """A model after the passes of a recipe that are run before its formats, in a folder that goes away."""
+    """A model after the passes of a recipe that are run before its cuts and formats, in a folder that goes away.
+
+    default: the recipe where none is named; by default it depends on the model.
+    """
     progress = progress or Progress(enabled=False)
     target = profiles.load(profile)
     given = _checked(recipes.load(recipe), target) if recipe else None
-    if given is not None and not given.formats:
-        raise UsageError(f"recipe {given.name} has no formats to choose from", hint="see [[format]] in `budget`")
+    if given is not None and not given.searched:
+        raise UsageError(
+            f"recipe {given.name} has no formats to choose from, and no cuts", hint="see [[format]] in `budget`"
+        )
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve(model, progress=progress, **flags)
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
         data = Data(calibration=calibration or CalibrationData())
         work = _begin(Path(folder), source, target, data, threads, progress)
-        chosen = given or _checked(recipes.load(_budget(work.artifact)), target)
+        chosen = given or _checked(recipes.load(default or _budget(work.artifact)), target)
         for spec, one in zip(chosen.passes, chosen.build(), strict=True):
             work.apply(spec, one)
         yield work, chosen
@@ -316,29 +328,28 @@ def _press(
 
     checkpoint: an empty folder to write the float model to. originals: the weights that it came from.
     """
-    quality = None
+    quality, gates = None, gates or Gates()
     if recipe is not None:
+        gates = gates.of(graph_bytes(work.reference), work.structure.parameters if work.structure else None)
         for spec, one in zip(recipe.passes, recipe.build(), strict=True):
             work.apply(spec, one)
-        if checkpoint is not None:
-            from onnxpress.checkpoint_output import write_checkpoint
-
-            write_checkpoint(work, checkpoint, originals)
-        if recipe.formats:
+        if recipe.searched:
             from onnxpress.search.budget import search
 
-            found = search(work, recipe, gates or Gates(), search_options or SearchOptions())
+            found = search(work, recipe, gates, search_options or SearchOptions())
             recipe, quality = found.recipe, found.quality
             work.notes += found.notes
         else:
             quality = work.evaluate()
+        if checkpoint is not None:
+            from onnxpress.checkpoint_output import write_checkpoint
+
+            write_checkpoint(work, checkpoint, originals)
     # Quality needs the logits of every position; generation does not, so the others are cut off at the end.
     if last_logits and work.artifact.task.startswith("text-generation"):
         work.cut_logits()
     name = default_output(model).name.removesuffix("-onnx")
-    return package(
-        name, work, stage.result, recipe=recipe, quality=quality, gates=gates or Gates(), benchmark=benchmark
-    )
+    return package(name, work, stage.result, recipe=recipe, quality=quality, gates=gates, benchmark=benchmark)
 
 
 @contextmanager
@@ -370,24 +381,28 @@ def _checked(recipe: Recipe, target: Profile) -> Recipe:
 def _check_search(recipe: Recipe | None, gates: Gates | None, options: SearchOptions | None) -> None:
     """Raise UsageError for a search without limits, and for a search's options without a search."""
     limited = gates is not None and gates != Gates()
-    if recipe is not None and recipe.formats and not limited:
+    if recipe is not None and recipe.searched and not limited:
         raise UsageError(
-            f"recipe {recipe.name} chooses formats within limits, and none is given", hint="such as --max-loss 1%"
+            f"recipe {recipe.name} chooses formats and cuts within limits, and none is given",
+            hint="such as --max-loss 1%",
         )
-    searched = recipe.formats if recipe is not None else limited
+    searched = recipe.searched if recipe is not None else limited
     if not searched and options is not None and options != SearchOptions():
         raise UsageError(
-            "--minimize and --kernel-table are for a search, and nothing is searched",
-            hint="give a limit, such as --max-loss 1%, and no recipe but one with formats",
+            "--minimize, --kernel-table and --target-size are for a search, and nothing is searched",
+            hint="give a limit, such as --max-loss 1%, and no recipe but one with formats or cuts",
         )
 
 
-def _default_recipe(model: str, artifact: Artifact, target: Profile, gates: Gates | None) -> Recipe:
-    """What is run where no recipe is named: with limits, a search for the formats that meet them."""
+def _default_recipe(
+    model: str, artifact: Artifact, target: Profile, gates: Gates | None, options: SearchOptions | None
+) -> Recipe:
+    """What is run where no recipe is named: with limits, a search for the cuts and formats that meet them."""
     from onnxpress.models.catalog import load_catalog
 
     if gates is not None and gates != Gates():
-        return recipes.load(_budget(artifact)).resolve(target.auto)
+        structure = gates.max_parameters is not None or (options is not None and options.structure)
+        return recipes.load(STRUCTURE if structure else _budget(artifact)).resolve(target.auto)
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
     return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
@@ -396,7 +411,7 @@ def _default_recipe(model: str, artifact: Artifact, target: Profile, gates: Gate
 def _with_our_operators(recipe: Recipe, artifact: Artifact) -> Recipe:
     """`recipe`, begun with `fuse-foreign` where a pass of it edits the transformer in a graph that others made."""
     foreign = artifact.export.get("method") == "foreign" and not artifact.history
-    wanted = any(one.needs_anatomy for one in recipe.build())
+    wanted = bool(recipe.cuts) or any(one.needs_anatomy for one in recipe.build())
     if not foreign or not wanted or any(spec.name == FUSE_FOREIGN for spec in recipe.passes):
         return recipe
     return replace(recipe, passes=(PassSpec(FUSE_FOREIGN, optional=True), *recipe.passes))

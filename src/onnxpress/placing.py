@@ -90,11 +90,18 @@ def _scales(anatomy: Anatomy) -> dict[str, tuple[float, int]]:
 
 
 def _add(found: dict[str, PlacedWeight], value: ir.Value | None, role: Role, node: ir.Node) -> None:
-    """Note a weight, unless it is known: its first role counts."""
+    """Note a weight, unless it is known: its first role counts.
+
+    A single number is a parameter by its name alone, such as CLIP's `logit_scale`: modules have constants, too.
+    """
     tensor = value.const_value if value is not None and value.is_initializer() else None
-    if value is None or tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+    if value is None or tensor is None or not tensor.dtype.is_floating_point():
         return
-    found.setdefault(str(value.name), PlacedWeight(str(value.name), role, scope_of(node), tensor))
+    single = tensor.size < 2
+    if not single or role == "other":
+        found.setdefault(
+            str(value.name), PlacedWeight(str(value.name), role, None if single else scope_of(node), tensor)
+        )
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +20,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "width": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "ffn_hidden_size"),
-    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"),
     "vocabulary": ("vocab_size",),
 }
-"""What families call each size; the first that a configuration has is taken."""
+"""What families call each size: those of a configuration that hold the value that the graph had."""
 SIDES: Mapping[str, tuple[str, ...]] = {
     "layers": ("{side}_layers", "num_{side}_layers"),
     "heads": ("{side}_attention_heads",),
     "width": ("{side}_ffn_dim",),
 }
 """Of the encoder and the decoder apart; these come first."""
-FOLLOWERS: Mapping[str, tuple[str, ...]] = {"hidden": ("word_embed_proj_dim",)}
-"""Further names with the same value."""
 TITLES: Mapping[str, str] = {
     "layers": "layers",
     "heads": "attention heads",
@@ -45,12 +43,12 @@ _GROUPED = frozenset(
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo olmo2 granite "
     "starcoder2 smollm3 cohere glm helium".split()
 )
-UNWRITTEN: Mapping[str, tuple[str, frozenset[str]]] = {
-    "head_dim": ("head_dim", _GROUPED),
-    "kv_heads": ("num_key_value_heads", _GROUPED | {"stablelm"}),
-    "width": ("n_inner", frozenset({"gpt2"})),
+UNWRITTEN: Mapping[str, Mapping[str, str]] = {
+    "head_dim": dict.fromkeys(_GROUPED, "head_dim"),
+    "kv_heads": dict.fromkeys(_GROUPED | {"stablelm"}, "num_key_value_heads"),
+    "width": {"gpt2": "n_inner", "falcon": "ffn_hidden_size"},
 }
-"""Names that these model types understand even where their config.json leaves them out (transformers 5.23)."""
+"""Names that model types understand even where their config.json leaves them out (transformers 5.23)."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Lists with an entry for each layer."""
 BY_POSITION: Mapping[str, str] = {
@@ -98,6 +96,10 @@ def reduced_config(config: Mapping[str, Any], before: Structure, after: Structur
     for name, stacks in sections.items():
         part = result.config[name] if name else result.config
         _follow(part, stacks, before, after, result.onnx_only)
+    _vocabulary(result.config, sections, before, after, result.onnx_only)
+    if after.norms != before.norms:
+        kinds = (" and ".join(sorted(one.norms)) for one in (before, after))
+        result.onnx_only.append("{} has {} where the graph has {}".format(config.get("model_type"), *kinds))
     _added(result.config, sorted(after.names - before.names), result.onnx_only)
     if before.tied and not after.tied:
         result.config["tie_word_embeddings"] = False
@@ -133,29 +135,28 @@ def _follow(
     old, new = _Sizes(before), _Sizes(after)
     for stack in stacks:
         _layers(config, stack, before, after, reasons)
-    for size in ("heads", "kv_heads", "width", "hidden", "vocabulary"):
-        names: dict[str | None, list[str]] = {}
+    for size in ("heads", "kv_heads", "width", "hidden"):
+        named: dict[tuple[str, ...], list[str]] = {}
         for stack in stacks:
-            names.setdefault(_name(config, size, stack), []).append(stack)
-        for name, group in names.items():
+            named.setdefault(_names(config, size, stack, old.values(size, [stack])), []).append(stack)
+        for names, group in named.items():
             values, were = new.values(size, group), old.values(size, group)
             if values == were:
                 continue
             if len(values) != 1:
-                reasons.append(f"{TITLES[size]} differ between layers: {_list(values)}")
-            elif size == "kv_heads" and values == new.values("heads", group) and name is None:
+                reasons.append(f"layers differ in {TITLES[size]}: {_list(values)}")
+            elif size == "kv_heads" and values == new.values("heads", group) and not names:
                 continue  # as many as there are queries, which is what a configuration without a name means
-            elif name is None:
+            elif not names:
                 reasons.append(f"{config.get('model_type')} has no name for {TITLES[size]}, now {_list(values)}")
             else:
-                (config[name],) = values
-                config.update({other: config[name] for other in FOLLOWERS.get(size, ()) if other in config})
+                config.update(dict.fromkeys(names, *values))
     dims, was = new.values("head_dim", stacks), old.values("head_dim", stacks)
     if any(new.values(size, stacks) != old.values(size, stacks) for size in ("heads", "head_dim", "hidden")):
         if len(dims) == 1:
             _head_dim(config, next(iter(dims)), stacks[0], reasons)
         elif dims:
-            reasons.append(f"{TITLES['head_dim']} differ between layers: {_list(dims)}")
+            reasons.append(f"layers differ in {TITLES['head_dim']}: {_list(dims)}")
     if after.frequencies and (after.frequencies != before.frequencies or dims != was) and len(dims) == 1:
         _rotary(config, before, after, next(iter(dims)), reasons)
 
@@ -167,8 +168,6 @@ class _Sizes:
     structure: Structure
 
     def values(self, size: str, stacks: Sequence[str]) -> set[int]:
-        if size == "vocabulary":
-            return {self.structure.vocabulary} - {None}  # type: ignore[return-value]
         found: set[int | None] = set()
         for stack in stacks:
             layers = self.structure.stacks.get(stack, ())
@@ -181,15 +180,34 @@ class _Sizes:
         return {one for one in found if one is not None}
 
 
-def _name(config: Mapping[str, Any], size: str, stack: str) -> str | None:
-    """What `config` calls a size of a stack; None if nothing."""
+def _names(config: Mapping[str, Any], size: str, stack: str, values: Collection[int]) -> tuple[str, ...]:
+    """What `config` calls a size of a stack, which has `values` before the change; empty if nothing.
+
+    Some configurations have names beside their own that nothing reads; those with the same value follow.
+    """
     side = next((word for word in ("encoder", "decoder") if word in stack.split(".")), "")
-    names = [*(name.format(side=side) for name in SIDES.get(size, ()) if side), *NAMES[size]]
-    found = next((name for name in names if name in config), None)
-    if found is None and size in UNWRITTEN:
-        name, types = UNWRITTEN[size]
-        return name if config.get("model_type") in types else None
-    return found
+    sided = [name.format(side=side) for name in SIDES.get(size, ()) if side]
+    for names in (sided, NAMES[size]):
+        known = [name for name in names if name in config]
+        if known:
+            return tuple(name for name in known if config[name] in values) or (known[0],)
+    unwritten = UNWRITTEN.get(size, {}).get(str(config.get("model_type")))
+    return (unwritten,) if unwritten is not None else ()
+
+
+def _vocabulary(
+    config: dict[str, Any], sections: Iterable[str], before: Structure, after: Structure, reasons: list[str]
+) -> None:
+    """The rows of the table of tokens, wherever they are named; whoever numbers tokens anew may have written them."""
+    if after.vocabulary == before.vocabulary:
+        return
+    parts = [config, *(config[section] for section in sections if section)]
+    (name,) = NAMES["vocabulary"]
+    named = [part for part in parts if part.get(name) == before.vocabulary]
+    if not named and not any(part.get(name) == after.vocabulary for part in parts):
+        reasons.append(f"{config.get('model_type')} has no name for {TITLES['vocabulary']}, now {after.vocabulary}")
+    for part in named:
+        part[name] = after.vocabulary
 
 
 def _layers(config: dict[str, Any], stack: str, before: Structure, after: Structure, reasons: list[str]) -> None:
@@ -198,11 +216,11 @@ def _layers(config: dict[str, Any], stack: str, before: Structure, after: Struct
     known = [layer.origin for layer in before.stacks.get(stack, ())]
     if kept == known:
         return
-    name = _name(config, "layers", stack)
-    if name is None:
+    names = _names(config, "layers", stack, {len(known)})
+    if not names:
         reasons.append(f"{config.get('model_type')} has no name for the layers of {stack}, now {len(kept)}")
         return
-    config[name] = len(kept)
+    config.update(dict.fromkeys(names, len(kept)))
     lists = BY_POSITION.get(str(config.get("model_type")))
     if lists is not None and not isinstance(config.get(lists), list):
         reasons.append(f"layers of {config['model_type']} take turns, and config.json has no {lists} to say which stay")
@@ -214,14 +232,14 @@ def _layers(config: dict[str, Any], stack: str, before: Structure, after: Struct
 
 def _head_dim(config: dict[str, Any], head_dim: int, stack: str, reasons: list[str]) -> None:
     """Write it wherever hidden size / heads is not it."""
-    heads, hidden = (config.get(str(_name(config, size, stack))) for size in ("heads", "hidden"))
-    name = _name(config, "head_dim", stack)
-    if name is not None and config.get(name) is not None:
-        config[name] = head_dim
+    heads, hidden = (config.get(next(iter(_names(config, size, stack, ())), "")) for size in ("heads", "hidden"))
+    names = _names(config, "head_dim", stack, ())
+    if names and config.get(names[0]) is not None:
+        config[names[0]] = head_dim
     elif heads and hidden and hidden == heads * head_dim:
         return
-    elif config.get("model_type") in UNWRITTEN["head_dim"][1]:
-        config[UNWRITTEN["head_dim"][0]] = head_dim
+    elif (unwritten := UNWRITTEN["head_dim"].get(str(config.get("model_type")))) is not None:
+        config[unwritten] = head_dim
     else:
         reasons.append(
             f"{config.get('model_type')} takes hidden size / heads for the features of a head: {hidden} / {heads} "

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from onnxpress.inspection import Port
     from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
+    from onnxpress.search.sensitivity import Measurement
     from onnxpress.search.survey import Survey
+    from onnxpress.structure import Record
+    from onnxpress.structure_drawing import Bar
 
 Row = tuple[str, str, str]
 
@@ -91,8 +94,12 @@ def amount(key: str, value: float | None) -> str:
 
 def print_build(result: BuildResult) -> None:
     """The steps, the before/after table, the gates, and where the artifact is."""
+    from onnxpress.structure import Record
+    from onnxpress.structure_changes import compare
+
     console = _console()
     record = result.manifest
+    structure = Record.of(record.export)
     measures = ("size_bytes", "perplexity", "cosine_mean", "kl", "max_difference")
     shown = [key for key in measures if any(key in step.metrics for step in record.steps)]
     titles = {"size_bytes": "size", "cosine_mean": "cosine", "kl": "KL", "max_difference": "largest difference"}
@@ -106,6 +113,11 @@ def print_build(result: BuildResult) -> None:
     if rows:
         table = _table(f"{record.name}, {record.profile}", "before (fp32)", "after")
         for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    if structure is not None:
+        table = _table("what was cut", "before", "after")
+        for row in compare(structure.before, structure.after):
             table.add_row(*map(escape, row))
         console.print(table)
     spent = costs(record.before, result.steps)
@@ -162,24 +174,71 @@ def print_overview(found: Overview) -> None:
             formats = ", ".join(f"{form} {_megabytes(share.bytes)}" for form, share in layer.formats.items())
             layers.add_row(layer.name, f"{layer.total.parameters:,}", f"{layer.total.bytes:,}", formats)
         console.print(layers)
+    if found.structure is not None:
+        print_structure(found.structure)
     for warning in found.warnings:
         console.print(f"[yellow]warning[/]  {escape(warning)}")
 
 
+def print_structure(record: Record) -> None:
+    """A row for each layer of the model before, with bars of what is left of it and of what was cut."""
+    from onnxpress.structure_drawing import draw
+
+    console, found = _console(), draw(record)
+    totals = _table("what was cut", "before → after")
+    for title, bar in found.totals.items():
+        change = f" ({bar.after / bar.before - 1:+.1%})" if bar.before and bar.after != bar.before else ""
+        totals.add_row(escape(title), f"{bar}{change}")
+    console.print(totals)
+    for stack in found.stacks:
+        layers = _table(stack.name, *(f"{title}\n{stack.summary(title)}" for title in stack.sizes))
+        for layer in stack.layers:
+            cells = [
+                _bar(layer.bars[title], most) if title in layer.bars else "" for title, most in stack.sizes.items()
+            ]
+            layers.add_row(f"{layer.index} {layer.fate}".strip(), *cells)
+        console.print(layers)
+    for reason in found.onnx_only:
+        console.print(f"[yellow]ONNX only[/]  {escape(reason)}")
+
+
+def _bar(bar: Bar, most: int) -> str:
+    left, cut = bar.cells(most)
+    return f"[cyan]{'█' * left}[/][dim]{'░' * cut}[/] {f'{bar.after:,}' if bar.after else ''}".strip()
+
+
 def print_survey(found: Survey) -> None:
-    """A row for each unit, a column for each format: what the model loses, and which mark stands for what."""
-    names = [one.name for one in found.formats]
-    rows = {(row.unit, row.format): row for row in found.rows}
-    table = _table("loss with only this in", "float32", *names)
-    for unit in found.units:
-        cells = []
-        for name in names:
-            row = rows.get((unit.name, name))
-            cells.append("–" if row is None else f"[{_heat(row.loss)}]{row.loss:.1e}{'' if row.measured else '~'}[/]")
-        table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *cells)
+    """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
+
+    And a row for each block, a column for each cut: what the model loses, and how much of the block is gone.
+    """
     console = _console()
-    console.print(table)
-    console.print("[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]")
+    if found.formats:
+        names = [one.name for one in found.formats]
+        rows = {(row.unit, row.format): row for row in found.rows}
+        table = _table("loss with only this in", "float32", *names)
+        for unit in found.units:
+            losses = (_loss(rows.get((unit.name, name))) for name in names)
+            table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *losses)
+        console.print(table)
+        console.print(
+            "[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]"
+        )
+    if found.cuts:
+        names = [one.name for one in found.cuts]
+        rows = {(row.unit, row.format): row for row in found.cut_rows}
+        table = _table("loss with only this cut", "parameters", *names)
+        for site in found.sites:
+            cells = []
+            for name in names:
+                row = rows.get((site.name, name))
+                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / site.parameters:.0%}[/]" if row else ""))
+            table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
+        console.print(table)
+
+
+def _loss(row: Measurement | None) -> str:
+    return "–" if row is None else f"[{_heat(row.loss)}]{row.loss:.1e}{'' if row.measured else '~'}[/]"
 
 
 def _heat(loss: float) -> str:

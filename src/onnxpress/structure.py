@@ -1,16 +1,15 @@
 """The sizes of a transformer, read from its graphs: layers, heads, widths, vocabulary.
 
 What structural passes leave behind is compared with what came in: the configuration follows it
-(`onnxpress.reduced_config`), and `inspect` and the model card show it.
+(`onnxpress.reduced_config`), `inspect` and the report draw it (`onnxpress.structure_drawing`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,12 @@ import onnx_ir as ir
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.anatomy import Anatomy, Attention, Block, anatomy_of
 from onnxpress.optimizers.anatomy.products import find_products
+from onnxpress.optimizers.depth.cuts import LAYERS, MERGED
 from onnxpress.tensors import concrete_shape, rows_of
 
-LAYERS = "onnxpress.layers"
-"""Key of a graph's metadata: JSON, for each stack that was cut the original index of every layer that is left, such as
-{"model.layers": [0, 1, 3]}."""
 RECORD = "structure"
 """Key under which an artifact's `export` holds what was cut: `Record.to_dict`."""
 _TABLES = ("cos_cache", "sin_cache")
-Row = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,10 @@ class Layer:
     """Self-attention, then cross-attention; those whose sizes the graph does not tell are left out."""
     width: int | None
     """Features inside of the feed-forward network; None for experts and the like."""
+    parameters: int = 0
+    """Elements of the weights that it reads."""
+    merged: tuple[int, ...] = ()
+    """Original indices of the layers whose weights were added to its own."""
 
     @property
     def sizes(self) -> str:
@@ -75,6 +75,8 @@ class Structure:
     """Of the weights and biases of all products but the head."""
     tied: bool = False
     """Whether the head multiplies by an embedding table."""
+    norms: frozenset[str] = frozenset()
+    """Of the layers: `LayerNorm`, `RMS norm`."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -88,7 +90,13 @@ class Structure:
     def from_dict(cls, record: Mapping[str, Any]) -> Structure:
         stacks = {
             stack: tuple(
-                Layer(one["origin"], tuple(Heads(**heads) for heads in one["attentions"]), one["width"])
+                Layer(
+                    one["origin"],
+                    tuple(Heads(**heads) for heads in one["attentions"]),
+                    one["width"],
+                    one.get("parameters", 0),
+                    tuple(one.get("merged", ())),
+                )
                 for one in layers
             )
             for stack, layers in record["stacks"].items()
@@ -128,6 +136,7 @@ def read_structure(graphs: Iterable[ir.Model]) -> Structure | None:
     scales: set[float] = set()
     weights: dict[str, int] = {}
     names: set[str] = set()
+    norms: set[str] = set()
     vocabulary: int | None = None
     tied = False
     for model in graphs:
@@ -135,64 +144,31 @@ def read_structure(graphs: Iterable[ir.Model]) -> Structure | None:
             anatomy = anatomy_of(model)
         except UnsupportedModelError:
             return None
-        origins = json.loads(model.metadata_props.get(LAYERS, "{}"))
+        origins, merges = (json.loads(model.metadata_props.get(key, "{}")) for key in (LAYERS, MERGED))
         for stack, blocks in _stacks(anatomy).items():
             origin = origins.get(stack, range(len(blocks)))
-            layers = tuple(_layer(index, block) for index, block in zip(origin, blocks, strict=True))
+            merged = merges.get(stack, {})
+            layers = tuple(
+                _layer(index, block, merged.get(str(index), ())) for index, block in zip(origin, blocks, strict=True)
+            )
             stacks.setdefault(stack, layers)
             widths = {width for block in blocks for width in _hidden_widths(block)}
             hidden.setdefault(stack, widths.pop() if len(widths) == 1 else None)
             for block in blocks:
+                norms |= {"RMS norm" if _is_rms(node) else "LayerNorm" for node in block.norms}
                 for one in block.attentions:
                     frequencies |= set(_frequencies(one))
                     scales |= set(_scale(one))
         vocabulary = _vocabulary(anatomy) if vocabulary is None else vocabulary
-        weights |= _weights(model)
+        weights |= _weights(model.graph.initializers.values())
         tied |= anatomy.tied
         for product in find_products(model.graph):
             if anatomy.head is None or product.node is not anatomy.head.node:
                 names |= {product.name, *([str(product.bias.name)] if product.bias is not None else [])}
     parameters, tables = sum(weights.values()), tuple(sorted(frequencies))
-    return Structure(stacks, hidden, vocabulary, parameters, tables, frozenset(scales), frozenset(names), tied)
-
-
-def compare(before: Structure, after: Structure) -> list[Row]:
-    """(what, before, after) for everything that differs: a row for each run of layers that were cut alike."""
-    rows: list[Row] = []
-    for stack, layers in after.stacks.items():
-        old = before.stacks.get(stack, ())
-        if len(old) != len(layers):
-            dropped = sorted({one.origin for one in old} - {one.origin for one in layers})
-            rows.append((stack, f"{len(old)} layers", f"{len(layers)} layers, without {_ranges(dropped)}"))
-        sizes = {one.origin: one.sizes for one in old}
-        changed = [one for one in layers if sizes.get(one.origin) not in (None, one.sizes)]
-        for (was, now), run in _runs(changed, lambda one, old=sizes: (old[one.origin], one.sizes)):
-            title = stack if len(run) == len(layers) else f"{stack}.{_ranges(run)}"
-            rows.append((title, was, now))
-    for stack, width in after.hidden.items():
-        if width != before.hidden.get(stack, width):
-            rows.append((f"hidden size of {stack}", str(before.hidden[stack] or "mixed"), str(width or "mixed")))
-    if after.vocabulary != before.vocabulary:
-        rows.append(("vocabulary", f"{before.vocabulary or 0:,}", f"{after.vocabulary or 0:,}"))
-    if rows or abs(after.parameters - before.parameters) > before.parameters / 100:
-        change = after.parameters / before.parameters - 1 if before.parameters else 0.0
-        rows.append(("parameters", f"{before.parameters:,}", f"{after.parameters:,} ({change:+.1%})"))
-    return rows
-
-
-def describe(structure: Structure) -> list[str]:
-    """A line for each stack whose layers are alike, more where they differ."""
-    lines = []
-    for stack, layers in structure.stacks.items():
-        width = structure.hidden.get(stack)
-        outside = f"hidden size {width}" if width is not None else "mixed hidden sizes"
-        runs = list(_runs([*layers], lambda one: one.sizes))
-        if len(runs) == 1:
-            lines.append(f"{stack}: {len(layers)} layers, {outside}, {runs[0][0]}")
-        else:
-            lines.append(f"{stack}: {len(layers)} layers, {outside}")
-            lines += [f"{stack}.{_ranges(run)}: {sizes}" for sizes, run in runs]
-    return lines
+    return Structure(
+        stacks, hidden, vocabulary, parameters, tables, frozenset(scales), frozenset(names), tied, frozenset(norms)
+    )
 
 
 def _stacks(anatomy: Anatomy) -> dict[str, list[Block]]:
@@ -202,13 +178,30 @@ def _stacks(anatomy: Anatomy) -> dict[str, list[Block]]:
     return stacks
 
 
-def _layer(origin: int, block: Block) -> Layer:
+def _layer(origin: int, block: Block, merged: Iterable[int]) -> Layer:
     attentions = tuple(
         Heads(one.heads, one.kv_heads or one.heads, one.head_dim)
         for one in block.attentions
         if one.heads is not None and one.head_dim is not None
     )
-    return Layer(origin, attentions, block.feed_forward.down.features[0] if block.feed_forward else None)
+    width = block.feed_forward.down.features[0] if block.feed_forward else None
+    return Layer(origin, attentions, width, sum(_weights(_read_by(block)).values()), tuple(merged))
+
+
+def _read_by(block: Block) -> Iterator[ir.Value]:
+    """The weights of a layer, also through nodes that only turn or cast them."""
+    pending = [value for node in block.nodes for value in node.inputs if value is not None]
+    while pending:
+        value = pending.pop()
+        maker = value.producer()
+        if value.is_initializer():
+            yield value
+        elif maker is not None and maker.op_type in ("Transpose", "Cast") and maker not in block.nodes:
+            pending += [one for one in maker.inputs if one is not None and one.is_initializer()]
+
+
+def _is_rms(norm: ir.Node) -> bool:
+    return "Simplified" in norm.op_type or norm.op_type.startswith("RMS")
 
 
 def _hidden_widths(block: Block) -> Iterator[int]:
@@ -248,28 +241,13 @@ def _vocabulary(anatomy: Anatomy) -> int | None:
     return None
 
 
-def _weights(model: ir.Model) -> dict[str, int]:
+def _weights(values: Iterable[ir.Value]) -> dict[str, int]:
     """Elements of each floating-point weight."""
     return {
-        name: math.prod(concrete_shape(value.const_value))
-        for name, value in model.graph.initializers.items()
+        str(value.name): math.prod(concrete_shape(value.const_value))
+        for value in values
         if value.const_value is not None
         and value.const_value.dtype.is_floating_point()
         and value.const_value.size > 1
-        and not name.endswith(_TABLES)
+        and not str(value.name).endswith(_TABLES)
     }
-
-
-def _runs(layers: Sequence[Layer], key: Any) -> Iterator[tuple[Any, list[int]]]:
-    """(key, original indices) for each run of neighbours with the same key."""
-    for found, run in groupby(layers, key):
-        yield found, [one.origin for one in run]
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """`0–3, 7`"""
-    parts = []
-    for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
-        found = [index for _, index in run]
-        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}")
-    return ", ".join(parts)

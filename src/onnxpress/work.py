@@ -31,7 +31,8 @@ from onnxpress.progress import Progress
 from onnxpress.reduced_config import reduced_config
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.stems import DECODER, DECODER_WITH_PAST
-from onnxpress.structure import RECORD, Record, Structure, compare, read_structure
+from onnxpress.structure import RECORD, Record, Structure, read_structure
+from onnxpress.structure_changes import compare
 from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Mark(NamedTuple):
     current: Mapping[str, Path]
     lossy: bool
     home: Path
+    structure: Structure | None
+    floats: Mapping[str, Path] | None
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -190,10 +194,12 @@ class Work:
 
     def mark(self) -> Mark:
         """Where the work stands, to come back to; the files stay."""
-        return Mark(self.artifact, self.current, self.lossy, self.home)
+        state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
+        return Mark(*state, tuple(self.notes))
 
     def restore(self, mark: Mark) -> None:
-        self.artifact, self.current, self.lossy, self.home = mark
+        self.artifact, self.current, self.lossy, self.home, self.structure, self.floats, notes = mark
+        self.notes = list(notes)
 
     def evaluate(self) -> Evaluation:
         """The quality that the artifact is judged by."""

@@ -7,6 +7,7 @@ only downloads CUDA libraries. Where Node is missing its tests are skipped; with
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from onnxpress import pipeline
+
+from .decoding import STEPS, Clients, genai, plain_onnxruntime
 
 HERE = Path(__file__).parent
 TINY_WORDS = "the sea is wide and deep and blue, and no ship has ever seen all of it".split()
@@ -61,6 +64,24 @@ def node() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def clients(node: Callable[..., str]) -> Clients:
+    def javascript(client: str) -> Callable[[Path, list[list[int]]], list[list[int]]]:
+        def run(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+            arguments = (client, str(folder.parent), folder.name, json.dumps({"prompts": prompts, "steps": STEPS}))
+            rows: list[list[int]] = json.loads(node(HERE / "clients.mjs", *arguments).splitlines()[-1])
+            return rows
+
+        return run
+
+    return {
+        "onnxruntime": plain_onnxruntime,
+        "onnxruntime-genai": genai,
+        "onnxruntime-node": javascript("onnxruntime"),
+        "transformers.js": javascript("transformers"),
+    }
 
 
 @pytest.fixture(scope="session")

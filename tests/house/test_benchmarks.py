@@ -72,11 +72,69 @@ def test_ranks_share_the_mean_where_values_are_equal(module: Any) -> None:
 
 
 def test_options_go_to_the_subject_that_they_name(module: Any) -> None:
-    quantization = module("quantization")
+    subjects = module("subjects")
     given = ["one=-r a", "gpt:two=--max-loss 1%", "encoder:three=--pass x:bits=4"]
-    assert quantization.named(module("contenders").Subject("gpt", "model"), given) == {
+    assert subjects.named(module("contenders").Subject("gpt", "model"), given) == {
         "one": "-r a",
         "two": "--max-loss 1%",
     }
     encoder = module("contenders").Subject("encoder", "model")
-    assert quantization.named(encoder, given) == {"one": "-r a", "three": "--pass x:bits=4"}
+    assert subjects.named(encoder, given) == {"one": "-r a", "three": "--pass x:bits=4"}
+
+
+def structured(**rows: tuple[str, str, float]) -> dict[str, dict[str, Any]]:
+    found = {
+        name: {"family": family, "method": method, "change %": change, "KL": 0.1, "cut": "half"}
+        for name, (family, method, change) in rows.items()
+    }
+    whole = {"onnxruntime fp32": {"family": "onnxruntime", "perplexity": 10.0, "change %": 0.0, "KL": 0.0}}
+    return {name: {"bytes": 4000, "parameters": 1000, **row} for name, row in (found | whole).items()}
+
+
+def test_damage_is_held_against_slicing_at_its_best(module: Any) -> None:
+    given = structured(
+        a=("plain", "slice: first", 900.0), b=("plain", "slice: loudest", 99.0), c=("onnxpress", "fitted", 2.0)
+    )
+    text = module("structure").tables({"subjects": {"gpt": given}})["A small GPT, never in 4 bits"]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    assert [row[1].strip() for row in rows[2:]] == [
+        "plain slice: first",
+        "plain slice: loudest",
+        "**onnxpress fitted**",
+    ]
+    expected = np.log(1.99) / np.log(1.02)
+    assert [float(row[-2]) for row in rows[2:]] == pytest.approx([np.log(1.99) / np.log(10), 1, expected], abs=0.06)
+
+
+def test_every_cut_of_the_list_is_of_a_subject_and_has_one_slice_or_a_reason(module: Any) -> None:
+    structure, subjects = module("structure"), module("subjects")
+    found = [cut for name in subjects.SUBJECTS for cut in structure.cuts(module("contenders").Subject(name, "model"))]
+    assert found
+    for cut in found:
+        assert any("slice" in method for family in ("plain", "onnxpress") for method in cut.get(family, {})), cut[
+            "name"
+        ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(9, 6), (12, 4), (1536, 1152), (5, 5)])
+def test_averages_have_columns_that_sum_to_one_and_count_each_head_alike(
+    monkeypatch: pytest.MonkeyPatch, module: Any, before: int, after: int
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
+    matrix = module("plain_cuts").averaging(before, after)
+    assert matrix.shape == (before, after)
+    np.testing.assert_allclose(matrix.sum(0), 1)
+    np.testing.assert_allclose(matrix.sum(1), after / before)
+
+
+def test_equal_heads_average_without_loss(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Values averaged and outputs summed is what all heads gave; the formula as it stands shrinks it."""
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
+    cuts = module("plain_cuts")
+    generator = np.random.default_rng(0)
+    value = np.tile(generator.normal(size=(16, 4)), (1, 6))
+    output = generator.normal(size=(24, 16))
+    for method, factor in (("average", 1.0), ("literal", 2 / 6)):
+        into, out = cuts.matrices(method, 6, 2, 0, np.ones(6))
+        small = cuts.mix(value, into, 4) @ cuts.mix(output.T, out, 4).T
+        np.testing.assert_allclose(small, factor * (value @ output), rtol=1e-10)

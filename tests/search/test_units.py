@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.search.formats import run
-from onnxpress.search.units import find_units, unit_model
+from onnxpress.search.units import find_units, part_model
 
 
 def test_products_of_one_input_and_a_tied_head_are_one_unit(model: ir.Model) -> None:
@@ -33,7 +33,7 @@ def test_a_product_too_small_for_any_pass_is_no_unit(model: ir.Model) -> None:
 
 def test_a_unit_alone_computes_what_it_computes_in_the_graph(model: ir.Model) -> None:
     unit = find_units(model.graph)[0]
-    part = unit_model(model, unit)
+    part = part_model(model, unit)
     assert {value.name for value in part.graph.inputs} == set(unit.inputs)
     (x,) = part.graph.inputs
     assert x.shape is not None

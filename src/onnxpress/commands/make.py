@@ -49,7 +49,8 @@ _common = all_of(threads_option, json_option, debug_option)
 def build(model: str, **options: Any) -> None:
     """Build an artifact from MODEL: export it, run the recipe's passes, verify each, measure, hold it to the gates.
 
-    With a limit and no --recipe, a search decides which product gets which format (docs/search.md).
+    With a limit and no --recipe, a search decides which product gets which format; with --max-parameters or
+    --target-size also which block is cut how (docs/search.md).
 
     Exit codes: 2 usage, 3 bad input, 4 a gate failed (nothing is written), 5 verification failed, 6 cannot write.
 
@@ -130,14 +131,19 @@ def _progress(options: dict[str, Any]) -> Any:
 
 def _keywords(options: dict[str, Any]) -> dict[str, Any]:
     """The options as `onnxpress.pipeline` names them."""
+    from onnxpress.errors import UsageError
     from onnxpress.gates import Gates
     from onnxpress.search.options import SearchOptions
 
     rest = {key: value for key, value in options.items() if key != "as_json"}
     if "max_loss" in rest:
-        names = ("max_loss", "max_size", "max_latency", "max_memory")
+        target = rest.pop("target_size")
+        if target is not None and rest["max_size"] is not None:
+            raise UsageError("--target-size and --max-size exclude each other", hint="both limit the size")
+        rest["max_size"] = rest["max_size"] if target is None else target
+        names = ("max_loss", "max_size", "max_latency", "max_memory", "max_parameters")
         rest["gates"] = Gates(*(rest.pop(name) for name in names))
-        rest["search_options"] = SearchOptions(rest.pop("minimize"), kernel_table(rest))
+        rest["search_options"] = SearchOptions(rest.pop("minimize"), kernel_table(rest), target is not None)
     if "calibration" in rest:
         rest["calibration"] = calibration_data(rest)
     if "no_benchmark" in rest:

@@ -16,26 +16,33 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MILLISECONDS = {"": 1.0, "us": 1e-3, "ms": 1.0, "s": 1e3}
 _FRACTIONS = {"": 1.0, "%": 0.01}
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in recent versions only
-    """A positive number with a unit out of a table, converted to the table's base."""
+    """A positive number with a unit out of a table, converted to the table's base; or a share of the model, in %."""
 
-    def __init__(self, name: str, units: dict[str, float] | dict[str, int], example: str) -> None:
-        self.name, self._units, self._example = name, units, example
+    def __init__(self, name: str, units: dict[str, float] | dict[str, int], example: str, shares: bool = False) -> None:
+        self.name, self._units, self._example, self._shares = name, units, example, shares
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, (int, float)):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)", value.strip())
+        if match is not None and match[2] == "%" and self._shares:
+            from onnxpress.gates import Share
+
+            return Share(0.01 * float(match[1]))
         if match is None or match[2].lower() not in self._units:
             self.fail(f"{value!r} is not a {self.name} such as {self._example}", param, ctx)
         return float(match[1]) * self._units[match[2].lower()]
 
 
 SIZE = Quantity("size", _BYTES, "60MB")
+MODEL_SIZE = Quantity("size", _BYTES, "60MB or 25%", shares=True)
+PARAMETERS = Quantity("number", _NUMBERS, "100M or 80%", shares=True)
 DURATION = Quantity("duration", _MILLISECONDS, "10ms")
 FRACTION = Quantity("fraction", _FRACTIONS, "1%")
 
@@ -113,9 +120,20 @@ gate_options = all_of(
         metavar="1%",
         help="Largest rise of perplexity (decoders), or of 1 - mean cosine (encoders), against the reference.",
     ),
-    click.option("--max-size", type=SIZE, metavar="60MB", help="Largest size of the graphs with their weights."),
+    click.option(
+        "--max-size",
+        type=MODEL_SIZE,
+        metavar="60MB|25%",
+        help="Largest size of the graphs with their weights, or a share of the float32 model's.",
+    ),
     click.option("--max-latency", type=DURATION, metavar="10ms", help="Slowest token (decoders) or call, here."),
     click.option("--max-memory", type=SIZE, metavar="300MB", help="Largest peak of resident memory, here."),
+    click.option(
+        "--max-parameters",
+        type=PARAMETERS,
+        metavar="100M|80%",
+        help="Most parameters, or a share of the model's: a search cuts blocks where that loses least.",
+    ),
 )
 kernel_table_option = click.option(
     "--kernel-table",
@@ -125,9 +143,15 @@ kernel_table_option = click.option(
 )
 search_options = all_of(
     click.option(
+        "--target-size",
+        type=MODEL_SIZE,
+        metavar="60MB|25%",
+        help="--max-size, and a search that cuts blocks as well as choosing formats.",
+    ),
+    click.option(
         "--minimize",
         type=click.Choice(["loss", "size", "latency", "prompt"]),
-        help="Of all mixes of formats that keep the limits, take the one with least of this. "
+        help="Of all mixes of cuts and formats that keep the limits, take the one with least of this. "
         "[default: the first of size, loss, latency without a limit]",
     ),
     kernel_table_option,

@@ -1,15 +1,30 @@
-"""A format for each unit: the multiple-choice knapsack, solved exactly as an integer program (HiGHS, through scipy)."""
+"""A format for each unit, and the cuts: a multiple-choice knapsack, solved exactly as an integer program (HiGHS).
+
+A 0/1 variable stands for each unit in each format, as it is and as each cut leaves it, and one for each cut. Each unit
+has one format, and is as the cuts that are made leave it:
+
+    Σ x[unit, cut, format] over cuts and formats = 1                       for each unit
+    Σ x[unit, cut, format] over formats = y[cut]                           for each cut and each unit that it changes
+
+so that of two cuts that change one unit no more than one is made, and cuts of different units combine. Of some cuts,
+such as the removals of all layers, no more than so many may be made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 GAP = 1e-3
 """How far from the best the answer may be: what it is made of is known less well."""
+SECONDS = 30
+"""What a solution may take."""
 
 
 @dataclass(frozen=True)
@@ -19,43 +34,108 @@ class Choice:
     unit: str
     format: str
     costs: Mapping[str, float]
+    cut: str | None = None
+    """The cut that leaves the unit as it is here; None: the whole unit."""
 
 
-def assign(
-    choices: Sequence[Choice], limits: Mapping[str, float], weights: Mapping[str, float]
-) -> dict[str, str] | None:
-    """The format of each unit, or None where no assignment keeps the limits.
+@dataclass(frozen=True)
+class CutChoice:
+    """A cut, and what it adds by itself to the model's figures, whatever the formats of the units that it changes:
+    `cut_loss`."""
 
-    Args:
-        limits: upper bounds of the sums of costs.
-        weights: of the sums of costs, whose weighted sum is to be least.
-    """
-    units = list(dict.fromkeys(choice.unit for choice in choices))
-    one_each = np.array([[choice.unit == unit for choice in choices] for unit in units], dtype=np.float64)
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for name, limit in limits.items():
-        row = _column(choices, name)
-        scale = max(abs(limit), float(row.max(initial=0)), 1e-30)  # so that the solver's tolerances fit
-        constraints.append(LinearConstraint(row[None] / scale, -np.inf, limit / scale))
-    objective = sum((weight * _column(choices, name) for name, weight in weights.items()), np.zeros(len(choices)))
-    objective /= max(float(np.abs(objective).max(initial=0)), 1e-30)
-    found = milp(
-        objective,
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": 30},
-    )
-    if found.x is None:
-        return None
-    return {choice.unit: choice.format for choice, taken in zip(choices, found.x, strict=True) if taken > 0.5}
+    name: str
+    costs: Mapping[str, float]
 
 
-def totals(choices: Sequence[Choice], assignment: Mapping[str, str]) -> dict[str, float]:
-    """The sums of costs of an assignment."""
-    taken = [choice for choice in choices if assignment[choice.unit] == choice.format]
-    return {name: sum(choice.costs[name] for choice in taken) for name in taken[0].costs}
+@dataclass(frozen=True)
+class Assignment:
+    """What was chosen."""
+
+    formats: Mapping[str, str]
+    """By unit."""
+    cuts: tuple[str, ...] = ()
 
 
-def _column(choices: Sequence[Choice], name: str) -> np.ndarray:
-    return np.array([choice.costs[name] for choice in choices], dtype=np.float64)
+@dataclass(frozen=True)
+class Program:
+    """All that can be chosen from."""
+
+    choices: Sequence[Choice]
+    cuts: Sequence[CutChoice] = ()
+    most: Sequence[tuple[Sequence[str], int]] = ()
+    """Cuts, and how many of them may be made."""
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of costs."""
+        return list(dict.fromkeys(name for costs in self._costs for name in costs))
+
+    def assign(self, limits: Mapping[str, float], weights: Mapping[str, float]) -> Assignment | None:
+        """The best choice, or None where none keeps the limits.
+
+        Args:
+            limits: upper bounds of the sums of costs.
+            weights: of the sums of costs, whose weighted sum is to be least.
+        """
+        constraints = [self._structure]
+        for name, limit in limits.items():
+            row = self._column(name)
+            scale = max(abs(limit), float(row.max(initial=0)), 1e-30)  # so that the solver's tolerances fit
+            constraints.append(LinearConstraint(row[None] / scale, -np.inf, limit / scale))
+        count = len(self.choices) + len(self.cuts)
+        objective = sum((weight * self._column(name) for name, weight in weights.items()), np.zeros(count))
+        objective /= max(float(np.abs(objective).max(initial=0)), 1e-30)
+        found = milp(
+            objective,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+        if found.x is None:
+            return None
+        taken = found.x > 0.5
+        return Assignment(
+            {one.unit: one.format for one, is_taken in zip(self.choices, taken, strict=False) if is_taken},
+            tuple(cut.name for cut, is_taken in zip(self.cuts, taken[len(self.choices) :], strict=True) if is_taken),
+        )
+
+    def totals(self, assignment: Assignment) -> dict[str, float]:
+        """The sums of costs of an assignment."""
+        changed = {one.unit: one.cut for one in self.choices if one.cut in assignment.cuts}
+        taken: list[Choice | CutChoice] = [
+            one
+            for one in self.choices
+            if assignment.formats[one.unit] == one.format and changed.get(one.unit) == one.cut
+        ]
+        taken += [cut for cut in self.cuts if cut.name in assignment.cuts]
+        return {name: sum(one.costs.get(name, 0.0) for one in taken) for name in self.names}
+
+    @cached_property
+    def _structure(self) -> LinearConstraint:
+        """One format for each unit, and each unit as the cuts leave it."""
+        units = {one.unit: number for number, one in enumerate(self.choices)}
+        rows: dict[tuple[str, str | None], int] = {(unit, None): number for number, unit in enumerate(units)}
+        entries: list[tuple[int, int, float]] = []
+        for column, one in enumerate(self.choices):
+            entries.append((rows[one.unit, None], column, 1.0))
+            if one.cut is not None:
+                entries.append((rows.setdefault((one.unit, one.cut), len(rows)), column, 1.0))
+        for number, cut in enumerate(self.cuts):
+            entries += [(row, len(self.choices) + number, -1.0) for (_, name), row in rows.items() if name == cut.name]
+        sums = [1.0 if cut is None else 0.0 for _, cut in rows]
+        columns = {cut.name: len(self.choices) + number for number, cut in enumerate(self.cuts)}
+        for number, (names, _) in enumerate(self.most):
+            entries += [(len(rows) + number, columns[name], 1.0) for name in names]
+        i, j, values = zip(*entries, strict=True)
+        shape = (len(rows) + len(self.most), len(self.choices) + len(self.cuts))
+        least = np.array([*sums, *(0.0 for _ in self.most)])
+        return LinearConstraint(csr_array((values, (i, j)), shape), least, [*sums, *(count for _, count in self.most)])
+
+    def _column(self, name: str) -> NDArray[np.float64]:
+        return np.array([costs.get(name, 0.0) for costs in self._costs], dtype=np.float64)
+
+    @cached_property
+    def _costs(self) -> list[Mapping[str, float]]:
+        """Of each variable."""
+        return [*(one.costs for one in self.choices), *(cut.costs for cut in self.cuts)]

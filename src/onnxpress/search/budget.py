@@ -1,4 +1,5 @@
-"""Limits in, the best mix of formats out: predicted, built, measured, and mended where the prediction was off."""
+"""Limits in, the best mix of cuts and formats out: predicted, built, measured, and mended where the prediction was
+off."""
 
 from __future__ import annotations
 
@@ -6,15 +7,14 @@ import contextlib
 import math
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
 from onnxpress import artifact_folder
 from onnxpress.artifact import Step
-from onnxpress.errors import GateFailedError
+from onnxpress.errors import GateFailedError, UsageError
 from onnxpress.evaluation import Evaluation
 from onnxpress.gates import Gates
 from onnxpress.graph_io import load_graph
@@ -25,11 +25,12 @@ from onnxpress.optimizers.fit_blocks import Fitted
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.search import kernels
-from onnxpress.search.assignment import Choice, assign, totals
+from onnxpress.search.assignment import Assignment, Program
+from onnxpress.search.cuts import numbering
 from onnxpress.search.formats import FLOAT
 from onnxpress.search.options import SearchOptions
 from onnxpress.search.prediction import Prediction
-from onnxpress.search.survey import Survey, survey
+from onnxpress.search.survey import Survey, cut_name, survey
 from onnxpress.work import Mark, Work, discard
 
 ROUNDS = 4
@@ -39,7 +40,7 @@ CLOSE = 0.85
 LAST_NODES = 2048
 """Bytes of the nodes that are added when logits are cut to the last position."""
 TIES = 0.02
-"""What all other costs together weigh beside the one to minimise."""
+"""What all other costs together weigh beside the least of the one to minimise."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,48 @@ class Found:
     """The outcome of a search."""
 
     recipe: Recipe
-    """With a pass for each format that was chosen, by names of weights: it builds the same again without a search."""
+    """With a pass for each cut and format that was chosen, by names of weights: it builds the same again without a
+    search."""
     quality: Evaluation
     notes: list[str] = field(default_factory=list)
 
 
 def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> Found:
-    """Choose formats so that the gates hold, build and measure; the work is left with the best that was found.
+    """Choose cuts and formats so that the gates hold, build and measure; the work is left with the best that was found.
 
-    What has no limit is made as good as it gets, see `SearchOptions.minimize`.
+    What has no limit is made as good as it gets, see `SearchOptions.minimize`. Where nothing but the number of
+    parameters is asked for, everything stays float32.
 
     Raises GateFailedError, with what would be possible, where no assignment meets the limits.
     """
     began = time.perf_counter()
+    if recipe.cuts and work.floats != work.current:
+        raise UsageError(
+            f"recipe {recipe.name} packs or quantizes weights before anything is cut",
+            hint="leave pack-projections and the like out of its [[pass]] tables, or leave out [[cut]]",
+        )
+    notes = []
+    if recipe.formats and options.minimize is None and gates == Gates(max_parameters=gates.max_parameters):
+        recipe = replace(recipe, formats={})
+        notes.append("float32 throughout: no limit asks for less than that (--max-size, --max-loss)")
     known = survey(work, recipe, options.kernel_table)
     decoder = work.artifact.task.startswith("text-generation")
-    choices = known.choices(recipe.importance, kernels.TOKENS[0] if decoder else kernels.TOKENS[-1])
-    prediction, objective = _first_prediction(work, gates, choices), options.objective(gates)
+    program = known.program(recipe.importance, kernels.TOKENS[0] if decoder else kernels.TOKENS[-1])
+    prediction, objective = _first_prediction(work, gates, program), options.objective(gates)
     builder = _Builder(work, known, recipe)
-    best: tuple[float, Mark, dict[str, str], Evaluation, Recipe] | None = None
-    tried: list[dict[str, str]] = []
+    best: tuple[float, Mark, Assignment, Evaluation, Recipe] | None = None
+    tried: list[Assignment] = []
     with contextlib.closing(builder):
         while len(tried) < ROUNDS:
-            assignment = assign(choices, prediction.limits(gates), _weights(choices, objective))
+            expected = prediction.expected(program)
+            assignment = _best(expected, prediction.limits(gates), objective)
             if assignment is None or assignment in tried:
                 break
             tried.append(assignment)
-            chosen = builder.build(assignment)
-            quality, sums = work.evaluate(), totals(choices, assignment)
+            chosen, on_cuts = builder.build(assignment)
+            quality, sums = work.evaluate(), program.totals(assignment)
             found = _measured(work, quality, gates)
-            prediction.learn(sums, found)
+            prediction.learn(sums, found | {"spent_on_cuts": found["spent"] if on_cuts is None else on_cuts})
             if all(gate.passed for gate in gates.check(found)):
                 score = found["spent"] if objective == "loss" else sums[objective]
                 if best is None or score < best[0]:
@@ -87,13 +100,14 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                     or objective == "loss"
                 ):
                     break
+    expected = prediction.expected(program)
     if best is None:
-        raise _failure(choices, prediction, gates)
+        raise _failure(expected, prediction, gates)
     _, state, assignment, quality, chosen = best
     work.restore(state)
     limits = {name: value for name, value in vars(gates).items() if value is not None}
-    work.record(Step("search", limits, time.perf_counter() - began, dict(Counter(assignment.values()))))
-    return Found(chosen, quality, _further(choices, prediction, gates, objective, assignment))
+    work.record(Step("search", limits, time.perf_counter() - began, known.count(assignment)))
+    return Found(chosen, quality, [*notes, *_further(expected, prediction, gates, objective, assignment)])
 
 
 @dataclass
@@ -109,20 +123,63 @@ class _Builder:
         self.fitted: dict[str, dict[str, Fitted]] = {}
         """By format: what was fitted in a round before need not be fitted again."""
         self.kept: list[Calibration] = []
+        self.cut: dict[tuple[str, ...], tuple[Mark, list[PassSpec]]] = {(): (self.start, [])}
+        """The start after cuts that a round before made, and how it made them."""
 
     def close(self) -> None:
         discard(self.kept)
 
-    def build(self, assignment: Mapping[str, str]) -> Recipe:
-        """Run each format's pass on the weights that it was chosen for, and those after; return this as a recipe."""
+    def build(self, assignment: Assignment) -> tuple[Recipe, float | None]:
+        """Run the passes of the cuts, each format's on the weights that it was chosen for, and those after.
+
+        Returns this as a recipe; and what the cuts alone spend, see `_measured`, None where nothing else was done.
+        """
+        if assignment.cuts not in self.cut:
+            self.cut[assignment.cuts] = self._make_cuts(assignment.cuts)
+        state, cuts = self.cut[assignment.cuts]
+        self.work.restore(state)
+        rounded = any(format != FLOAT for format in assignment.formats.values())
+        on_cuts = 0.0 if not cuts else _spent(self.work.evaluate()) if rounded else None
+        specs = [*cuts, *self._apply_formats(assignment)]
+        after = self.recipe.after
+        for spec in after:
+            self.work.apply(spec, spec.build())
+        passes = (*self.recipe.passes, *specs, *after)
+        return replace(self.recipe, passes=passes, formats={}, cuts={}, importance={}, after=()), on_cuts
+
+    def _make_cuts(self, names: Sequence[str]) -> tuple[Mark, list[PassSpec]]:
+        """Blocks are removed first, so that the others are fitted to what they read by then."""
         self.work.restore(self.start)
+        specs: list[PassSpec] = []
+        name_of = self._numbering(names)
+        for cut in sorted(self.known.cuts, key=lambda cut: not cut.removes):
+            sites = [site for site in self.known.sites if cut_name(site.name, cut.name) in names]
+            if not sites:
+                continue
+            units = [unit for site in sites for unit in self.known.cut_units[cut_name(site.name, cut.name)].values()]
+            weights = [weight if cut.removes else name_of(weight) for unit in units for weight in unit.weights]
+            for spec, one in cut.passes_at(sites, weights):
+                self.work.apply(spec, one)
+                specs.append(spec)
+        return self.work.mark(), specs
+
+    def _numbering(self, cuts: Sequence[str]) -> Callable[[str], str]:
+        """What weights are called after cuts."""
+        removals = [cut.name for cut in self.known.cuts if cut.removes]
+        sites = self.known.sites
+        removed = [site for site in sites if any(cut_name(site.name, one) in cuts for one in removals)]
+        return numbering(sites, removed)
+
+    def _apply_formats(self, assignment: Assignment) -> list[PassSpec]:
+        name_of = self._numbering(assignment.cuts)
         units = {unit.name: unit for unit in self.known.units}
         specs: list[PassSpec] = []
         first: list[tuple[PassSpec, Pass]] = []
         """What formats begin with and is exact: on a graph that nothing was rounded in, verification can tell."""
         rest: list[tuple[PassSpec, Pass]] = []
         for format in self.known.formats:
-            weights = [w for name, chosen in assignment.items() if chosen == format.name for w in units[name].weights]
+            named = [name for name, chosen in assignment.formats.items() if chosen == format.name]
+            weights = [name_of(weight) for name in named for weight in units[name].weights]
             if not weights:
                 continue
             steps = format.passes_for(weights)
@@ -135,17 +192,13 @@ class _Builder:
         for spec, one in (*first, *rest):
             self.work.apply(spec, one, self.kept)
             specs.append(spec)
-        after = self.recipe.after
-        for spec in after:
-            self.work.apply(spec, spec.build())
-        passes = (*self.recipe.passes, *specs, *after)
-        return replace(self.recipe, passes=passes, formats={}, importance={}, after=())
+        return specs
 
 
-def _first_prediction(work: Work, gates: Gates, choices: Sequence[Choice]) -> Prediction:
+def _first_prediction(work: Work, gates: Gates, program: Program) -> Prediction:
     """From the float graph, whose every unit is known, too."""
-    sums = totals(choices, dict.fromkeys({choice.unit for choice in choices}, FLOAT))
-    found = {"size_bytes": _file_bytes(work), "spent": 0.0}
+    sums = program.totals(Assignment(dict.fromkeys((choice.unit for choice in program.choices), FLOAT)))
+    found = _counts(work) | {"spent": 0.0}
     if gates.need_benchmark:
         found |= _speed(work)
     prediction = Prediction()
@@ -153,26 +206,44 @@ def _first_prediction(work: Work, gates: Gates, choices: Sequence[Choice]) -> Pr
     return prediction
 
 
-def _weights(choices: Sequence[Choice], objective: str) -> dict[str, float]:
-    """The objective, and a little of everything else, each as a share of the most that it could be."""
-    most: dict[str, float] = {}
-    for name in choices[0].costs:
-        by_unit: dict[str, float] = {}
-        for choice in choices:
-            by_unit[choice.unit] = max(by_unit.get(choice.unit, 0.0), choice.costs[name])
-        most[name] = sum(by_unit.values()) or 1.0
-    return {name: (1.0 if name == objective else TIES / 3) / total for name, total in most.items()}
+def _best(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
+    """The assignment with the least of the objective; among those that hardly differ, with little of everything else.
+
+    Everything else counts as a share of the most that it could be, all of it together for `TIES` of the least.
+    """
+    first = program.assign(limits, {objective: 1.0})
+    least = program.totals(first)[objective] if first is not None else 0.0
+    if first is None or not least:
+        return first
+    weights = {objective: 1.0 / least}
+    others = [name for name in program.choices[0].costs if name != objective]
+    for name in others:
+        most: dict[str, float] = {}
+        for choice in program.choices:
+            most[choice.unit] = max(most.get(choice.unit, 0.0), choice.costs[name])
+        weights[name] = TIES / len(others) / (sum(most.values()) or 1.0)
+    return program.assign(limits, weights) or first
 
 
 def _measured(work: Work, quality: Evaluation, gates: Gates) -> dict[str, float]:
-    """What the gates are about; and as `spent`, in nats, the loss or the KL, whichever is more.
+    """What the gates are about; and what is `spent`."""
+    found = {"loss": quality.loss, "spent": _spent(quality)} | _counts(work)
+    return found | (_speed(work) if gates.need_benchmark else {})
+
+
+def _spent(quality: Evaluation) -> float:
+    """The loss or the KL, whichever is more, in nats.
 
     On text that the reference wrote, perplexity is expected to grow by the KL, but a few thousand tokens tell the
     growth far less well: a lucky text must not make room for more.
     """
-    found = {"loss": quality.loss, "spent": max(math.log1p(max(0.0, quality.loss)), quality.kl or 0.0)}
-    found["size_bytes"] = _file_bytes(work)
-    return found | (_speed(work) if gates.need_benchmark else {})
+    return max(math.log1p(max(0.0, quality.loss)), quality.kl or 0.0)
+
+
+def _counts(work: Work) -> dict[str, float]:
+    """Bytes, and parameters where layers are recognised."""
+    parameters = {} if work.structure is None else {"parameters": float(work.structure.parameters)}
+    return {"size_bytes": _file_bytes(work)} | parameters
 
 
 def _file_bytes(work: Work) -> float:
@@ -188,35 +259,36 @@ def _speed(work: Work) -> dict[str, float]:
         return speed(work.current, work.threads, dict(work.profile.session_options))
 
 
-def _failure(choices: Sequence[Choice], prediction: Prediction, gates: Gates) -> GateFailedError:
+def _failure(program: Program, prediction: Prediction, gates: Gates) -> GateFailedError:
     """It says how near the limits one can come."""
     limits = prediction.limits(gates)
     said = []
     for name in limits:
         rest = {other: limit for other, limit in limits.items() if other != name}
-        nearest = assign(choices, rest, _weights(choices, name))
+        nearest = program.assign(rest, {name: 1.0})
         if nearest is not None:
-            value = totals(choices, nearest)[name]
+            value = program.totals(nearest)[name]
             said.append(prediction.describe(name, value))
+    kinds = "formats and cuts" if program.cuts else "formats"
     return GateFailedError(
-        "gate failed: no mix of formats meets the limits; nothing was written",
+        f"gate failed: no mix of {kinds} meets the limits; nothing was written",
         hint=f"keeping the others, possible would be: {', '.join(said)}" if said else "the limits exclude each other",
     )
 
 
 def _further(
-    choices: Sequence[Choice], prediction: Prediction, gates: Gates, objective: str, assignment: Mapping[str, str]
+    program: Program, prediction: Prediction, gates: Gates, objective: str, assignment: Assignment
 ) -> list[str]:
     """What other limits would give, as far as can be predicted."""
     limits = prediction.limits(gates)
     lever = "loss" if "loss" in limits else next(iter(limits))
-    reached = totals(choices, assignment)[objective]
+    reached = program.totals(assignment)[objective]
     notes = []
     for factor in (0.5, 2.0, 4.0) if lever == "loss" else (0.8, 0.9, 1.25):
-        other = assign(choices, limits | {lever: factor * limits[lever]}, _weights(choices, objective))
-        if other is None:
+        other = _best(program, limits | {lever: factor * limits[lever]}, objective)
+        if other is None or not reached:
             continue
-        sums = totals(choices, other)
+        sums = program.totals(other)
         if abs(sums[objective] / reached - 1) > 0.005:
             given, gained = (prediction.describe(name, sums[name]) for name in (lever, objective))
             notes.append(f"{given} would give {gained}")

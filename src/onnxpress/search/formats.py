@@ -1,15 +1,14 @@
 """Formats: what a unit may become. Each is a pass of the recipe, or a few in a row, tried on a unit alone.
 
 Nothing here knows what a pass does: the unit is run before and after it, so that what the kernels themselves lose, as
-by quantizing activations, counts too.
+by quantizing activations, counts too. What a block may become is a format as well, see `cuts`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,13 @@ from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.calibration.subgraphs import session_of
 from onnxpress.optimizers.coarseness import TINY
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.search.units import Unit
+from onnxpress.search.units import Part
 from onnxpress.storage import stored
 from onnxpress.tensors import ViewTensor
 
 Arrays = Mapping[str, NDArray[Any]]
+Shapes = Mapping[str, Sequence[Sequence[int]]]
+"""(inputs, outputs) of each product of a unit, by the unit's name."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,34 @@ class Format:
         specs = [PassSpec(spec.name, {**spec.options, "include": included}) for spec in self.specs]
         return [(spec, spec.build()) for spec in specs]
 
+    def apply(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
+        """The part in this format, a graph of its own; None where a pass finds nothing or a weight stays as it was.
+
+        Args:
+            part: `of` as it is, see `units.part_model`; it is not changed.
+            calibration: with inputs of the part.
+        """
+        model = self.run_passes(part, of, calibration)
+        return None if model is None or any(name in model.graph.initializers for name in of.weights) else model
+
+    def run_passes(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
+        """A copy of the part after all passes; None where one of them finds nothing to do, or cannot do it."""
+        model = copy_graph(part)
+        try:
+            for _, one in self.passes_for(of.weights):
+                if isinstance(one, CalibratedPass):
+                    one.calibration = calibration
+                    one.reference = part if one.needs_reference else None
+                if not one.call(model).report.matched:
+                    return None
+        except UnsupportedModelError:
+            return None
+        return model
+
+    def left(self, before: ir.Model, after: ir.Model) -> Shapes | None:
+        """What is left of the units inside a part, those that changed; None where this is no longer told."""
+        return {}
+
 
 FLOAT = "float32"
 """The name of leaving a unit as it is."""
@@ -50,49 +79,43 @@ FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Trial:
-    """A unit in a format."""
+    """A part in a format."""
 
     nbytes: int
     """Of all its constants."""
     outputs: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     """What it makes of each sample."""
+    left: Shapes = field(default_factory=dict)
+    """See `Format.left`."""
 
 
 def try_format(
     part: ir.Model,
-    unit: Unit,
+    of: Part,
     format: Format,
-    fit: Sequence[Arrays],
+    calibration: Calibration,
     samples: Sequence[Arrays],
     session_options: Mapping[str, str],
     threads: int | None = None,
 ) -> Trial | None:
-    """Apply a format to a unit and run it; None where a pass finds nothing or a weight stays as it was.
-
-    Args:
-        part: the unit as it is, see `units.unit_model`; it is not changed.
-        fit: inputs that calibrated passes look at.
-        samples: inputs that the result is judged by.
-    """
-    model = copy_graph(part)
-    with contextlib.suppress(UnsupportedModelError):
-        for _, one in format.passes_for(unit.weights):
-            if isinstance(one, CalibratedPass):
-                one.calibration = Calibration(fit, threads=threads)
-            if not one.call(model).report.matched:
-                return None
-        if not any(name in model.graph.initializers for name in unit.weights):
-            return run(model, samples, session_options, threads)
-    return None
+    """Apply a format to a part and run it on samples; None where it does not take the part. See `Format.apply`."""
+    model = format.apply(part, of, calibration)
+    left = format.left(part, model) if model is not None else None
+    if model is None or left is None:
+        return None
+    return replace(run(model, samples, session_options, threads), left=left)
 
 
 def run(
     model: ir.Model, samples: Sequence[Arrays], session_options: Mapping[str, str], threads: int | None = None
 ) -> Trial:
-    """Run a unit on samples."""
+    """Run a part on samples; what it does not read of them is left out."""
     with session_of(model, threads, session_options) as session:
-        names = [output.name for output in session.get_outputs()]
-        outputs = [dict(zip(names, session.run(names, dict(sample)), strict=True)) for sample in samples]
+        names, read = ([value.name for value in values] for values in (session.get_outputs(), session.get_inputs()))
+        outputs = [
+            dict(zip(names, session.run(names, {name: sample[name] for name in read}), strict=True))
+            for sample in samples
+        ]
     return Trial(constant_bytes(model), outputs)
 
 

@@ -8,19 +8,22 @@ from dataclasses import replace
 import numpy as np
 
 from onnxpress.measuring import main_graph
-from onnxpress.optimizers.calibration import CalibratedPass, Feeds
+from onnxpress.optimizers.calibration import CalibratedPass, Feeds, token_count
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
 from onnxpress.work import Work
 
 ROWS, LENGTH = 4, 64
 """What losses are measured on: enough to rank units by, and a few runs for each of them."""
+SENTENCES = 16
+"""At most as many, where rows are short."""
 MASK = "attention_mask"
 
 
 def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
-    """By graph: rows for the pass that wants most, and a few more for judging."""
-    passes = [spec.build() for specs in recipe.formats.values() for spec in specs]
+    """By graph: rows for the pass that wants most, and a few more for judging; none of them padded on the right."""
+    kinds = (*recipe.formats.values(), *recipe.cuts.values())
+    passes = [spec.build() for specs in kinds for spec in specs]
     calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
@@ -31,15 +34,31 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
         other = replace(data, seed=data.seed + 1, samples=None, length=None)
         judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
     else:
-        wanted = (data.samples or rows or ROWS) + ROWS
-        every = replace(data, samples=wanted).feeds(graph, wanted, length, work.threads, work.home)
-        judge = {stem: list(_single(feeds))[-ROWS:] for stem, feeds in every.items()}
+        # Text is cut into rows of a length: what judges begins behind all that was fitted to, and is as short as above.
+        longer, shorter = data.length or length, min(data.length or length, LENGTH)
+        parts = -(-longer // shorter) if work.artifact.task.startswith("text-generation") else 1
+        wanted = parts * (data.samples or rows or ROWS) + SENTENCES
+        other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
+        every = other.feeds(graph, wanted, length, work.threads, work.home)
+        judge = {stem: _last(list(_single(feeds))) for stem, feeds in every.items()}
     found = {}
     for stem in work.current:
         key = stem if stem in judge else ""
         if key in judge:
-            found[stem] = Samples(list(fit.get(key, ())), list(_together(_single(judge[key]))))
+            fitted = [one for batch in fit.get(key, ()) for one in _together(_single([batch]))]
+            found[stem] = Samples(fitted, list(_together(_single(judge[key]))))
     return found
+
+
+def _last(rows: Sequence[Feeds]) -> list[Feeds]:
+    """The last few rows: as many as hold the tokens of `ROWS` long ones, where they are text."""
+    found: list[Feeds] = []
+    for row in reversed(rows):
+        full = token_count(found) >= ROWS * LENGTH or token_count([row]) == 0
+        if len(found) >= ROWS and (full or len(found) >= SENTENCES):
+            break
+        found.append(row)
+    return found[::-1]
 
 
 def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:

@@ -20,6 +20,8 @@ class SearchOptions:
     """What is to be least: the loss, the bytes, the time of a token (decoders) or a call, or that of a prompt."""
     kernel_table: KernelTable | None = None
     """Times of another device's kernels; by default those of this machine are measured."""
+    structure: bool = False
+    """Whether blocks are cut, too, where no recipe says what there is to choose from."""
 
     def objective(self, gates: Gates) -> Objective:
         """`minimize`, or the first of size, loss and latency that has no limit."""

@@ -1,4 +1,4 @@
-"""The map of a survey as a picture: a column for each layer, a row for each part of it in each format."""
+"""The map of a survey as a picture: a column for each layer, a row for each part in each format, and for each cut."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def draw(survey: Survey, path: Path, title: str) -> None:
     """Write an SVG; the colour of a cell is the logarithm of its loss. Raises OutputError."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress"), autoescape=True)
     cells = [(*place(row.unit), row) for row in survey.rows if row.format != FLOAT]
+    sites = {site.name: site for site in survey.sites}
+    cells += [(sites[row.unit].layer, sites[row.unit].stack, row) for row in survey.cut_rows]
     layers = sorted({layer for layer, _, _ in cells})
     rows = sorted({(part, row.format) for _, part, row in cells})
     text = environment.get_template("sensitivity.svg.j2").render(

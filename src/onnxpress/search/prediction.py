@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxpress.gates import Gates
+from onnxpress.search.assignment import Program
 
 MARGIN = 0.97
 """Of what is allowed, what an assignment may use: measurements scatter."""
@@ -14,21 +15,35 @@ MARGIN = 0.97
 
 @dataclass
 class Prediction:
-    """Sums of costs are of losses in nats (or 1 − cosine), of bytes and of microseconds."""
+    """Sums of costs are of losses in nats (or 1 − cosine), of bytes, of parameters and of microseconds.
+
+    Losses of cuts compound in another way than those of formats, and have a factor of their own.
+    """
 
     loss_factor: float = 1.0
+    cut_factor: float = 1.0
     size_rest: float = 0.0
     """Bytes beside the units."""
+    parameters_rest: float = 0.0
+    """Parameters beside the units."""
     latency_rest: float = 0.0
     """Microseconds beside the units."""
     memory_rest: float = 0.0
     """Bytes of memory beside the weights."""
 
+    def expected(self, program: Program) -> Program:
+        """The same choices, their losses as they are expected of a whole model."""
+        choices = [
+            replace(one, costs={**one.costs, "loss": self.loss_factor * one.costs["loss"]}) for one in program.choices
+        ]
+        cuts = [replace(one, costs={"loss": self.cut_factor * one.costs["cut_loss"]}) for one in program.cuts]
+        return Program(choices, cuts, program.most)
+
     def limits(self, gates: Gates) -> dict[str, float]:
-        """Upper bounds of the sums of costs, so that the gates hold."""
+        """Upper bounds of the sums of expected costs, so that the gates hold."""
         found = {}
         if gates.max_loss is not None:
-            found["loss"] = MARGIN * math.log1p(gates.max_loss) / self.loss_factor
+            found["loss"] = MARGIN * math.log1p(gates.max_loss)
         sizes = []
         if gates.max_size is not None:
             sizes.append(gates.max_size - self.size_rest)
@@ -36,15 +51,27 @@ class Prediction:
             sizes.append(gates.max_memory - self.memory_rest - self.size_rest)
         if sizes:
             found["size"] = min(sizes)
+        if gates.max_parameters is not None:
+            found["parameters"] = gates.max_parameters - self.parameters_rest
         if gates.max_latency is not None:
             found["latency"] = MARGIN * 1e3 * gates.max_latency - self.latency_rest
         return found
 
     def learn(self, sums: Mapping[str, float], found: Mapping[str, float]) -> None:
-        """Mend every part by what was measured of an assignment."""
-        if sums["loss"] > 0 and found["spent"] > 0:
-            self.loss_factor = found["spent"] / sums["loss"]
+        """Mend every part by what was measured of an assignment.
+
+        Args:
+            sums: of its costs as they were before anything was expected; of cuts, `cut_loss`.
+            found: of the whole model; `spent_on_cuts` of the model that was cut and nothing else.
+        """
+        cuts = found.get("spent_on_cuts", 0.0)
+        if sums.get("cut_loss", 0.0) > 0 and cuts > 0:
+            self.cut_factor = cuts / sums["cut_loss"]
+        if sums["loss"] > 0 and found["spent"] > cuts:
+            self.loss_factor = (found["spent"] - cuts) / sums["loss"]
         self.size_rest = found["size_bytes"] - sums["size"]
+        if "parameters" in found:
+            self.parameters_rest = found["parameters"] - sums["parameters"]
         latency = found.get("decode_ms_per_token", found.get("latency_ms"))
         if latency is not None:
             self.latency_rest = 1e3 * latency - sums["latency"]
@@ -52,9 +79,11 @@ class Prediction:
             self.memory_rest = found["peak_rss_bytes"] - found["size_bytes"]
 
     def describe(self, name: str, total: float) -> str:
-        """A sum of costs as what it will be measured as, with its unit."""
+        """A sum of expected costs as what it will be measured as, with its unit."""
         if name == "size":
             return f"a size of {(total + self.size_rest) / 1e6:.1f} MB"
         if name == "latency":
             return f"a latency of {(total + self.latency_rest) / 1e3:.2f} ms"
-        return f"a loss of {math.expm1(total * self.loss_factor):.2%}"
+        if name == "parameters":
+            return f"{total + self.parameters_rest:,.0f} parameters"
+        return f"a loss of {math.expm1(total):.2%}"

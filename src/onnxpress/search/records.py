@@ -1,10 +1,11 @@
-"""What was found out about units and formats, kept in a file: one line for each, added as soon as it is known."""
+"""What was found out about parts and formats, kept in a file: one line for each, added as soon as it is known."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from onnxpress.optimizers.coarseness import TINY
@@ -16,19 +17,21 @@ ALIKE = 3.0
 
 @dataclass(frozen=True)
 class Record:
-    """A unit in a format."""
+    """A part in a format."""
 
     unit: str
     format: str
     """Pass and options, as `key` spells them."""
     nbytes: int
-    """Of the unit's constants; −1 where the format does not take the unit."""
+    """Of the part's constants; −1 where the format does not take the part."""
     error: float = 0.0
-    """Relative to what the unit makes: the mean of all tokens."""
+    """Relative to what the part makes: the mean of all tokens."""
     peak: float = 0.0
     """The largest error of a token."""
     loss: float | None = None
     """None as long as it was not measured."""
+    left: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    """Of a block that was cut: (inputs, outputs) of the products of each unit that changed."""
 
     def alike(self, other: Record) -> bool:
         """Whether both lose in the same way, more or less of it: spread over tokens, or in a few of them.

@@ -1,31 +1,33 @@
-"""What a model loses, weighs and computes wrongly with one unit in one format, for all units and formats.
+"""What a model loses, weighs and computes wrongly with one part in one format: each unit in each format, each block
+after each cut.
 
 Every format of every unit is run by its real kernels on what the unit reads in the float model; its relative error is
 cheap to know. What an error does to the model's outputs is measured (see `injection`) for the coarsest of the formats
 that lose alike (see `Record.alike`). Errors of one unit add to the loss in proportion to their power, so that the other
-formats follow from the one with the nearest error. Errors of different units are taken to be independent: their losses
-add up. `budget` measures how far that is off.
+formats follow from the one with the nearest error; the errors of cuts are no small ones, and each is measured. Errors
+of different parts are taken to be independent: their losses add up. `budget` measures how far that is off.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.calibration import Feeds, Step, Walk
+from onnxpress.optimizers.calibration import Calibration, Feeds, Step, Walk
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.coarseness import TINY
-from onnxpress.search.formats import FLOAT, Format, Trial, relative_errors, run, try_format
+from onnxpress.search.cuts import Cut, Site
+from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.records import Record, Records, key
-from onnxpress.search.units import Unit, unit_model
+from onnxpress.search.units import Part, Unit, part_model
 
 Lost = Callable[[int, Errors], float]
 Arrays = dict[str, NDArray[Any]]
@@ -33,7 +35,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A unit in a format."""
+    """A unit in a format, or a block after a cut."""
 
     unit: str
     format: str
@@ -42,9 +44,11 @@ class Measurement:
     error: float
     """|Δy|² / |y|² of what it makes, averaged over tokens."""
     loss: float
-    """KL in nats per token, or 1 − cosine, of the whole model with only this unit in this format."""
+    """KL in nats per token, or 1 − cosine, of the whole model with only this part in this format."""
     measured: bool
     """Whether the loss was measured; otherwise it follows from the error."""
+    left: Shapes = field(default_factory=dict)
+    """Of the units of a block that a cut made smaller, what is left: (inputs, outputs) of each product."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,21 @@ def measure(
     formats: Sequence[Format],
     samples: Samples,
     *,
+    sites: Sequence[Site] = (),
+    cuts: Sequence[Cut] = (),
     session_options: Mapping[str, str],
     every: bool = False,
     folder: Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Measure units of a graph in all formats; float32 is always one of them, and costs nothing but its bytes.
+    """Measure units of a graph in all formats, and blocks after all cuts.
+
+    Float32 is always one of the formats, and costs nothing but its bytes.
 
     Args:
         units: see `units.find_units`.
+        sites: see `cuts.find_sites`.
         every: measure the loss of every format, not only of the coarsest of those that lose alike.
         folder: where results are kept, by model and samples; a measurement that was killed, or asks for more formats,
             goes on from there.
@@ -84,44 +93,47 @@ def measure(
     walk = Walk(model, every_sample, feed="original", threads=threads)
     method = f"sensitivity {sorted(session_options.items())} {len(samples.judge)}"
     records = Records(folder / f"{fingerprint(model, every_sample, method)}.jsonl" if folder else None)
-    left = {unit.name: unit for unit in units if not _is_known(unit, formats, records, every)}
+    tried: list[tuple[Part, Sequence[Format]]] = [*((unit, formats) for unit in units), *((s, cuts) for s in sites)]
+    left = {part.name: (part, kinds) for part, kinds in tried if not _is_known(part, kinds, records, every)}
     if left:
-        outputs = [value for unit in left.values() for value in unit.outputs]
+        outputs = dict.fromkeys(value for part, _ in left.values() for value in part.outputs)
         with inject(model, outputs, samples.judge, threads) as lost:
             for step in walk:
-                for unit in [unit for unit in left.values() if _is_complete(unit, step, model)]:
-                    inputs = _inputs(step, unit)
-                    lab = _Lab(unit, unit_model(model, unit), inputs, len(samples.fit), session_options, threads, lost)
-                    lab.examine(formats, records, every)
-                    del left[unit.name]
+                for part, kinds in [pair for pair in left.values() if _is_complete(pair[0], step, model)]:
+                    inputs = _inputs(step, part)
+                    types = {name: ir.DataType.from_numpy(array.dtype) for name, array in inputs[0].items()}
+                    alone = part_model(model, part, types)
+                    lab = _Lab(part, alone, inputs, len(samples.fit), session_options, threads, lost)
+                    lab.examine(kinds, records, every)
+                    del left[part.name]
                     if progress is not None:
-                        progress(len(units) - len(left), len(units))
+                        progress(len(tried) - len(left), len(tried))
                 if not left:
                     break
-    return [row for unit in units for row in _rows(unit, formats, records)]
+    return [row for part, kinds in tried for row in _rows(part, kinds, records)]
 
 
-def _is_known(unit: Unit, formats: Sequence[Format], records: Records, every: bool) -> bool:
-    """Whether nothing about a unit is left to measure."""
-    return all(records.get(unit.name, one) for one in formats) and not _unmeasured(unit, formats, records, every)
+def _is_known(part: Part, formats: Sequence[Format], records: Records, every: bool) -> bool:
+    """Whether nothing about a part is left to measure."""
+    return all(records.get(part.name, one) for one in formats) and not _unmeasured(part, formats, records, every)
 
 
-def _unmeasured(unit: Unit, formats: Sequence[Format], records: Records, every: bool) -> list[Format]:
+def _unmeasured(part: Part, formats: Sequence[Format], records: Records, every: bool) -> list[Format]:
     """The formats whose losses have to be measured and are not: the coarsest of those that lose alike, or every one."""
-    known = [(one, record) for one in formats if (record := records.get(unit.name, one)) is not None and record.fits]
+    known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
     chosen: list[tuple[Format, Record]] = []
     for one, record in sorted(known, key=lambda pair: -pair[1].error):
-        if every or not any(record.alike(coarser) for _, coarser in chosen):
+        if every or isinstance(one, Cut) or not any(record.alike(coarser) for _, coarser in chosen):
             chosen.append((one, record))
     return [one for one, record in chosen if record.loss is None]
 
 
 @dataclass
 class _Lab:
-    """One unit, what it reads, and the means to run it."""
+    """One part, what it reads, and the means to run it."""
 
-    unit: Unit
-    part: ir.Model
+    part: Part
+    alone: ir.Model
     inputs: Sequence[Arrays]
     fit_count: int
     """How many of the inputs are for fitting; the others judge."""
@@ -132,26 +144,28 @@ class _Lab:
     def examine(self, formats: Sequence[Format], records: Records, every: bool) -> None:
         """Find out and record what is not known yet."""
         fit, judge = self.inputs[: self.fit_count], self.inputs[self.fit_count :]
-        before = run(self.part, judge, self.session_options, self.threads)
+        calibration = Calibration(fit, threads=self.threads, memory={})
+        before = run(self.alone, judge, self.session_options, self.threads)
         trials: dict[str, Trial | None] = {}
 
         def trial(one: Format) -> Trial | None:
             if one.name not in trials:
-                trials[one.name] = try_format(self.part, self.unit, one, fit, judge, self.session_options, self.threads)
+                trials[one.name] = try_format(
+                    self.alone, self.part, one, calibration, judge, self.session_options, self.threads
+                )
             return trials[one.name]
 
         for one in formats:
-            if records.get(self.unit.name, one) is None:
+            if records.get(self.part.name, one) is None:
                 after = trial(one)
                 if after is None:
-                    records.add(Record(self.unit.name, key(one), -1))
+                    records.add(Record(self.part.name, key(one), -1))
                 else:
                     errors = relative_errors(before.outputs, after.outputs)
-                    records.add(
-                        Record(self.unit.name, key(one), after.nbytes, float(errors.mean()), float(errors.max()))
-                    )
-        for one in _unmeasured(self.unit, formats, records, every):
-            after, record = trial(one), records.get(self.unit.name, one)
+                    mean, peak = float(errors.mean()), float(errors.max())
+                    records.add(Record(self.part.name, key(one), after.nbytes, mean, peak, left=after.left))
+        for one in _unmeasured(self.part, formats, records, every):
+            after, record = trial(one), records.get(self.part.name, one)
             assert after is not None
             assert record is not None
             records.add(replace(record, loss=self._loss(before, after)))
@@ -164,35 +178,36 @@ class _Lab:
         return sum(losses) / len(losses)
 
 
-def _rows(unit: Unit, formats: Sequence[Format], records: Records) -> Iterator[Measurement]:
+def _rows(part: Part, formats: Sequence[Format], records: Records) -> Iterator[Measurement]:
     """Losses that were not measured follow from the one that was with the nearest error, of formats that lose alike."""
-    yield Measurement(unit.name, FLOAT, 4 * unit.parameters, 0.0, 0.0, measured=True)
-    found = [(one, record) for one in formats if (record := records.get(unit.name, one)) is not None and record.fits]
+    yield Measurement(part.name, FLOAT, 4 * part.parameters, 0.0, 0.0, measured=True)
+    found = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
     known = [(record, record.loss) for _, record in found if record.loss is not None]
     for one, record in found:
         loss = record.loss
         if loss is None:
             nearest, its_loss = min(known, key=lambda pair: (not pair[0].alike(record), _distance(pair[0], record)))
             loss = its_loss / max(nearest.error, TINY) * record.error
-        yield Measurement(unit.name, one.name, record.nbytes, record.error, loss, record.loss is not None)
+        measured = record.loss is not None
+        yield Measurement(part.name, one.name, record.nbytes, record.error, loss, measured, record.left)
 
 
 def _distance(one: Record, other: Record) -> float:
     return abs(math.log(max(one.error, TINY) / max(other.error, TINY)))
 
 
-def _is_complete(unit: Unit, step: Step, model: ir.Model) -> bool:
-    """Whether all that a unit reads is at hand."""
+def _is_complete(part: Part, step: Step, model: ir.Model) -> bool:
+    """Whether all that a part reads is at hand."""
     inputs = {str(value.name) for value in model.graph.inputs}
-    return all(name in step.values or name in inputs for name in unit.inputs)
+    return all(name in step.values or name in inputs for name in part.inputs)
 
 
-def _inputs(step: Step, unit: Unit) -> list[Arrays]:
-    """What a unit reads of each sample."""
+def _inputs(step: Step, part: Part) -> list[Arrays]:
+    """What a part reads of each sample, in the order of its inputs."""
     walk = step.walk
-    given = {str(value.name): value for value in walk.model.graph.inputs if value.name in unit.inputs}
+    given = {str(value.name): value for value in walk.model.graph.inputs if value.name in part.inputs}
     found = [{name: feed_of(value, sample) for name, value in given.items()} for sample in walk.samples]
-    rest = [name for name in unit.inputs if name not in given]
+    rest = [name for name in part.inputs if name not in given]
     if rest:
         walk.run(step.number, rest, lambda sample, arrays: found[sample].update(arrays))
-    return found
+    return [{name: arrays[name] for name in part.inputs} for arrays in found]

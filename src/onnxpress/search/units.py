@@ -6,8 +6,9 @@ together with whatever shares a weight with them: an embedding and the head that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -17,6 +18,28 @@ from onnxpress.optimizers.quantize_embedding import looks_up, tables
 
 SMALLEST = 32
 """Products with fewer inputs or outputs are no unit: passes leave them alone."""
+
+
+class Part(Protocol):
+    """Nodes of a graph that are tried alone: a unit, or a block (`cuts.Site`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of its matrices."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values that it reads."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values that it makes for others."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its matrices."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,11 @@ class Unit:
     def name(self) -> str:
         """`model.layers.3.mlp.down_proj`: the first weight, as the checkpoint calls the module that it is of."""
         return self.weights[0].removesuffix(".weight")
+
+    def with_shapes(self, shapes: Sequence[Sequence[int]]) -> Unit:
+        """The unit with products of other shapes."""
+        pairs = tuple((int(inputs), int(outputs)) for inputs, outputs in shapes)
+        return replace(self, shapes=pairs, parameters=sum(inputs * outputs for inputs, outputs in pairs))
 
 
 def find_units(graph: ir.Graph) -> list[Unit]:
@@ -90,17 +118,33 @@ def find_units(graph: ir.Graph) -> list[Unit]:
     return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
 
 
-def unit_model(model: ir.Model, unit: Unit) -> ir.Model:
-    """The unit alone, as a graph of its own; weights stay lazy, and shapes of inputs known."""
-    values = {str(value.name): value for node in model.graph for value in node.inputs if value is not None}
-    part = extract(model, {name: values[name].dtype or ir.DataType.FLOAT for name in unit.inputs}, unit.outputs)
-    for value in part.graph.inputs:
-        shape = values[str(value.name)].shape
-        # Other parts of the graph may know how long a sequence is; the unit does not care.
-        value.shape = (
-            None if shape is None else ir.Shape([None if i < len(shape) - 1 else d for i, d in enumerate(shape)])
-        )
-    return part
+def part_model(model: ir.Model, part: Part, types: Mapping[str, ir.DataType] | None = None) -> ir.Model:
+    """A part alone, as a graph of its own; weights stay lazy, and shapes of inputs known.
+
+    Args:
+        types: of its inputs, where the graph does not tell them.
+    """
+    values = {str(value.name): value for value in model.graph.inputs}
+    values |= {str(value.name): value for node in model.graph for value in node.inputs if value is not None}
+    known = types or {}
+    inputs = {name: known.get(name) or values[name].dtype or ir.DataType.FLOAT for name in part.inputs}
+    found = extract(model, inputs, part.outputs)
+    for value in found.graph.inputs:
+        original = values[str(value.name)]
+        value.shape = original.shape
+        if original.shape is not None and not original.is_graph_input():
+            value.shape = ir.Shape([_size(original.shape, place) for place in range(len(original.shape))])
+    return found
+
+
+def _size(shape: ir.Shape, place: int) -> int | ir.SymbolicDim | None:
+    """A size that a part may rely on: features, and heads or a single one where there are four dimensions.
+
+    Other parts of the graph may know how long a sequence is; the part does not care.
+    """
+    size = shape[place]
+    last = place == len(shape) - 1
+    return size if last or (place == 1 and len(shape) == 4 and isinstance(size, int)) else None
 
 
 def _read(node: ir.Node, is_product: bool) -> ir.Value:

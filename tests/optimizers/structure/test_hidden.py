@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnxpress.optimizers.structure.hidden import (
     center,
     lost_share,
-    norm_correction,
     principal_directions,
+    stream_scale,
     tied_mixture,
 )
 
@@ -28,9 +28,9 @@ def test_a_stream_in_a_subspace_is_kept_whole_and_its_norm_with_it(seed: int, wi
     np.testing.assert_allclose(q.T @ q, np.eye(kept), atol=1e-12)
     assert lost_share(covariance, q) < 1e-12
     np.testing.assert_allclose(x @ q @ q.T, x, atol=1e-10 * width * np.abs(x).max())
-    gain, epsilon = norm_correction(width, kept, 1e-2)
-    z = x @ q
-    normed = gain * z / np.sqrt(np.square(z).mean(1, keepdims=True) + epsilon)
+    scale = stream_scale(width, kept)
+    z = scale * x @ q
+    normed = z / np.sqrt(np.square(z).mean(1, keepdims=True) + 1e-2) / scale
     expected = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-2)
     np.testing.assert_allclose(normed @ q.T, expected, atol=1e-9)
 

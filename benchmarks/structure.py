@@ -1,0 +1,185 @@
+"""Smaller structure side by side: heads, width and depth cut to one size by us, by plain methods, by onnxsim.
+
+    python benchmarks/structure.py --out DIR --text FILE --train-text FILE --pairs FILE
+    python benchmarks/structure.py --out DIR … --do speed --subjects decoder     one part, into the same figures
+
+Subjects and parts are those of quantization.py; what is cut and how is in structure.toml. Passes run with as many
+samples as they want, of text that the decoder writes itself; encoders are calibrated with lines of --text where there
+is one, as the sentences that they would take otherwise are those that they are judged on. onnxsim gets the text behind
+the windows that are judged. Figures go to DIR/figures.json as they come, tables to DIR/structure.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import contenders
+import decoder
+import encoder
+import subjects
+from common import HERE, PEERS, Measured, Row, markdown
+from comparison import FLOAT32, FORMATS, TITLES, page_with
+from contenders import Contender, Subject
+from figures import Figures, measure
+from subjects import prepared
+
+ONNXSIM = ["onnxsim==0.8.1", "onnx==1.23.2", "onnxruntime==1.31.1"]
+ENCODER_SAMPLES = ("400", "128")
+QUALITY = {"decoder": ["change %", "KL"], "encoder": ["cosine mean", "Spearman"]}
+SPEED = ["prefill 512 tok/s", "decode at 256 ms", "latency ms"]
+
+
+def by_passes(subject: Subject, text: Path | None, passes: list[Any], folder: Path) -> Measured:
+    source = contenders.export(subject).built(subject).path
+    samples = ["0", "0"]
+    given: list[Path] = []
+    if subject.name == "encoder" and text is not None:
+        samples, given = list(ENCODER_SAMPLES), [text]
+    script = [sys.executable, PEERS / "apply_passes.py"]
+    return common.measured([*script, source, folder / "artifact", *samples, json.dumps(passes), *given])
+
+
+def plainly(subject: Subject, what: str, folder: Path) -> Measured:
+    source = contenders.export(subject).built(subject).path
+    return common.measured([sys.executable, PEERS / "plain_cuts.py", source, folder / "artifact", *what.split()])
+
+
+def by_onnxsim(subject: Subject, find_links: str | None, what: str, folder: Path) -> Measured:
+    python = common.environment("onnxsim", ONNXSIM, find_links)
+    source = contenders.export(subject).built(subject).path
+    given = [str(subject.calibration) if word == "calibrated" else word for word in what.split()]
+    return common.measured([python, PEERS / "onnxsim_cut.py", source, folder / "artifact", *given])
+
+
+def cuts(subject: Subject) -> list[dict[str, Any]]:
+    with (HERE / "structure.toml").open("rb") as file:
+        return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject.name]
+
+
+def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, Row]:
+    """Contenders, and what the table says of each before anything is measured."""
+    worker = encoder.WORKER if subject.name == "encoder" else decoder.WORKER
+    found: dict[Contender, Row] = {}
+    base = contenders.export(subject)
+    found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
+    for cut in cuts(subject):
+        for family in ("plain", "onnxsim", "onnxpress"):
+            for method, how in cut.get(family, {}).items():
+                if isinstance(how, list):
+                    build = partial(by_passes, subject, arguments.text, how)
+                elif family == "plain":
+                    build = partial(plainly, subject, how)
+                else:
+                    build = partial(by_onnxsim, subject, arguments.find_links, how)
+                one = Contender(
+                    family,
+                    f"{cut['name']}, {method}",
+                    build,
+                    worker,
+                    opens="artifact",
+                    ships="artifact/onnx/*",
+                    key=json.dumps([how, str(arguments.text) if subject.name == "encoder" else ""]),
+                )
+                found[one] = {"cut": cut["name"], "method": method}
+    return {one: row for one, row in found.items() if common.wanted(one.name, arguments.only)}
+
+
+def parameters(path: Path) -> int:
+    """Numbers in all weights of the graphs."""
+    output = common.measured([sys.executable, "-m", "onnxpress.cli", "inspect", path, "--json"]).output
+    graphs = json.loads(output[output.index("{") :])["graphs"]
+    return sum(int(graph["total"]["parameters"]) for graph in graphs.values())
+
+
+def compare(subject: Subject, arguments: argparse.Namespace) -> None:
+    found = chosen(subject, arguments)
+    measure(subject, list(found), arguments)
+    figures = Figures(arguments.out)
+    for one, row in found.items():
+        known = figures.content["subjects"][subject.name][one.name]
+        if not known.get("failed") and ("build" in arguments.do or "parameters" not in known):
+            row = {**row, "parameters": parameters(one.built(subject).path)}
+        figures.add(subject.name, one, row)
+
+
+def damage(row: Row) -> float | None:
+    """What the goal counts: the rise of log-perplexity, or what the mean cosine lacks to 1."""
+    if "change %" in row:
+        return math.log1p(row["change %"] / 100)
+    return 1 - row["cosine mean"] if "cosine mean" in row else None
+
+
+def table(subject: str, rows: dict[str, Row], cut: str) -> str:
+    """All of one cut, least damage last; the damage of slicing, at its best, is what others are divided by."""
+    same = {name: row for name, row in rows.items() if row.get("cut") == cut and not row.get("failed")}
+    full = rows.get(FLOAT32, {}).get("parameters")
+    slices = [found for row in same.values() if row["method"].startswith("slice") and (found := damage(row))]
+    kind = "encoder" if subject == "encoder" else "decoder"
+    lines: list[Row] = []
+    for row in sorted(same.values(), key=lambda row: -(damage(row) or math.inf)):
+        ours = row["family"] == "onnxpress"
+        label = f"{row['family']} {row['method']}"
+        line: Row = {"by": f"**{label}**" if ours else label}
+        line["parameters, M"] = f"{row['parameters'] / 1e6:.2f}"
+        line["fewer"] = f"{1 - row['parameters'] / full:.1%}" if full else None
+        line["MB"] = row["bytes"] / 1e6
+        for column in QUALITY[kind]:
+            value = row.get(column)
+            line[column] = value if value is None else format(value, FORMATS[column])
+        lost = damage(row)
+        line["Δ log-perplexity" if kind == "decoder" else "1 − cosine"] = None if lost is None else f"{lost:.4f}"
+        line["slicing's ÷ this"] = f"{min(slices) / lost:.1f}" if slices and lost and lost > 0 else None
+        for column in SPEED:
+            if any(column in other for other in same.values()):
+                line[column] = row.get(column)
+        lines.append(line)
+    return markdown(lines)
+
+
+def tables(figures: dict[str, Any]) -> dict[str, str]:
+    """Markdown by subject: a table for each cut, in the order of structure.toml."""
+    result = {}
+    for subject, rows in figures.get("subjects", {}).items():
+        parts = []
+        whole = rows.get(FLOAT32)
+        if whole and "parameters" in whole:
+            words = [f"Whole: {whole['parameters'] / 1e6:.2f} M parameters, {whole['bytes'] / 1e6:.1f} MB"]
+            words += [
+                f"{column} {whole[column]:.4g}" for column in ("perplexity", "Spearman", *SPEED) if column in whole
+            ]
+            parts.append(", ".join(words) + ".")
+        for cut in dict.fromkeys(row["cut"] for row in rows.values() if "cut" in row):
+            parts.append(f"**{cut}**\n\n{table(subject, rows, cut)}")
+        if failed := [f"{name}: {row['failed']}" for name, row in rows.items() if row.get("failed")]:
+            parts.append("Not run: " + "; ".join(failed))
+        result[TITLES[subject]] = "\n\n".join(parts)
+    return result
+
+
+def show(arguments: argparse.Namespace) -> None:
+    text = tables(Figures(arguments.out).content)
+    page = "\n\n".join(f"## {name}\n\n{part}" for name, part in text.items())
+    (arguments.out / "structure.md").write_text(page + "\n", encoding="utf-8")
+    print(page)
+    if arguments.page:
+        arguments.page.write_text(page_with(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+def main() -> None:
+    parser = subjects.parser(__doc__ or "")
+    arguments = parser.parse_args()
+    for name in subjects.wanted(arguments, parser):
+        compare(prepared(name, arguments), arguments)
+    show(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""reduce-heads: attention with fewer heads, fewer key/value heads, or smaller heads, repaired in closed form.
+
+    least-squares   drop the heads that a refitted output product misses least (see structure.heads)
+    regress         likewise, and let the values of the others stand in for them (structure.value_regression)
+    slice           keep the loudest heads and dimensions
+    resample        every new head is a mixture of all, by given, averaging or random matrices (structure.resample)
+
+Where query heads stay and key/value heads become fewer, these are turned towards each other and merged
+(structure.kv_merge). Smaller heads: structure.head_dim, structure.rotary_planes. Then the output product is refitted
+by ridge regression to what the attention put out before, tokens weighted as in structure.moments. One block at a time;
+each sees what those before it make of the samples by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxpress.errors import UnsupportedModelError, UsageError
+from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.linear import drop_unused, selected
+from onnxpress.optimizers.quantization.statistics import ChannelStatistics
+from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
+from onnxpress.optimizers.structure.head_request import HeadPlan, plan_heads, plan_resampling
+from onnxpress.optimizers.structure.head_samples import HeadSamples
+from onnxpress.optimizers.structure.head_sites import (
+    Arrays,
+    HeadSite,
+    cut_tables,
+    pack,
+    pack_output,
+    site_of,
+    skip_reason,
+    table_width,
+)
+from onnxpress.optimizers.structure.output_refit import error, refit
+from onnxpress.optimizers.structure.resample import matrices_for, resample
+from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
+from onnxpress.optimizers.structure.targets import Target
+
+Method = Literal["least-squares", "regress", "slice", "resample"]
+Doubles = NDArray[np.float64]
+Tables = tuple[ir.Value, ir.Value]
+
+
+class ReduceHeads(CalibratedPass):
+    """Reduce the heads of every self-attention to the same numbers; which ones stay is up to each layer."""
+
+    name = "reduce-heads"
+    exact = False
+    needs_anatomy = True
+    wanted_rows = 24
+    wanted_length = 512
+
+    def __init__(
+        self,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        method: Method = "least-squares",
+        matrix: str = "average",
+        corrected: bool = True,
+        seed: int = 0,
+        refit: bool | None = None,
+        ridge: float = 0.1,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            heads, kv_heads, head_dim: what each attention is to have; what is left out follows from the others.
+            method: see the module.
+            matrix: for resample: `average`, `random`, or a .npz file with `heads` [heads, new], `head_dim`
+                [head_dim, new] and, unless they are the same as heads, `kv_heads`; columns are scaled to sum to one.
+            corrected: for resample: False averages values and output both, as the formula was first written down.
+            seed: of random matrices.
+            refit: whether the output is refitted to samples; by default unless the method is slice or resample.
+            ridge: how strongly the refit holds on to what it starts from, in parts of each input's second moment.
+            include, exclude: patterns of names of query weights; other attentions are left alone.
+        """
+        if heads is None and kv_heads is None and head_dim is None:
+            raise UsageError("reduce-heads: say how many heads are to stay", hint="reduce-heads:heads=6")
+        if ridge < 0:
+            raise UsageError(f"reduce-heads: ridge must not be negative: {ridge}")
+        self.wanted = (heads, kv_heads, head_dim)
+        self.method, self.matrix, self.corrected, self.seed, self.ridge = method, matrix, corrected, seed, ridge
+        self.refit = method in ("least-squares", "regress") if refit is None else refit
+        self.include, self.exclude = tuple(include), tuple(exclude)
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.method != "resample" or self.refit
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        sites = self._sites(model, report)
+        plans = {one.attention.node: self._plan(one) for one in sites}
+        sites = [one for one in sites if plans[one.attention.node].changes]
+        if not sites:
+            return
+        if self.needs_samples and not self.calibration.fits(model):
+            report.skip(NO_SAMPLES, len(sites))
+            return
+        for site in sites:
+            self._check(site, plans[site.attention.node])
+        planes = self._planes(model, sites, plans)
+        tables = {
+            table[0]: cut_tables(model.graph, table, planes[table[0]])
+            for site in sites
+            if (table := site.attention.rotary) is not None and table[0] in planes
+        }
+        old = [table for site in sites if site.attention.rotary is not None for table in site.attention.rotary]
+        if self.needs_samples:
+            self._walk(model, sites, plans, planes, tables, report)
+        else:
+            for site in sites:
+                plan, dimensions = plans[site.attention.node], self._dimensions(site, planes)
+                found = self._resampled(site.read(), plan, dimensions)
+                site.write({name: ir.tensor(array) for name, array in pack(site, found).items()})
+                self._finish(site, plan, tables, report)
+        for value in dict.fromkeys(old):
+            drop_unused(model.graph, value)
+
+    def _sites(self, model: ir.Model, report: Report) -> list[HeadSite]:
+        found, left = [], 0
+        for block in anatomy_of(model).blocks:
+            for attention in block.attentions:
+                reason = skip_reason(attention)
+                if reason is not None:
+                    report.skip(reason)
+                elif not selected(attention.query.name, self.include, self.exclude):
+                    report.skip("excluded by name")
+                    left += 1
+                else:
+                    found.append(site_of(block, attention))
+        if found and left:
+            report.skip("layers will differ in their heads: only ONNX can express that, no config.json", left)
+        return found
+
+    def _plan(self, site: HeadSite) -> HeadPlan:
+        return (plan_resampling if self.method == "resample" else plan_heads)(site.sizes, self.wanted, site.block.title)
+
+    def _check(self, site: HeadSite, plan: HeadPlan) -> None:
+        where, operator = site.block.title, site.attention.node.op_type
+        if plan.after[0] != plan.after[1] and operator not in ("GroupQueryAttention", "Attention"):
+            raise UnsupportedModelError(
+                f"{where}: {operator} wants as many key/value heads as heads; {plan.after[1]} and {plan.after[0]} "
+                f"were asked for",
+                hint="leave kv_heads out",
+            )
+        if self.method == "regress" and (plan.merges or (plan.drops and plan.before[0] != plan.before[1])):
+            raise UnsupportedModelError(
+                f"{where}: {plan.before[0]} query heads share {plan.before[1]} values, which regress would have to "
+                f"change for all of them"
+                if not plan.merges
+                else f"{where}: regress cannot merge key/value heads",
+                hint="use method=least-squares",
+            )
+        needed = 8 * (plan.dropped[0] * site.value.features[0]) ** 2
+        if self.method == "regress" and plan.drops and needed > self.calibration.memory_bytes:
+            raise UnsupportedModelError(
+                f"{where}: to regress on what {plan.dropped[0]} heads attend to takes {needed / 1e9:.1f} GB, more than "
+                f"the {self.calibration.memory_bytes / 1e9:.1f} GB that calibration may take",
+                hint="use method=least-squares",
+            )
+        rotary = site.attention.rotary
+        if rotary is None or not (plan.narrows or plan.merges):
+            return
+        if table_width(rotary) != site.sizes[2] // 2:
+            raise UnsupportedModelError(
+                f"{where}: only {table_width(rotary)} of {site.sizes[2] // 2} planes are rotary; keys cannot be "
+                f"merged or narrowed yet where the rest is not",
+                hint="reduce heads, not head_dim",
+            )
+        step = 16 if operator == "GroupQueryAttention" else 2
+        if plan.narrows and plan.after[2] % step:
+            raise UsageError(
+                f"{where}: head_dim must be a multiple of {step} where {operator} has rotary positions, "
+                f"not {plan.after[2]}"
+            )
+
+    def _planes(
+        self, model: ir.Model, sites: Sequence[HeadSite], plans: Mapping[ir.Node, HeadPlan]
+    ) -> dict[ir.Value, Indices]:
+        """By table of cosines, the planes that stay: one choice for all that read it."""
+        turned = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
+        if not turned:
+            return {}
+        seen = {}
+        if self.needs_samples:
+            products = [product for site in turned for product in (site.query, site.key)]
+            seen = {str(one.output.name): ChannelStatistics(one.features[1], str(one.output.name)) for one in products}
+            self.calibration.observe(model, {name: [found] for name, found in seen.items()})
+        energies: dict[ir.Value, Doubles] = {}
+        for site in turned:
+            squares = []
+            weights = site.read()
+            for product, weight in ((site.query, weights.query), (site.key, weights.key)):
+                found = seen.get(str(product.output.name))
+                mean = np.square(weight).sum(axis=0) if found is None else found.mean_squares().astype(np.float64)
+                squares.append(mean.reshape(weight.shape[1:]))
+            assert site.attention.rotary is not None
+            table = site.attention.rotary[0]
+            added = plane_energies(squares[0], squares[1], interleaved=site.interleaved)
+            energies[table] = energies.get(table, 0.0) + added
+        size = plans[turned[0].attention.node].after[2]
+        return {table: strongest_planes(energy, size // 2) for table, energy in energies.items()}
+
+    def _dimensions(self, site: HeadSite, planes: Mapping[ir.Value, Indices]) -> Indices | None:
+        rotary = site.attention.rotary
+        if rotary is None or rotary[0] not in planes:
+            return None
+        return kept_dimensions(planes[rotary[0]], site.sizes[2], interleaved=site.interleaved)
+
+    def _walk(
+        self,
+        model: ir.Model,
+        sites: Sequence[HeadSite],
+        plans: Mapping[ir.Node, HeadPlan],
+        planes: Mapping[ir.Value, Indices],
+        tables: Mapping[ir.Value, Tables],
+        report: Report,
+    ) -> None:
+        options = (self.wanted, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
+        name = f"{self.name} {options} {self.include} {self.exclude}"
+        for step in self.calibration.walk(model, method=name):
+            inside = set(step.segment.nodes)
+            for number, site in enumerate(one for one in sites if one.attention.node in inside):
+                plan = plans[site.attention.node]
+                seen = HeadSamples(step, site, Target(self.calibration.memory_bytes))
+                try:
+                    if not step.finished:
+                        seen.look()
+                    reduced = partial(self._reduced, seen, plan, self._dimensions(site, planes))
+                    site.write(step.results(f"heads{number}", reduced))
+                    self._finish(site, plan, tables, report)
+                    found = step.results(f"refit{number}", partial(self._refitted, seen, plan))
+                finally:
+                    seen.target.close()
+                site.write(found)
+                report.measure(site.output.name, float(found["error"].numpy()[0]))
+
+    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
+        site, weights = seen.site, seen.site.read()
+        if self.method == "resample":
+            return pack(site, self._resampled(weights, plan, dimensions))
+        reduction = Reduction(
+            plan,
+            self.method,
+            self.refit,
+            self.ridge,
+            site.biased,
+            site.attention.rotary is not None,
+            site.interleaved,
+            dimensions,
+        )
+        return pack(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
+
+    def _refitted(self, seen: HeadSamples, plan: HeadPlan) -> Arrays:
+        """The output fitted to what the attention makes by now, and what is lost."""
+        after = replace(seen.site, sizes=plan.after)
+        weights = after.read()
+        normal = seen.regress(plan.after[0] * plan.after[2])
+        if self.refit:
+            weights = refit(weights, normal, self.ridge, centred=after.biased)
+        return pack_output(after, weights) | {"error": np.array([error(weights, normal)], np.float32)}
+
+    def _resampled(self, weights: AttentionWeights, plan: HeadPlan, dimensions: Indices | None) -> AttentionWeights:
+        planes = None if dimensions is None else np.eye(weights.head_dim)[:, dimensions]
+        if planes is None and not plan.narrows:
+            planes = np.eye(weights.head_dim)
+        matrices = matrices_for(plan, self.matrix, self.seed)
+        return resample(weights, matrices, corrected=self.corrected, planes=planes)
+
+    def _finish(self, site: HeadSite, plan: HeadPlan, tables: Mapping[ir.Value, Tables], report: Report) -> None:
+        rotary = site.attention.rotary
+        site.resize(plan.after, tables.get(rotary[0]) if rotary is not None else None)
+        report.match(str(plan))

@@ -1,0 +1,140 @@
+"""One attention with fewer, or smaller, heads: the methods of reduce-heads put together, from weights and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.structure.head_dim import chosen_dimensions, score_bases, value_bases
+from onnxpress.optimizers.structure.head_request import HeadPlan
+from onnxpress.optimizers.structure.heads import eliminate_heads, head_blocks, loudest_heads, output_norms
+from onnxpress.optimizers.structure.kv_merge import merge
+from onnxpress.optimizers.structure.moments import Moments
+from onnxpress.optimizers.structure.output_refit import Sums
+from onnxpress.optimizers.structure.ridge import penalties
+from onnxpress.optimizers.structure.value_regression import cluster_sums, regress_values, successors
+
+Doubles = NDArray[np.float64]
+Method = Literal["least-squares", "regress", "slice"]
+VALUE_RIDGE = 0.1
+"""Of the regression of values, which has hidden · heads unknowns for each output."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the heads attend to, see `value_regression`: inner products of all, sums of those kept."""
+
+    products: Doubles
+    sums: Sums
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Moments of one attention on the samples."""
+
+    hidden: Moments
+    """Of x."""
+    states: Moments
+    """Of z, which the output product reads, [heads · head_dim]."""
+    attended: Callable[[Indices], Attended]
+    """Looks again, for method regress."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How to get from `plan.before` to `plan.after`."""
+
+    plan: HeadPlan
+    method: Method
+    refit: bool
+    ridge: float
+    centred: bool
+    """Whether the output has a bias, which takes up what is constant."""
+    rotary: bool = False
+    interleaved: bool = False
+    kept_dimensions: Indices | None = None
+    """Of queries and keys, where positions are rotary and heads become smaller."""
+
+    def __call__(self, weights: AttentionWeights, seen: Observed) -> AttentionWeights:
+        """The reduced weights; a refit has the last word on the output."""
+        gram = seen.states.covariance() if self.centred else seen.states.second()
+        found, kept = self._drop(weights, gram, np.diagonal(seen.states.second()))
+        if self.method == "regress" and self.plan.drops:
+            return self._narrow_scores(self._regress(weights, found, kept, seen), seen)
+        if self.plan.merges:
+            keys, values = (_moments(weight, seen.hidden.augmented()) for weight in (found.key, found.value))
+            found = merge(found, keys, values, self.plan.after[1], rotary=self.rotary, interleaved=self.interleaved)
+        if self.plan.narrows:
+            found = self._narrow_scores(self._narrow_values(found, gram, kept, seen), seen)
+        return found
+
+    def _drop(self, weights: AttentionWeights, gram: Doubles, raw: Doubles) -> tuple[AttentionWeights, Indices]:
+        if not self.plan.drops:
+            return weights, np.arange(weights.heads)
+        if self.method == "slice":
+            norms = output_norms(gram, weights.output)
+            kept = loudest_heads(norms, weights.kv_heads, self.plan.dropped)
+            return weights.keep(kept), kept
+        penalty = penalties(gram, self.ridge, raw)
+        kept, output = eliminate_heads(gram, weights.output, weights.kv_heads, self.plan.dropped, penalty)
+        found = weights.keep(kept)
+        return (replace(found, output=output) if self.refit else found), kept
+
+    def _regress(
+        self, weights: AttentionWeights, found: AttentionWeights, kept: Indices, seen: Observed
+    ) -> AttentionWeights:
+        attended = seen.attended(kept)
+        prior = cluster_sums(weights, kept, successors(attended.products, kept))
+        value, output = regress_values(attended.sums, prior, self.plan.after[2], VALUE_RIDGE)
+        padded = np.concatenate([value, np.zeros((1, *value.shape[1:]))])
+        return replace(found, value=padded, output=output)
+
+    def _narrow_values(self, found: AttentionWeights, gram: Doubles, kept: Indices, seen: Observed) -> AttentionWeights:
+        blocks = head_blocks(gram, self.plan.before[0])[kept]
+        if self.plan.merges:  # nothing was seen of them: their values before attention mixes them
+            blocks = np.repeat(
+                _squares(found.value, seen.hidden.augmented(), centred=self.centred), found.group, axis=0
+            )
+        size = self.plan.after[2]
+        if self.method == "slice":
+            loudness = np.einsum("hdd,hdo->hd", blocks, found.output**2)
+            inward = chosen_dimensions(loudness.reshape(found.kv_heads, found.group, -1).sum(axis=1), size)
+            outward = inward.transpose(0, 2, 1)
+        else:
+            inward, outward = value_bases(blocks, found.output, found.kv_heads, size)
+        return found.map_values(inward, outward)
+
+    def _narrow_scores(self, found: AttentionWeights, seen: Observed) -> AttentionWeights:
+        if not self.plan.narrows:
+            return found
+        if self.kept_dimensions is not None:
+            return replace(
+                found, query=found.query[..., self.kept_dimensions], key=found.key[..., self.kept_dimensions]
+            )
+        queries = _squares(found.query, seen.hidden.augmented(), centred=False)
+        keys = _squares(found.key, seen.hidden.augmented(), centred=True)
+        if self.method == "slice":
+            shared = queries.reshape(found.kv_heads, found.group, *queries.shape[1:]).sum(axis=1)
+            energy = np.einsum("gdd->gd", shared) * np.einsum("gdd->gd", keys)
+            maps = chosen_dimensions(energy, self.plan.after[2])
+            return found.map_scores(maps, maps)
+        return found.map_scores(*score_bases(queries, keys, found.kv_heads, self.plan.after[2]))
+
+
+def _moments(weight: Doubles, hidden: Doubles) -> Doubles:
+    """E[x_g x_hᵀ] of what heads compute, [heads, head_dim, heads, head_dim], from weights [hidden + 1, heads, …]."""
+    flat = weight.reshape(len(weight), -1)
+    moments: Doubles = (flat.T @ hidden @ flat).reshape(weight.shape[1:] * 2)
+    return moments
+
+
+def _squares(weight: Doubles, hidden: Doubles, *, centred: bool) -> Doubles:
+    """E[x_h x_hᵀ] of each head, or its covariance, [heads, head_dim, head_dim]."""
+    moments = hidden - np.outer(hidden[-1], hidden[-1]) * centred
+    blocks: Doubles = np.einsum("ihd,ihe->hde", weight, np.einsum("ij,jhe->ihe", moments, weight))
+    return blocks

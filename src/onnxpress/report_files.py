@@ -1,0 +1,35 @@
+"""What an artifact says of itself: README.md, the model card, and report.html, with what was cut as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from onnxpress.artifact_folder import CARD, GRAPHS, REPORT
+from onnxpress.manifest import Manifest
+from onnxpress.structure import Record
+from onnxpress.structure_changes import Row, compare
+from onnxpress.structure_drawing import draw
+
+
+def write_report(folder: Path, record: Manifest, rows: Sequence[Row]) -> None:
+    """Write both to an artifact folder. `rows` are (measure, before, after), as the command line shows them."""
+    structure = Record.of(record.export)
+    content = {
+        "record": record,
+        "rows": rows,
+        "graphs": sorted(path.name for path in (folder / GRAPHS).glob("*.onnx")),
+        "changes": compare(structure.before, structure.after) if structure is not None else (),
+        "drawing": draw(structure) if structure is not None else None,
+    }
+    for name, template in ((CARD, "model_card.md.j2"), (REPORT, "report.html.j2")):
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("onnxpress"),
+            autoescape=name == REPORT,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        (folder / name).write_text(environment.get_template(template).render(content), encoding="utf-8")

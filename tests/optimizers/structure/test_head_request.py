@@ -1,0 +1,55 @@
+"""Plans from sizes to sizes, and requests that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from onnxpress.errors import UsageError
+from onnxpress.optimizers.structure.head_request import Sizes, plan_heads, plan_resampling
+
+Wanted = tuple[int | None, int | None, int | None]
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "dropped", "after"),
+    [
+        ((9, 3, 64), (6, None, None), (6, 3), (6, 3, 64)),
+        ((9, 3, 64), (None, 2, None), (6, 2), (6, 2, 64)),
+        ((9, 3, 64), (2, 2, 32), (2, 2), (2, 2, 32)),
+        ((12, 12, 32), (4, None, 16), (4, 4), (4, 4, 16)),
+        ((32, 32, 128), (None, 8, None), (32, 32), (32, 8, 128)),
+        ((32, 32, 128), (16, 4, None), (16, 16), (16, 4, 128)),
+        ((9, 3, 64), (9, 1, None), (9, 3), (9, 1, 64)),
+        ((8, 4, 16), (6, 1, None), (6, 3), (6, 1, 16)),
+        ((12, 12, 32), (12, None, None), (12, 12), (12, 12, 32)),
+    ],
+)
+def test_plans(before: Sizes, wanted: Wanted, dropped: tuple[int, int], after: Sizes) -> None:
+    plan = plan_heads(before, wanted, "layer 0")
+    assert (plan.dropped, plan.after) == (dropped, after)
+    assert plan.changes is (before != after)
+    assert plan.merges is (dropped[1] != after[1])
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "message"),
+    [
+        ((9, 3, 64), (12, None, None), r"layer 0 has heads 9; it cannot be reduced to 12"),
+        ((9, 3, 64), (7, None, None), r"7 query heads cannot share 3 key/value heads evenly"),
+        ((9, 3, 64), (None, None, 0), r"head_dim 64; it cannot be reduced to 0"),
+        ((9, 3, 64), (None, 4, None), r"heads 9; it cannot be reduced to 12"),
+        ((6, 3, 64), (6, 2, None), r"cannot become 6 over 2"),
+    ],
+)
+def test_refusals(before: Sizes, wanted: Wanted, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_heads(before, wanted, "layer 0")
+
+
+def test_resampling_takes_the_sizes_of_the_founding_example() -> None:
+    for heads, head_dim in ((32, 128), (128, 32)):
+        plan = plan_resampling((heads, heads, head_dim), (8, None, 32), "layer 0")
+        assert plan.after == (8, 8, 32)
+    assert plan_resampling((9, 3, 64), (4, 2, None), "layer 0").after == (4, 2, 64)
+    with pytest.raises(UsageError, match="evenly"):
+        plan_resampling((9, 3, 64), (4, None, None), "layer 0")

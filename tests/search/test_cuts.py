@@ -1,0 +1,259 @@
+"""Losses of one block after one cut: what the model with that block really cut loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from onnxpress.errors import UsageError
+from onnxpress.graph_io import copy_graph
+from onnxpress.metrics import Divergence, cosine
+from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.runtime import pool
+from onnxpress.search import sensitivity
+from onnxpress.search.cuts import Cut, Site, check_cuts, find_sites, linked, numbering
+from onnxpress.search.formats import Format, run
+from onnxpress.search.sensitivity import Measurement, Samples, measure
+from onnxpress.search.units import find_units, part_model
+
+Exported = Callable[..., ir.Model]
+NARROW = PassSpec("prune-ffn", {"ratio": 0.75, "multiple_of": 1})
+HEADS = PassSpec("reduce-heads", {"heads": 2})
+CUTS = [Cut("narrow", (NARROW,)), Cut("removed", (PassSpec("reduce-depth", {"drop": 1}),))]
+GRAPHS = [("llama", "model"), ("gpt2", "model"), ("bert", "model"), ("t5", "encoder_model"), ("t5", "decoder_model")]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter."""
+    from onnxpress.artifact import Source
+    from onnxpress.exporter import architectures
+    from onnxpress.exporter.checkpoint import load_folder
+    from onnxpress.exporter.export import export
+
+    @cache
+    def graphs(name: str) -> dict[str, ir.Model]:
+        folder = tmp_path_factory.mktemp(name)
+        architectures.tiny_model(name, folder)
+        task = architectures.catalog()[name]["task"]
+        return dict(export(load_folder(folder, Source(name, "huggingface-folder")), task=task, remember=False).graphs)
+
+    return lambda name, stem="model": copy_graph(graphs(name)[stem])
+
+
+def samples_of(model: ir.Model) -> Samples:
+    rng = np.random.default_rng(3)
+    names = {value.name for value in model.graph.inputs}
+
+    def batch(rows: int, length: int) -> dict[str, NDArray[Any]]:
+        ids = rng.integers(3, 60, (rows, length))
+        found = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "decoder_attention_mask": np.ones_like(ids),
+            "position_ids": np.broadcast_to(np.arange(length), ids.shape).copy(),
+            "token_type_ids": np.zeros_like(ids),
+            "encoder_hidden_states": rng.standard_normal((rows, 7, 64)).astype(np.float32),
+            "encoder_attention_mask": np.ones((rows, 7), np.int64),
+        }
+        return {name: array for name, array in found.items() if name in names}
+
+    return Samples([batch(6, 20), batch(6, 16)], [batch(3, 18), batch(2, 12)])
+
+
+def outputs(model: ir.Model, samples: Samples) -> list[dict[str, NDArray[Any]]]:
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_outputs()]
+    found = []
+    for sample in samples.judge:
+        feeds = {}
+        for node in session.get_inputs():
+            empty = [len(sample["input_ids"]), *(size if isinstance(size, int) else 0 for size in node.shape[1:])]
+            feeds[node.name] = sample.get(node.name, np.zeros(empty, np.float32))
+        found.append(dict(zip(names, session.run(names, feeds), strict=True)))
+    return found
+
+
+def true_loss(model: ir.Model, site: Site, cut: Cut, samples: Samples) -> float:
+    """KL, or 1 − cosine, of the whole model with this block cut."""
+    changed = copy_graph(model)
+    for _, one in cut.passes_at([site], site.weights):
+        if isinstance(one, CalibratedPass):
+            one.calibration = Calibration(samples.fit)
+        assert one.call(changed).report.matched
+    losses = []
+    for before, after in zip(outputs(model, samples), outputs(changed, samples), strict=True):
+        if "logits" in before:
+            divergence, words = Divergence(), before["logits"].shape[-1]
+            divergence.add(before["logits"].reshape(-1, words), after["logits"].reshape(-1, words))
+            losses.append(divergence.kl)
+        else:
+            losses.append(float(1 - cosine(pool(before), pool(after)).mean()))
+    return float(np.mean(losses))
+
+
+def by_cut(rows: list[Measurement], sites: list[Site]) -> dict[tuple[str, str], Measurement]:
+    names = {site.name for site in sites}
+    return {(row.unit, row.format): row for row in rows if row.unit in names and row.format != "float32"}
+
+
+@pytest.mark.parametrize(("name", "stem"), GRAPHS)
+def test_losses_are_those_of_the_model_with_that_block_cut(exported: Exported, name: str, stem: str) -> None:
+    model = exported(name, stem)
+    samples, sites = samples_of(model), find_sites(model)
+    found = by_cut(measure(model, [], [], samples, sites=sites, cuts=CUTS, session_options={}), sites)
+    assert len(found) == 2 * len(sites)
+    for site in sites:
+        for cut in CUTS:
+            row = found[site.name, cut.name]
+            assert row.measured
+            # The same float32 model computed in two ways: 1e-6 of logits, squared and summed, is far less than this.
+            assert row.loss == pytest.approx(true_loss(model, site, cut, samples), rel=0.02, abs=2e-6), (site, cut)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
+    """A cut of other units of the block, whose caches and masks go with it."""
+    model = exported(name)
+    samples, sites = samples_of(model), find_sites(model)[:2]
+    cuts = [Cut("heads", (HEADS,)), Cut("both", (HEADS, NARROW))]
+    found = by_cut(measure(model, [], [], samples, sites=sites, cuts=cuts, session_options={}), sites)
+    assert len(found) == 4
+    for (name, cut), row in found.items():
+        site = next(site for site in sites if site.name == name)
+        expected = true_loss(model, site, next(one for one in cuts if one.name == cut), samples)
+        assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), row
+        assert any(shapes[0][1] == 32 for shapes in row.left.values()), "2 of 4 heads × 16"
+        assert len(row.left) == (2 if cut == "heads" else 4)
+
+
+@pytest.mark.parametrize(("name", "stem"), GRAPHS)
+def test_a_block_alone_computes_what_it_computes_in_the_model(exported: Exported, name: str, stem: str) -> None:
+    """Its anatomy, too, is that of the block in the model."""
+    model = exported(name, stem)
+    samples, sites = samples_of(model), find_sites(model)
+    walk = sensitivity.Walk(model, samples.judge, feed="original")
+    steps = {step.title: step for step in walk if step.title == sites[-1].name}
+    assert steps, "the last block is a step of the walk"
+    alone = part_model(model, sites[1])
+    (site,) = find_sites(alone)
+    assert (site.name, site.weights, site.outputs) == (sites[1].name, sites[1].weights, sites[1].outputs)
+    whole = {unit.name: unit for unit in find_units(model.graph)}
+    for unit in find_units(alone.graph):
+        if unit.name in whole:  # but not where all layers read what an encoder made
+            assert set(unit.weights) <= set(whole[unit.name].weights)
+
+
+def test_what_is_left_of_units_is_seen_in_the_block(exported: Exported) -> None:
+    model = exported("llama")
+    samples, sites, units = samples_of(model), find_sites(model), find_units(model.graph)
+    found = by_cut(measure(model, [], [], samples, sites=sites, cuts=CUTS, session_options={}), sites)
+    width = {unit.name: unit for unit in units}["model.layers.1.mlp.down_proj"].shapes[0][0]
+    narrow, removed = (found["model.layers.1", name].left for name in ("narrow", "removed"))
+    kept = width * 3 // 4
+    assert narrow == {
+        "model.layers.1.mlp.gate_proj": [[64, kept], [64, kept]],
+        "model.layers.1.mlp.down_proj": [[kept, 64]],
+    }
+    names = (f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down"))
+    assert {unit: np.max(shapes) for unit, shapes in removed.items()} == dict.fromkeys(names, 0)
+    left = linked({"narrow": narrow, "removed": removed}, units)
+    assert sum(unit.parameters for unit in left["narrow"].values()) == 3 * 64 * kept
+    assert sum(unit.parameters for unit in left["removed"].values()) == 0
+
+
+def test_a_unit_that_reaches_beyond_a_block_is_not_cut(exported: Exported) -> None:
+    """Keys and values of all layers read what the encoder made: one unit."""
+    model = exported("t5", "decoder_model")
+    samples, sites, units = samples_of(model), find_sites(model), find_units(model.graph)
+    rows = by_cut(measure(model, [], [], samples, sites=sites, cuts=CUTS[1:], session_options={}), sites)
+    left = linked({site: row.left for (site, _), row in rows.items()}, units)
+    assert all(left.values())
+    shared = [unit for unit in units if len(unit.weights) == 2 * len(sites)]
+    assert len(shared) == 1
+    assert not any(shared[0].name in of_one for of_one in left.values())
+
+
+def test_a_cut_that_finds_nothing_is_not_offered(exported: Exported) -> None:
+    model = exported("llama")
+    sites = find_sites(model)
+    whole = Cut("whole", (PassSpec("prune-ffn", {"ratio": 1.0}),))
+    masks = Cut("masks", (PassSpec("prune-weights", {"sparsity": 0.5, "method": "magnitude"}),))
+    found = measure(model, [], [], samples_of(model), sites=sites, cuts=[whole, masks], session_options={})
+    assert by_cut(found, sites) == {}, "no unit gets smaller"
+
+
+def test_it_goes_on_where_it_was_killed(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exported("llama")
+    samples, sites = samples_of(model), find_sites(model)
+    tried: list[str] = []
+    real = sensitivity.try_format
+
+    def counted(part: ir.Model, of: Site, *rest: Any) -> Any:
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        tried.append(of.name)
+        return real(part, of, *rest)
+
+    def measured(formats: list[Format] = []) -> list[Measurement]:  # noqa: B006
+        units = find_units(model.graph) if formats else []
+        return measure(
+            model, units, formats, samples, sites=sites, cuts=CUTS, session_options={}, folder=tmp_path / "kept"
+        )
+
+    monkeypatch.setattr(sensitivity, "try_format", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    tried.clear()
+    monkeypatch.setattr(
+        sensitivity, "try_format", lambda part, of, *rest: (tried.append(of.name), real(part, of, *rest))[1]
+    )
+    rows = measured()
+    assert sites[0].name not in tried
+    assert set(tried) == {site.name for site in sites[1:]}
+    tried.clear()
+    assert measured() == rows
+    assert tried == []
+    measured([Format("8 bits", (PassSpec("quantize-blocks", {"bits": 8, "block_size": 32}),))])
+    assert tried, "units were not measured before"
+    assert not set(tried) & {site.name for site in sites}
+
+
+def test_weights_are_named_as_the_cut_model_names_them(exported: Exported) -> None:
+    sites = find_sites(exported("llama"))
+    name = numbering(sites, [sites[0], sites[2]])
+    assert name("model.layers.1.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+    assert name("model.layers.3.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
+    assert name("lm_head.weight") == "lm_head.weight"
+
+
+def test_removals_are_of_single_blocks() -> None:
+    with pytest.raises(UsageError, match="removes single blocks"):
+        check_cuts({"two": [PassSpec("reduce-depth", {"drop": 2})]})
+    with pytest.raises(UsageError, match="removes single blocks"):
+        check_cuts({"both": [NARROW, PassSpec("reduce-depth", {"drop": 1})]})
+    assert check_cuts({"one": [PassSpec("reduce-depth", {"drop": 1})]})[0].removes
+
+
+def test_run_takes_of_samples_what_is_read(exported: Exported) -> None:
+    model = exported("bert")
+    site = find_sites(model)[0]
+    alone = part_model(model, site)
+    rng = np.random.default_rng(0)
+    given: dict[str, NDArray[Any]] = {
+        str(value.name): rng.standard_normal((2, 5, 64)).astype(np.float32) for value in alone.graph.inputs[:1]
+    }
+    (mask,) = alone.graph.inputs[1:] or [None]
+    if mask is not None:
+        given[str(mask.name)] = np.zeros((2, 1, 5, 5), np.bool_ if mask.dtype == ir.DataType.BOOL else np.float32)
+    (found,) = run(alone, [given | {"surplus": np.zeros(1)}], {}).outputs
+    assert set(found) == set(site.outputs)
