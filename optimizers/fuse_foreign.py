@@ -28,7 +28,6 @@ from onnxscript.rewriter.ort_fusions import (
 
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
@@ -36,6 +35,7 @@ from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
 from onnxpress.optimizers.name_weights import name_weights
 from onnxpress.optimizers.split_skip_norm import split_skip_norms
+from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
 
 _RULES: list[Callable[[ir.Model], object]] = [
     rms_normalization.fuse_rms_normalization,

@@ -69,7 +69,7 @@ def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def slice_bounds(piece: ir.Node, x: ir.Value) -> tuple[int, int] | None:
-    """Start and end of a Slice of the last axis of x, whose size is known, if they are constant and nothing is skipped."""
+    """Start and end of a Slice of the last axis of x, whose size is known; None where it is another or computed."""
     assert x.shape is not None
     size, last = x.shape[-1], len(x.shape) - 1
     tensors = [constant(value) for value in piece.inputs[1:4]]

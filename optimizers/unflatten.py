@@ -4,7 +4,7 @@
     Gather(Transpose(W), ids), MatMul(x, W)                          =>  Gather(W', ids), MatMul(x, Transpose(W'))
     Slice(p, 0, n), Slice(p, n, 2n)                                  =>  Split(p, [n, n])
 
-The first is how torch writes GPT-2's layers, the second how the genai builder writes an embedding that is the head, too:
+The first is how torch writes GPT-2's layers, the second how the genai builder writes an embedding that is the head:
 W' [vocabulary, hidden] then is one table under the name of the embedding, as in our exports. The third is a packed
 product that torch's older exporter takes apart.
 """

@@ -130,10 +130,12 @@ def _graphs(
     session = open_session(path, options, threads, profile_prefix=profile_prefix, content=content)
     inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
     decodes = any(name.startswith("past_key_values.") for name in inputs) or (
-        outputs == ["logits"] and str(config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
+        outputs[:1] == ["logits"] and str(config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
     )
     if "input_ids" in inputs and "logits" in outputs and decodes:
-        return Opened(path.name, "decoder", DecoderSession(session, head_dim=_head_size(genai)), config or genai, folder)
+        return Opened(
+            path.name, "decoder", DecoderSession(session, head_dim=_head_size(genai)), config or genai, folder
+        )
     kind = "encoder" if "input_ids" in inputs and "pixel_values" not in inputs else "graph"
     return Opened(path.name, kind, EncoderSession(session), config, folder)
 

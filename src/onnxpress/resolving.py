@@ -66,8 +66,7 @@ def _foreign(found: OnnxSource) -> Artifact:
 
 
 def _size_caches(model: ir.Model, head_dim: Any) -> None:
-    """Write head_dim into the shapes of caches that leave it open, as the genai builder's do, so that an empty one can be
-    made."""
+    """Write head_dim into the shapes of caches that leave it open, as the genai builder's do: empty ones are made."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         caches = (value.name or "").startswith(("past_key_values.", "present"))
         shape = value.shape

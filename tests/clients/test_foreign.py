@@ -14,8 +14,8 @@ import pytest
 from onnxpress import manifest, pipeline
 from onnxpress.calibration import CalibrationData
 from onnxpress.decoder_session import DecoderSession
-from onnxpress.optimizers.anatomy import anatomy_of
 from onnxpress.graph_io import load_graph
+from onnxpress.optimizers.anatomy import anatomy_of
 
 PROMPT = [1, 40, 77, 130, 5]
 

@@ -167,9 +167,7 @@ def test_a_product_keeps_its_bias_through_scaling(graph: Callable[..., ir.Model]
         assert product.output.name == "y"
 
 
-def test_numbers_named_after_a_layer_are_no_evidence(
-    graph: Callable[..., ir.Model], rng: np.random.Generator
-) -> None:
+def test_numbers_named_after_a_layer_are_no_evidence(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
     """torch names a constant after the layer that wants it first; once duplicates are one, later layers read it."""
     model = graph(
         """
@@ -212,12 +210,15 @@ def test_layers_by_the_modules_that_torch_records(graph: Callable[..., ir.Model]
     for layer, node in zip((0, 0, 1), model.graph, strict=True):
         node.metadata_props[TORCH_SCOPES] = f"['', 'model', 'model.layers.{layer}', 'model.layers.{layer}.mlp', 'n']"
     segments = [segment for segment in split_layers(model.graph) if segment.layer is not None]
-    assert [(segment.title, len(segment.nodes)) for segment in segments] == [("model.layers.0", 2), ("model.layers.1", 1)]
+    assert [(segment.title, len(segment.nodes)) for segment in segments] == [
+        ("model.layers.0", 2),
+        ("model.layers.1", 1),
+    ]
 
 
 SPELLED = """
-    agraph (float[b, s, 32] x, float[32, 32] h__0__q, float[32, 16] h__0__k, float[32, 16] h__0__v, float[32, 32] h__0__o,
-            int64[4] four) => (float[b, s, 32] y) {
+    agraph (float[b, s, 32] x, float[32, 32] h__0__q, float[32, 16] h__0__k, float[32, 16] h__0__v,
+            float[32, 32] h__0__o, int64[4] four) => (float[b, s, 32] y) {
         q = MatMul(x, h__0__q)
         k = MatMul(x, h__0__k)
         v = MatMul(x, h__0__v)

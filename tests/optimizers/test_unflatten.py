@@ -103,7 +103,9 @@ def test_halves_of_a_packed_product(graph: Any, check: Any, rng: np.random.Gener
     ids=["no share of the width", "no product", "another axis"],
 )
 def test_slices_that_stay(graph: Any, rng: np.random.Generator, old: str, new: str) -> None:
-    text = HALVES.replace("second = Slice(p, half,", "second = Slice(p, six,").replace("half = {6}", "half = {6}, int64[1] six = {6}")
+    text = HALVES.replace("second = Slice(p, half,", "second = Slice(p, six,").replace(
+        "half = {6}", "half = {6}, int64[1] six = {6}"
+    )
     model = graph(text.replace(old, new), w=rng.standard_normal((8, 12), dtype=np.float32))
     join_slices(model.graph, report := Report())
     assert not report.matched

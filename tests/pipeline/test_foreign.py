@@ -95,5 +95,8 @@ def test_who_fuses_first_does_not_fuse_twice(run: Run, traced: Path, tmp_path: P
 
 
 def test_other_passes_leave_the_graph_as_it_is(run: Run, traced: Path, tmp_path: Path) -> None:
-    assert run("optimize", traced, "-o", tmp_path / "out", "--pass", "quantize-blocks:bits=8,block_size=32", *QUICK).code == 0
+    assert (
+        run("optimize", traced, "-o", tmp_path / "out", "--pass", "quantize-blocks:bits=8,block_size=32", *QUICK).code
+        == 0
+    )
     assert [step.name for step in manifest.read(tmp_path / "out").steps] == ["quantize-blocks"]
