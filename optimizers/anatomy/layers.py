@@ -162,11 +162,6 @@ def _is_weight(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input()
 
 
-def _size(value: ir.Value) -> int:
-    tensor = value.const_value
-    return tensor.size if tensor is not None else 0
-
-
 def _read(node: ir.Node) -> Iterator[ir.Value]:
     """What a node reads, bodies of loops and branches included."""
     yield from (value for value in node.inputs if value is not None)
@@ -265,7 +260,7 @@ class _Places:
         return None if layer is None else self.numbers.get(layer)
 
     def _has_own_matrix(self, weights: frozenset[ir.Value]) -> bool:
-        return any(_size(value) > 1 and value not in self.readers for value in weights)
+        return any(not _is_number_or_shape(value) and value not in self.readers for value in weights)
 
     def _leaves(self, node: ir.Node, scope: str | None, weights: frozenset[ir.Value]) -> bool:
         """Whether a node that depends on the last layer lies behind it."""
