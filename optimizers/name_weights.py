@@ -2,7 +2,7 @@
 
 torch's exporters fold the transpose of a Linear into its weight, which then is called `onnx::MatMul_529` or `val_48`.
 The module is still known, from the node's name (`/encoder/layer.0/attention/self/query/MatMul`) or from what torch
-records with it. With the checkpoint's name, `encoder.layer.0.attention.self.query.weight`, patterns of names, the layers of a
+records with it. With the checkpoint's name, `encoder.layer.0.attention.self.query.weight`, patterns, the layers of a
 graph, and reports mean the same whoever exported it.
 """
 
