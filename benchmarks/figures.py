@@ -83,7 +83,8 @@ def measure(subject: Subject, found: Sequence[Contender], arguments: argparse.Na
     with tempfile.TemporaryDirectory() as folder:
         judge = None
         if "quality" in arguments.do:
-            torch, judge = judges(subject, Path(folder), arguments)
+            known = figures.content.get("subjects", {}).get(subject.name, {}).get("torch", {})
+            torch, judge = judges(subject, Path(folder), arguments, known)
             if torch:
                 figures.add(subject.name, "torch", torch)
         for one in found:

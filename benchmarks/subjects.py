@@ -96,15 +96,21 @@ def named(subject: Subject, options: list[str]) -> dict[str, str]:
     return result
 
 
-def judges(subject: Subject, folder: Path, arguments: argparse.Namespace) -> tuple[Row, Callable[[Worker], Row]]:
-    """The row of torch, where there is one, and what measures a loaded contender of this subject."""
+def judges(
+    subject: Subject, folder: Path, arguments: argparse.Namespace, known: Row
+) -> tuple[Row, Callable[[Worker], Row]]:
+    """The row of torch, where there is one, and what measures a loaded contender of this subject.
+
+    known: what an earlier run found of torch, whose ranks take minutes.
+    """
     if subject.name == "encoder":
         torch = encoder.torch_worker(subject.model, arguments.threads)
         sentences = encoder.encoded(subject.model)
         reference = encoder.embed(torch, sentences)
         pairs = encoder.read_pairs(subject.model, arguments.pairs) if arguments.pairs else None
         row: Row = {"family": "torch", "cosine mean": 1.0, "cosine min": 1.0}
-        row |= {"Spearman": encoder.spearman(torch, pairs)} if pairs else {}
+        if pairs:
+            row["Spearman"] = known["Spearman"] if "Spearman" in known else encoder.spearman(torch, pairs)
         torch.close()
 
         def encodes(worker: Worker) -> Row:

@@ -20,6 +20,7 @@ from onnxpress.errors import UsageError
 from onnxpress.optimizers.anatomy import Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
+from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.linear import selected
 from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
@@ -42,6 +43,7 @@ class PruneFfn(CalibratedPass):
 
     name = "prune-ffn"
     exact = False
+    needs_anatomy = True
     wanted_rows = 32
     wanted_length = 512
 
@@ -98,6 +100,8 @@ class PruneFfn(CalibratedPass):
         self.multiple_of, self.gradients = multiple_of, gradients
         self.include, self.exclude = tuple(include), tuple(exclude)
         self._known = FittedOnce()
+        self._digest: str | None = None
+        """Of a graph of which one network alone is pruned, in several ways; see `Calibration.memory`."""
 
     @property
     def needs_samples(self) -> bool:
@@ -120,6 +124,9 @@ class PruneFfn(CalibratedPass):
         widths = self._widths(None, networks)
         if self.allocation == "global":
             widths = self._widths(self._measured_curves(model, networks, gradients), networks)
+        self._digest = (
+            fingerprint(model, (), "") if self.calibration.memory is not None and len(networks) == 1 else None
+        )
         pending = dict(zip((one.block.title for one in networks), zip(networks, widths, strict=True), strict=True))
         for step in self.calibration.walk(model, method=self._title(widths)):
             if step.title in pending:
@@ -203,12 +210,17 @@ class PruneFfn(CalibratedPass):
         return found if moments is None else Removal(found.order, found.costs * moments.scale())
 
     def _moments(self, step: Step, one: Channels) -> Moments:
-        lengths = StreamLengths()
-        moments = Moments(one.count, str(one.down.activation.name), lengths)
-        stream = addition_of(one.block, one.down).stream
-        wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
-        step.observe({**wanted, moments.tensor: [moments]})
-        return moments
+        def compute() -> Moments:
+            lengths = StreamLengths()
+            moments = Moments(one.count, str(one.down.activation.name), lengths)
+            stream = addition_of(one.block, one.down).stream
+            wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream}
+            step.observe({**wanted, moments.tensor: [moments]})
+            return moments
+
+        if self._digest is None:
+            return compute()
+        return self.calibration.recall((self.name, self._digest, one.down.name), compute)
 
     def _observed(
         self, step: Step, one: Channels, count: int, gradients: Mapping[str, Any] | None
@@ -235,7 +247,16 @@ class PruneFfn(CalibratedPass):
             return maths.rank(maths.by_activation(moments.second(), down), count)
         if self.method == "flap":
             return maths.rank(maths.by_fluctuation(moments.second(), moments.mean(), down), count)
-        return maths.eliminate(self._second(one, moments), down, count, self._penalty(one, moments))
+
+        def eliminate() -> Removal:
+            return maths.eliminate(self._second(one, moments), down, count, self._penalty(one, moments))
+
+        if self._digest is None:
+            return eliminate()
+        # Removing fewer begins like removing more.
+        key = (self.name, self._digest, one.down.name, self.ridge, self._compensates(one))
+        longest = self.calibration.recall(key, eliminate, lambda found: len(found.order) >= count)
+        return Removal(longest.order[:count], longest.costs[:count])
 
     def _compensates(self, one: Channels) -> bool:
         if self.bias_compensation is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import onnx_ir as ir
 
@@ -13,6 +13,7 @@ from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration.samples import Feeds, feeds_graph
 from onnxpress.optimizers.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
 
+T = TypeVar("T")
 NO_SAMPLES = "no sample inputs for this graph"
 
 
@@ -29,6 +30,8 @@ class Calibration:
     progress: Callable[[int, int], None] | None = None
     walks: list[Walk] = field(default_factory=list, compare=False)
     """All that were begun and keep files."""
+    memory: dict[Hashable, Any] | None = field(default=None, compare=False)
+    """What passes found out about one graph and these samples, for the same passes with other options; see `recall`."""
 
     def fits(self, model: ir.Model) -> bool:
         """Whether there are samples and they are for this graph."""
@@ -43,6 +46,15 @@ class Calibration:
         if folder is not None:
             self.walks.append(walk)
         return walk
+
+    def recall(self, key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = lambda _: True) -> T:
+        """What was found under a key, if it will still do, or what `compute` finds; without a memory always that."""
+        if self.memory is None:
+            return compute()
+        if key not in self.memory or not still(self.memory[key]):
+            self.memory[key] = compute()
+        found: T = self.memory[key]
+        return found
 
     def discard(self) -> None:
         """Remove what walks kept; the graphs have been written."""

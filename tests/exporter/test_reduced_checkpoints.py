@@ -30,6 +30,7 @@ from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.prune_ffn import PruneFfn
 from onnxpress.optimizers.reduce_depth import ReduceDepth
+from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 from onnxpress.placing import place_weights
@@ -45,12 +46,24 @@ KEPT = np.array([*range(40), *range(50, 120)])
 REDUCTIONS: Mapping[str, Callable[[], Pass]] = {
     "prune-ffn": lambda: PruneFfn(ratio=0.5, multiple_of=8, method="l2", refit=False),
     "reduce-depth": lambda: ReduceDepth(keep=0.5),
+    "reduce-heads": lambda: ReduceHeads(heads=2, method="slice"),
     "reduce-hidden": lambda: ReduceHidden(ratio=0.5, multiple_of=8, tie=False),
     "trim-vocabulary": lambda: TrimVocabulary(tokens=len(KEPT)),
 }
 POST_NORM = "bert roberta xlm-roberta distilbert mpnet electra deberta-v2 nomic_bert wav2vec2 bart marian".split()
 LAYER_NORM = "gpt2 gpt_neox falcon stablelm starcoder2".split()
+PACKED = "phi3 gpt2 gpt_neox bloom falcon modernbert".split()
+DIVIDED = "opt bert roberta xlm-roberta distilbert electra vit wav2vec2 clip".split()
 NO_CHECKPOINT: Mapping[tuple[str, str], str] = {
+    **{(name, "reduce-heads"): "query, key and value are packed" for name in PACKED},
+    **{(name, "reduce-heads"): "takes hidden size / heads for the features of a head: 64 / 2" for name in DIVIDED},
+    **{(name, "reduce-heads"): "QK-norm" for name in ("qwen3", "gemma3_text", "olmo2")},
+    **{(name, "reduce-heads"): "not known to be the same for all heads" for name in ("mpnet", "t5")},
+    **{
+        (name, "reduce-heads"): "stands between .* and attention"
+        for name in ("stablelm", "nomic_bert", "bart", "marian", "whisper")
+    },
+    ("deberta-v2", "reduce-heads"): "also leave as a cache",
     ("bloom", "prune-ffn"): "bloom has no name for feed-forward width",
     **dict.fromkeys([("mixtral", "prune-ffn"), ("qwen2_moe", "prune-ffn")], "no plain feed-forward network"),
     ("deberta-v2", "prune-ffn"): "no plain feed-forward network",
@@ -76,13 +89,13 @@ class Exported(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """The tiny model of an architecture, its export, and what this differs from torch by."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """The tiny model of an architecture, its export, and what this differs from torch by; changes are to its config."""
 
     @cache
-    def make(name: str) -> Exported:
+    def make(name: str, **changes: Any) -> Exported:
         folder = tmp_path_factory.mktemp(name)
-        model = architectures.tiny_model(name, folder)
+        model = architectures.tiny_model(name, folder, **changes)
         source = load_folder(folder, Source(name, "huggingface-folder"))
         artifact = export(source, task=architectures.catalog()[name]["task"], remember=False)
         found = parity.differences(artifact, model, tmp_path_factory.mktemp("graphs"))
@@ -94,7 +107,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", architectures.names())
 def test_a_checkpoint_or_the_reason_why_not(
-    exported: Callable[[str], Exported], tmp_path: Path, name: str, reduction: str
+    exported: Callable[..., Exported], tmp_path: Path, name: str, reduction: str
 ) -> None:
     folder, artifact, rounding = exported(name)
     reason = NO_CHECKPOINT.get((name, reduction))
@@ -116,13 +129,13 @@ def test_a_checkpoint_or_the_reason_why_not(
 
 
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
-def test_a_tied_head_that_mixes_has_no_place(exported: Callable[[str], Exported], name: str) -> None:
+def test_a_tied_head_that_mixes_has_no_place(exported: Callable[..., Exported], name: str) -> None:
     """tie=true, the default, puts a product before the head; with tie=false there is a checkpoint."""
     with pytest.raises(UnsupportedModelError, match=rf"{name} has no place for: lm_head\.mixture\.weight"):
         _reduce(exported(name).artifact, ReduceHidden(ratio=0.5, multiple_of=8))
 
 
-def test_merged_layers_are_recorded(exported: Callable[[str], Exported]) -> None:
+def test_merged_layers_are_recorded(exported: Callable[..., Exported]) -> None:
     merged = _reduce(exported("llama").artifact, ReduceDepth(layers=[2, 3], method="merge"))
     assert merged.config["num_hidden_layers"] == 2
     (layers,) = _structure(merged).stacks.values()
@@ -132,7 +145,13 @@ def test_merged_layers_are_recorded(exported: Callable[[str], Exported]) -> None
     assert [(layer.origin, layer.merged) for layer in layers] == [(0, (1, 2, 3))]
 
 
-def test_layers_of_different_widths_are_named(exported: Callable[[str], Exported]) -> None:
+def test_fewer_planes_of_rotation_are_no_series_of_one_theta(exported: Callable[..., Exported]) -> None:
+    """Which planes stay is for the samples to say; a configuration has a base, and no list of frequencies."""
+    with pytest.raises(UnsupportedModelError, match="planes of RoPE were dropped"):
+        _reduce(exported("llama", head_dim=32).artifact, ReduceHeads(head_dim=16))
+
+
+def test_layers_of_different_widths_are_named(exported: Callable[..., Exported]) -> None:
     one = PruneFfn(ratio=0.5, multiple_of=8, method="l2", refit=False, include=["*.layers.2.*"])
     with pytest.raises(UnsupportedModelError, match="layers differ in feed-forward width: 48, 96"):
         _reduce(exported("llama").artifact, one)

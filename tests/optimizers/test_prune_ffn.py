@@ -18,6 +18,7 @@ from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
+from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.editing import read_weight, set_weight
 
 Exported = Callable[..., ir.Model]
@@ -346,3 +347,26 @@ def test_requests_that_make_no_sense(options: dict[str, Any], reason: str) -> No
 def test_a_ratio_that_leaves_nothing(exported: Exported) -> None:
     with pytest.raises(UsageError, match=r"channels; 0.01 of them are no multiple of 32"):
         pruned(exported("llama"), ratio=0.01, multiple_of=32)
+
+
+def test_what_was_found_for_one_ratio_serves_another(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a memory, moments are taken once, and removing fewer channels begins like removing more."""
+    model = exported("llama")
+    seen: list[int] = []
+    real = maths.eliminate
+    monkeypatch.setattr(maths, "eliminate", lambda *given: (seen.append(given[2]), real(*given))[1])
+    plain = {ratio: pruned(model, ratio=ratio, include=["*.1.mlp.*"])[0] for ratio in (0.5, 0.75)}
+    seen.clear()
+    memory: dict[Any, Any] = {}
+    for ratio, expected in plain.items():
+        copy = copy_graph(model)
+        optimizer = PruneFfn(ratio=ratio, multiple_of=1, include=["*.1.mlp.*"])
+        optimizer.calibration = Calibration(samples_of(model, 6), memory=memory)
+        optimizer.call(copy)
+        for ours, theirs in zip(anatomy_of(copy).blocks, anatomy_of(expected).blocks, strict=True):
+            assert ours.feed_forward is not None
+            assert theirs.feed_forward is not None
+            for one, other in zip(ours.feed_forward.products, theirs.feed_forward.products, strict=True):
+                np.testing.assert_allclose(read_weight(one), read_weight(other), atol=1e-5)
+    assert len(seen) == 1
+    assert len(memory) == 2, "moments and removals"

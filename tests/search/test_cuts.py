@@ -27,6 +27,7 @@ from onnxpress.search.units import find_units, part_model
 
 Exported = Callable[..., ir.Model]
 NARROW = PassSpec("prune-ffn", {"ratio": 0.75, "multiple_of": 1})
+HEADS = PassSpec("reduce-heads", {"heads": 2})
 CUTS = [Cut("narrow", (NARROW,)), Cut("removed", (PassSpec("reduce-depth", {"drop": 1}),))]
 GRAPHS = [("llama", "model"), ("gpt2", "model"), ("bert", "model"), ("t5", "encoder_model"), ("t5", "decoder_model")]
 
@@ -117,6 +118,22 @@ def test_losses_are_those_of_the_model_with_that_block_cut(exported: Exported, n
             assert row.measured
             # The same float32 model computed in two ways: 1e-6 of logits, squared and summed, is far less than this.
             assert row.loss == pytest.approx(true_loss(model, site, cut, samples), rel=0.02, abs=2e-6), (site, cut)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
+    """A cut of other units of the block, whose caches and masks go with it."""
+    model = exported(name)
+    samples, sites = samples_of(model), find_sites(model)[:2]
+    cuts = [Cut("heads", (HEADS,)), Cut("both", (HEADS, NARROW))]
+    found = by_cut(measure(model, [], [], samples, sites=sites, cuts=cuts, session_options={}), sites)
+    assert len(found) == 4
+    for (name, cut), row in found.items():
+        site = next(site for site in sites if site.name == name)
+        expected = true_loss(model, site, next(one for one in cuts if one.name == cut), samples)
+        assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), row
+        assert any(shapes[0][1] == 32 for shapes in row.left.values()), "2 of 4 heads × 16"
+        assert len(row.left) == (2 if cut == "heads" else 4)
 
 
 @pytest.mark.parametrize(("name", "stem"), GRAPHS)

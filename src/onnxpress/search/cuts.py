@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -21,10 +21,11 @@ from onnxpress.errors import UsageError
 from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers.anatomy import Block, anatomy_of
 from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.cuts import renumbered, stacks_of
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.optimizers.reduce_depth import ReduceDepth
-from onnxpress.search.formats import Arrays, Format, Shapes
+from onnxpress.search.formats import Format, Shapes
 from onnxpress.search.units import Part, Unit, find_units
 
 REMOVED = PassSpec(ReduceDepth.name, {"drop": 1})
@@ -79,12 +80,13 @@ class Cut(Format):
         ]
         return [(spec, spec.build()) for spec in specs]
 
-    def apply(self, part: ir.Model, of: Part, fit: Sequence[Arrays], threads: int | None) -> ir.Model | None:
+    def apply(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
         """The block after the cut; None where a pass finds nothing, or the block cannot go."""
         if self.removes:
             return _bypassed(part, of)
         # An empty cache may be left out; calibration takes no empty arrays.
-        return self.run_passes(part, of, [{k: a for k, a in one.items() if a.size} for one in fit], threads)
+        samples = [{name: array for name, array in one.items() if array.size} for one in calibration.samples]
+        return self.run_passes(part, of, replace(calibration, samples=samples))
 
     def left(self, before: ir.Model, after: ir.Model) -> Shapes | None:
         """What is left of the units that the cut made smaller; nothing of a unit that is gone.

@@ -44,23 +44,23 @@ class Format:
         specs = [PassSpec(spec.name, {**spec.options, "include": included}) for spec in self.specs]
         return [(spec, spec.build()) for spec in specs]
 
-    def apply(self, part: ir.Model, of: Part, fit: Sequence[Arrays], threads: int | None) -> ir.Model | None:
+    def apply(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
         """The part in this format, a graph of its own; None where a pass finds nothing or a weight stays as it was.
 
         Args:
             part: `of` as it is, see `units.part_model`; it is not changed.
-            fit: inputs that calibrated passes look at.
+            calibration: with inputs of the part.
         """
-        model = self.run_passes(part, of, fit, threads)
+        model = self.run_passes(part, of, calibration)
         return None if model is None or any(name in model.graph.initializers for name in of.weights) else model
 
-    def run_passes(self, part: ir.Model, of: Part, fit: Sequence[Arrays], threads: int | None) -> ir.Model | None:
+    def run_passes(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
         """A copy of the part after all passes; None where one of them finds nothing to do, or cannot do it."""
         model = copy_graph(part)
         try:
             for _, one in self.passes_for(of.weights):
                 if isinstance(one, CalibratedPass):
-                    one.calibration = Calibration(fit, threads=threads)
+                    one.calibration = calibration
                     one.reference = part if one.needs_reference else None
                 if not one.call(model).report.matched:
                     return None
@@ -93,13 +93,13 @@ def try_format(
     part: ir.Model,
     of: Part,
     format: Format,
-    fit: Sequence[Arrays],
+    calibration: Calibration,
     samples: Sequence[Arrays],
     session_options: Mapping[str, str],
     threads: int | None = None,
 ) -> Trial | None:
     """Apply a format to a part and run it on samples; None where it does not take the part. See `Format.apply`."""
-    model = format.apply(part, of, fit, threads)
+    model = format.apply(part, of, calibration)
     left = format.left(part, model) if model is not None else None
     if model is None or left is None:
         return None

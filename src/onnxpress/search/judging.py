@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from onnxpress.measuring import main_graph
-from onnxpress.optimizers.calibration import CalibratedPass, Feeds
+from onnxpress.optimizers.calibration import CalibratedPass, Feeds, token_count
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
 from onnxpress.work import Work
 
 ROWS, LENGTH = 4, 64
 """What losses are measured on: enough to rank units by, and a few runs for each of them."""
+SENTENCES = 16
+"""At most as many, where rows are short."""
 MASK = "attention_mask"
 
 
@@ -33,12 +35,12 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
         judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
     else:
         # Text is cut into rows of a length: what judges begins behind all that was fitted to, and is as short as above.
-        fitted, shorter = data.length or length, min(data.length or length, LENGTH)
-        parts = -(-fitted // shorter) if work.artifact.task.startswith("text-generation") else 1
-        wanted = parts * (data.samples or rows or ROWS) + ROWS
+        longer, shorter = data.length or length, min(data.length or length, LENGTH)
+        parts = -(-longer // shorter) if work.artifact.task.startswith("text-generation") else 1
+        wanted = parts * (data.samples or rows or ROWS) + SENTENCES
         other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
         every = other.feeds(graph, wanted, length, work.threads, work.home)
-        judge = {stem: list(_single(feeds))[-ROWS:] for stem, feeds in every.items()}
+        judge = {stem: _last(list(_single(feeds))) for stem, feeds in every.items()}
     found = {}
     for stem in work.current:
         key = stem if stem in judge else ""
@@ -46,6 +48,17 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
             fitted = [one for batch in fit.get(key, ()) for one in _together(_single([batch]))]
             found[stem] = Samples(fitted, list(_together(_single(judge[key]))))
     return found
+
+
+def _last(rows: Sequence[Feeds]) -> list[Feeds]:
+    """The last few rows: as many as hold the tokens of `ROWS` long ones, where they are text."""
+    found: list[Feeds] = []
+    for row in reversed(rows):
+        full = token_count(found) >= ROWS * LENGTH or token_count([row]) == 0
+        if len(found) >= ROWS and (full or len(found) >= SENTENCES):
+            break
+        found.append(row)
+    return found[::-1]
 
 
 def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:

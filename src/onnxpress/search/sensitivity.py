@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.calibration import Feeds, Step, Walk
+from onnxpress.optimizers.calibration import Calibration, Feeds, Step, Walk
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.coarseness import TINY
@@ -144,13 +144,14 @@ class _Lab:
     def examine(self, formats: Sequence[Format], records: Records, every: bool) -> None:
         """Find out and record what is not known yet."""
         fit, judge = self.inputs[: self.fit_count], self.inputs[self.fit_count :]
+        calibration = Calibration(fit, threads=self.threads, memory={})
         before = run(self.alone, judge, self.session_options, self.threads)
         trials: dict[str, Trial | None] = {}
 
         def trial(one: Format) -> Trial | None:
             if one.name not in trials:
                 trials[one.name] = try_format(
-                    self.alone, self.part, one, fit, judge, self.session_options, self.threads
+                    self.alone, self.part, one, calibration, judge, self.session_options, self.threads
                 )
             return trials[one.name]
 

@@ -131,12 +131,20 @@ def part_model(model: ir.Model, part: Part, types: Mapping[str, ir.DataType] | N
     found = extract(model, inputs, part.outputs)
     for value in found.graph.inputs:
         original = values[str(value.name)]
-        if original.is_graph_input() or original.shape is None:
-            value.shape = original.shape
-        else:  # other parts of the graph may know how long a sequence is; the part does not care
-            last = len(original.shape) - 1
-            value.shape = ir.Shape([None if i < last else size for i, size in enumerate(original.shape)])
+        value.shape = original.shape
+        if original.shape is not None and not original.is_graph_input():
+            value.shape = ir.Shape([_size(original.shape, place) for place in range(len(original.shape))])
     return found
+
+
+def _size(shape: ir.Shape, place: int) -> int | ir.SymbolicDim | None:
+    """A size that a part may rely on: features, and heads or a single one where there are four dimensions.
+
+    Other parts of the graph may know how long a sequence is; the part does not care.
+    """
+    size = shape[place]
+    last = place == len(shape) - 1
+    return size if last or (place == 1 and len(shape) == 4 and isinstance(size, int)) else None
 
 
 def _read(node: ir.Node, is_product: bool) -> ir.Value:
