@@ -23,6 +23,7 @@ from onnxpress.optimizers.fit_blocks import FEWEST_TOKENS
 from onnxpress.optimizers.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
 from onnxpress.optimizers.quantization.gptq import relative_error
+from onnxpress.optimizers.quantization.statistics import Gram
 from onnxpress.optimizers.structure.mask_files import PackedMask, read_masks
 from onnxpress.optimizers.structure.masks import (
     Floats,
@@ -34,8 +35,6 @@ from onnxpress.optimizers.structure.masks import (
     parse_pattern,
     scores,
 )
-from onnxpress.optimizers.structure.moments import Moments, StreamLengths
-from onnxpress.optimizers.structure.residual import streams_of
 from onnxpress.optimizers.structure.sparsegpt import refit, sparsegpt
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
@@ -219,11 +218,11 @@ class PruneWeights(CalibratedPass):
                 hint='give a longer text with --calibration, or choose method="magnitude", which needs none',
             )
         options = (sparsity, self.pattern, self.method, self.strength, self.refit, self.damping, sorted(targets))
-        waiting, changed, streams = dict(targets), set(), streams_of(model)
+        waiting, changed = dict(targets), set()
         for step in self.calibration.walk(model, method=f"prune-weights {number} {options!r}", by_product=True):
             for place, linears in enumerate(_stages(step, waiting)):
                 fresh = [linear for linear in linears if not self._is_done(linear, sparsity)]
-                found = step.results(str(place), partial(self._solve, step, fresh, before, sparsity, streams))
+                found = step.results(str(place), partial(self._solve, step, fresh, before, sparsity))
                 for linear in fresh:
                     put(linear, found[f"{linear.name}#weight"])
                     report.measure(linear.name, float(found[f"{linear.name}#error"].numpy()[0]))
@@ -245,20 +244,15 @@ class PruneWeights(CalibratedPass):
         return self.method == "wanda"
 
     def _solve(
-        self,
-        step: Step,
-        linears: Sequence[Linear],
-        before: Mapping[str, _Before],
-        sparsity: float,
-        streams: Mapping[ir.Node, Sequence[ir.Value]],
+        self, step: Step, linears: Sequence[Linear], before: Mapping[str, _Before], sparsity: float
     ) -> dict[str, NDArray[Any]]:
-        """Pruned weights and relative errors of products that read one activation: `weight#weight`, `weight#error`.
-
-        Where their output joins the residual stream, tokens weigh in by its length, see `structure.moments`.
-        """
+        """Pruned weights and relative errors of products that read one activation: `weight#weight`, `weight#error`."""
         if not linears:
             return {}
-        moments = _moments(step, linears[0], streams.get(linears[0].node, ())).second()
+        activation = str(linears[0].activation.name)
+        gram = Gram(linears[0].shape[0], activation)
+        step.observe({activation: [gram]})
+        moments = gram.matrix()
         arrays: dict[str, NDArray[Any]] = {}
         for linear in linears:
             original = read_matrix(before[linear.name].tensor, linear.name, transpose=linear.transposed)
@@ -285,15 +279,6 @@ class _Before(NamedTuple):
 
     tensor: Any
     digest: bytes
-
-
-def _moments(step: Step, linear: Linear, stream: Sequence[ir.Value]) -> Moments:
-    """Of what a product reads."""
-    lengths = StreamLengths() if stream and {str(value.name) for value in stream} <= step.values else None
-    moments = Moments(linear.shape[0], str(linear.activation.name), lengths)
-    wanted: dict[str, list[Any]] = {str(value.name): [lengths] for value in stream} if lengths is not None else {}
-    step.observe({**wanted, moments.tensor: [moments]})
-    return moments
 
 
 def _stages(step: Step, waiting: Mapping[str, Linear]) -> list[list[Linear]]:

@@ -8,8 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block, Product, anatomy_of
+from onnxpress.optimizers.anatomy import Block, Product
 from onnxpress.optimizers.matching import only_reader, other_input
 
 BIASES = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
@@ -52,13 +51,3 @@ def addition_of(block: Block, product: Product) -> Addition:
             return Addition(tuple(terms), array, (product.output, *terms))
         value = node.outputs[0]
     return Addition(tuple(terms), None, (value if value in known else product.output,))
-
-
-def streams_of(model: ir.Model) -> dict[ir.Node, tuple[ir.Value, ...]]:
-    """For every product whose output joins the residual stream, the stream after it; none where no layers are found."""
-    try:
-        blocks = anatomy_of(model).blocks
-    except UnsupportedModelError:
-        return {}
-    joined = {product.node: addition_of(block, product) for block in blocks for product in block.products}
-    return {node: addition.stream for node, addition in joined.items() if addition.terms}

@@ -16,7 +16,6 @@ from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers.anatomy import anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import Calibration
-from onnxpress.optimizers.linear import find_linears
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.prune_weights import PruneWeights
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
@@ -240,37 +239,3 @@ def test_too_few_tokens_and_none(exported: Exported) -> None:
     report = optimizer(exported("llama")).report
     assert not report.matched
     assert list(report.skipped) == ["no sample inputs for this graph"]
-
-
-def test_tokens_with_a_long_stream_weigh_little(exported: Exported) -> None:
-    """One token of a thousandfold input would be all that SparseGPT fits, were it not for the norm that follows."""
-    from onnxpress.optimizers.prune_weights import _moments
-    from onnxpress.optimizers.structure.residual import streams_of
-
-    model = exported("llama")
-    block = anatomy_of(model).blocks[0]
-    assert block.feed_forward is not None
-    down = block.feed_forward.down
-    streams = streams_of(model)
-    calibration = Calibration(samples())
-    for step in calibration.walk(model, by_product=True):
-        if down.node in step.segment.nodes:
-            linear = next(one for one in find_linears(model.graph) if one.node is down.node)
-            rows: dict[str, list[NDArray[np.float32]]] = {}
-            kept = {str(linear.activation.name): Keep(rows, "x"), str(streams[down.node][0].name): Keep(rows, "stream")}
-            step.observe({name: [one] for name, one in kept.items()})
-            found = _moments(step, linear, streams[down.node]).second()
-    x, stream = (np.concatenate(rows[name]).astype(np.float64) for name in ("x", "stream"))
-    share = 1 / np.square(stream).sum(axis=1)
-    expected = (x * share[:, None]).T @ x / share.sum()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=len(x) * np.finfo(np.float32).eps * expected.max())
-
-
-class Keep:
-    """An accumulator that forgets nothing."""
-
-    def __init__(self, rows: dict[str, list[NDArray[np.float32]]], name: str) -> None:
-        self.rows, self.name = rows, name
-
-    def update(self, x: NDArray[np.float32], sample: int) -> None:
-        self.rows.setdefault(self.name, []).append(x.copy())

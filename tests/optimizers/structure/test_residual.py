@@ -12,7 +12,7 @@ from onnxpress.optimizers.anatomy import anatomy_of
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
-from onnxpress.optimizers.structure.residual import Addition, addition_of, streams_of
+from onnxpress.optimizers.structure.residual import Addition, addition_of
 
 Exported = Callable[..., ir.Model]
 
@@ -91,24 +91,3 @@ def test_a_last_layer_that_is_pooled(graph: Callable[..., ir.Model], pooled: str
     samples = [{"input_ids": rng.integers(0, 60, (4, 20)), "attention_mask": mask} for _ in range(4)]
     optimizer.calibration = Calibration(samples)
     assert optimizer.call(model).report.matched == {"feed-forward 16 -> 8": 1}
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_streams_are_of_what_joins_them_and_of_nothing_else(exported: Callable[..., ir.Model], name: str) -> None:
-    model = exported(name)
-    blocks = anatomy_of(model).blocks
-    joining = {
-        product.node
-        for block in blocks
-        for product in (block.attentions[0].output, block.feed_forward.down if block.feed_forward else None)
-        if product is not None
-    }
-    found = streams_of(model)
-    assert set(found) == joining
-    for block in blocks:
-        assert block.feed_forward is not None
-        assert found[block.feed_forward.down.node] == addition_of(block, block.feed_forward.down).stream
-
-
-def test_a_graph_without_layers_has_no_streams() -> None:
-    assert streams_of(ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 20}), ir_version=10)) == {}
