@@ -61,6 +61,10 @@ class VerificationError(OnnxpressError):
     exit_code = 5
 
 
+class DestroyedError(VerificationError):
+    """A lossy pass left hardly anything of the model."""
+
+
 class NothingMatchedError(VerificationError):
     pass
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import probes
-from .errors import BadInputError, VerificationError
+from .errors import BadInputError, DestroyedError, VerificationError
 from .metrics import Divergence, cosine, require_finite
 from .opening import Opened, open_model, random_feeds
 from .runtime import EncoderSession
@@ -176,11 +176,11 @@ def verify_step(
             f"{what} should be exact but differs from the reference by {worst:.3g}; the tolerance is {tolerance:.3g}"
         )
     if metrics.get("kl", 0) > largest_kl:
-        raise VerificationError(
+        raise DestroyedError(
             f"{what} destroyed the model: KL {metrics['kl']:.3g} nats per token; the limit is {largest_kl:.3g}"
         )
     if metrics.get("cosine_min", 1) < SMALLEST_COSINE:
-        raise VerificationError(
+        raise DestroyedError(
             f"{what} destroyed the model: cosine {metrics['cosine_min']:.3f}; the limit is {SMALLEST_COSINE}"
         )
     return metrics

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxpress.errors import DestroyedError
+from onnxpress.measuring import Meter
+
 from .conftest import PROFILE, Run
 from .test_search import to_toml
 
@@ -168,6 +171,21 @@ def test_what_cannot_be_met_is_refused_and_says_what_can(build: Any, cuts: Path,
     total = 260 * 64 * 2 + 3 * BLOCK + 7 * 64
     assert f"possible would be: {total - 3 * FFN // 2:,} parameters" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mix_that_destroys_the_model_is_no_answer(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def destroyed(*_: Any, **__: Any) -> Any:
+        raise DestroyedError("reduce-depth destroyed the model: KL 9")
+
+    monkeypatch.setattr(Meter, "check_step", destroyed)
+    path = tmp_path / "bare.toml"
+    path.write_text("[[cut]]" + CUTS.partition("[[cut]]")[2])
+    found = build("out", path, "--max-parameters", "80%")
+    assert found.code == 4
+    assert "nothing works any more" in found.stderr
+    assert "KL 9" in found.stderr
 
 
 def test_an_encoder_decoder_is_cut_in_all_its_graphs(build: Any, cuts: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_a_format_is_offered_where_it_takes_all_weights_of_a_unit(
     assert ("embed", "int8") not in rows, "the table would stay in float beside its codes"
     unit = ("layers.0.down", FLOAT)
     assert (rows[unit].nbytes, rows[unit].loss, rows[unit].error) == (4 * 96 * 64, 0, 0)
+    # The table's codes are stored once, as the head reads them; float scales and half a byte of zero point, likewise.
+    assert rows["embed", "table"].nbytes >= 200 * 64 // 2
     # 4-bit codes, a float scale and half a byte of zero point for each block of 32
     assert rows["layers.0.down", "4 bits"].nbytes == 96 * 64 // 2 + 64 * 3 * 4 + 64 * 2
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.search.formats import run
+from onnxpress.search.formats import constant_bytes, run
 from onnxpress.search.units import find_units, part_model
+from onnxpress.tensors import ViewTensor
 
 
 def test_products_of_one_input_and_a_tied_head_are_one_unit(model: ir.Model) -> None:
@@ -44,3 +45,14 @@ def test_a_unit_alone_computes_what_it_computes_in_the_graph(model: ir.Model) ->
         weight = model.graph.initializers[name].const_value
         assert weight is not None
         np.testing.assert_allclose(found[output], value @ weight.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_codes_that_are_only_seen_in_another_shape_weigh_what_the_file_holds(model: ir.Model) -> None:
+    """The codes of a lookup table are views; with a tied head, so is what the head reads."""
+    codes = ir.tensor(np.zeros((200, 2, 16), np.uint8), name="codes")
+    graph = model.graph
+    before = constant_bytes(model)
+    for name in ("rows", "columns"):
+        view = ir.Value(name=name, const_value=ViewTensor(codes, (200, 32), name=name))
+        graph.register_initializer(view)
+    assert constant_bytes(model) == before + 200 * 32

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from onnxpress import artifact_folder
 from onnxpress.artifact import Step
-from onnxpress.errors import GateFailedError, UsageError
+from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation import Evaluation
 from onnxpress.gates import Gates
 from onnxpress.graph_io import load_graph
@@ -78,6 +78,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     prediction, objective = _first_prediction(work, gates, program), options.objective(gates)
     builder = _Builder(work, known, recipe)
     best: tuple[float, Mark, Assignment, Evaluation, Recipe] | None = None
+    destroyed: DestroyedError | None = None
     tried: list[Assignment] = []
     with contextlib.closing(builder):
         while len(tried) < ROUNDS:
@@ -86,7 +87,12 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
             if assignment is None or assignment in tried:
                 break
             tried.append(assignment)
-            chosen, on_cuts = builder.build(assignment)
+            try:
+                chosen, on_cuts = builder.build(assignment)
+            except DestroyedError as error:
+                destroyed = error
+                prediction.distrust(bool(assignment.cuts))
+                continue
             quality, sums = work.evaluate(), program.totals(assignment)
             found = _measured(work, quality, gates)
             prediction.learn(sums, found | {"spent_on_cuts": found["spent"] if on_cuts is None else on_cuts})
@@ -101,6 +107,10 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                 ):
                     break
     expected = prediction.expected(program)
+    if best is None and destroyed is not None:
+        raise GateFailedError(
+            "gate failed: of what meets the limits, nothing works any more; nothing was written", hint=str(destroyed)
+        )
     if best is None:
         raise _failure(expected, prediction, gates)
     _, state, assignment, quality, chosen = best

@@ -120,9 +120,10 @@ def run(
 
 
 def constant_bytes(model: ir.Model) -> int:
-    """Bytes that the constants of a graph take in a file; those that are another one in another shape take none."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(stored(tensor).nbytes for tensor in tensors if tensor is not None and not isinstance(tensor, ViewTensor))
+    """Bytes that the constants of a graph take in a file, which holds those once that are seen in several shapes."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    held = [tensor.source if isinstance(tensor, ViewTensor) else stored(tensor) for tensor in tensors]
+    return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 
 def relative_errors(expected: Sequence[Arrays], found: Sequence[Arrays]) -> NDArray[np.float64]:

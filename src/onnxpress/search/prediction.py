@@ -13,6 +13,10 @@ MARGIN = 0.97
 """Of what is allowed, what an assignment may use: measurements scatter."""
 
 
+DISTRUST = 4.0
+"""By how much more a mix is expected to lose that destroyed the model, about which nothing else was measured."""
+
+
 @dataclass
 class Prediction:
     """Sums of costs are of losses in nats (or 1 − cosine), of bytes, of parameters and of microseconds.
@@ -77,6 +81,13 @@ class Prediction:
             self.latency_rest = 1e3 * latency - sums["latency"]
         if found.get("peak_rss_bytes"):
             self.memory_rest = found["peak_rss_bytes"] - found["size_bytes"]
+
+    def distrust(self, cuts: bool) -> None:
+        """A mix, of cuts where it has any, destroyed the model: losses this large do not add up."""
+        if cuts:
+            self.cut_factor *= DISTRUST
+        else:
+            self.loss_factor *= DISTRUST
 
     def describe(self, name: str, total: float) -> str:
         """A sum of expected costs as what it will be measured as, with its unit."""

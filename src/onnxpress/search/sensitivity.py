@@ -91,7 +91,7 @@ def measure(
     """
     every_sample = [*samples.fit, *samples.judge]
     walk = Walk(model, every_sample, feed="original", threads=threads)
-    method = f"sensitivity {sorted(session_options.items())} {len(samples.judge)}"
+    method = f"parts {sorted(session_options.items())} {len(samples.judge)}"
     records = Records(folder / f"{fingerprint(model, every_sample, method)}.jsonl" if folder else None)
     tried: list[tuple[Part, Sequence[Format]]] = [*((unit, formats) for unit in units), *((s, cuts) for s in sites)]
     left = {part.name: (part, kinds) for part, kinds in tried if not _is_known(part, kinds, records, every)}
