@@ -29,7 +29,7 @@ class OnnxSource:
     """By stem: `model`; of encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
     layout: Literal["file", "huggingface", "genai"]
     config: Mapping[str, Any]
-    """config.json; empty if there is none."""
+    """config.json; what genai_config.json says of it where there is none, which is how the genai builder leaves it."""
     files: Mapping[str, Path]
     """Tokenizer and other files by name; not config.json."""
     folder: Path
@@ -98,6 +98,28 @@ def _load_genai(folder: Path, source: Source) -> OnnxSource:
     return _with_companions(graphs, "genai", folder, source, config)
 
 
+def _config_of(genai_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes and special tokens of a decoder under the names that config.json has for them."""
+    model = genai_config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(decoder, dict):
+        return {}
+    names = {
+        "model_type": model.get("type"),
+        "vocab_size": model.get("vocab_size"),
+        "max_position_embeddings": model.get("context_length"),
+        "bos_token_id": model.get("bos_token_id"),
+        "eos_token_id": model.get("eos_token_id"),
+        "pad_token_id": model.get("pad_token_id"),
+        "hidden_size": decoder.get("hidden_size"),
+        "head_dim": decoder.get("head_size"),
+        "num_attention_heads": decoder.get("num_attention_heads"),
+        "num_key_value_heads": decoder.get("num_key_value_heads"),
+        "num_hidden_layers": decoder.get("num_hidden_layers"),
+    }
+    return {name: value for name, value in names.items() if value is not None}
+
+
 def _with_companions(
     graphs: Mapping[str, Path],
     layout: Literal["file", "huggingface", "genai"],
@@ -108,5 +130,5 @@ def _with_companions(
     if folder.name == "onnx" and not (folder / "config.json").is_file() and (folder.parent / "config.json").is_file():
         folder = folder.parent
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else _config_of(genai_config or {})
     return OnnxSource(source, graphs, layout, config, find_companions(folder), folder, genai_config)

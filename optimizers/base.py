@@ -51,6 +51,10 @@ class Pass(ir.passes.InPlacePass):
     name: ClassVar[str]
     """As in recipes and on the command line, words joined by hyphens."""
     exact: ClassVar[bool] = True
+    needs_anatomy: ClassVar[bool] = False
+    """Whether it edits the transformer that the anatomy finds, which takes graphs in the form of our own exports."""
+    gives_form: ClassVar[bool] = False
+    """Whether it brings graphs to that form, so that what was recognised in them before does not count."""
 
     def call(self, model: ir.Model) -> PassResult:
         report = Report()

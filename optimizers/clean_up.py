@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding
 
@@ -56,7 +57,7 @@ class CleanUp(Pass):
             _fold_sizes(graph, report)
         steps: list[tuple[str, Callable[[ir.Model], object]]] = [
             ("folded constants", self._fold),
-            ("identities", common.IdentityEliminationPass()),
+            ("identities", _drop_identities),
             ("lifted constants", common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
             ("duplicate constants", common.DeduplicateInitializersPass(size_limit=DUPLICATE)),
             ("common subexpressions", common.CommonSubexpressionEliminationPass()),
@@ -90,6 +91,25 @@ class CleanUp(Pass):
             if value is not None and value.const_value is not None and value.const_value.size > self.fold_limit:
                 return False
         return None
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """Nodes that hand on what they read. One that makes an output of its graph stays unless another node of that graph
+    makes what it reads: a branch may return a value from outside only through a node of its own."""
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+                continue
+            source, output = node.inputs[0], node.outputs[0]
+            if output.is_graph_output():
+                maker = source.producer()
+                if source.is_graph_output() or maker is None or maker.graph is not graph:
+                    continue
+                source.name, source.shape, source.type = output.name, output.shape, output.type
+            elif source.shape is None:
+                source.shape = output.shape
+            ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
 
 
 def _size(model: ir.Model) -> tuple[int, int]:
@@ -156,22 +176,35 @@ def _drop_reshapes(graph: ir.Graph, report: Report) -> None:
 
 
 def _fold_sizes(graph: ir.Graph, report: Report) -> None:
-    """A dimension that is read from a shape, and known: Gather(Shape(x), i)."""
+    """Dimensions that are read from a shape, and known: Gather(Shape(x), i) and Slice(Shape(x), start, end)."""
     for node in list(graph):
-        if node.op_type != "Gather" or node.domain or node.outputs[0].is_graph_output():
+        if node.op_type not in ("Gather", "Slice") or node.domain or node.outputs[0].is_graph_output():
             continue
         shape = producer(node.inputs[0], "Shape")
-        index = scalar(node.inputs[1])
-        if shape is None or index is None or shape.inputs[0] is None or shape.inputs[0].shape is None:
+        if shape is None or shape.inputs[0] is None or shape.inputs[0].shape is None:
             continue
         dimensions = list(shape.inputs[0].shape)[slice(shape.attributes.get_int("start", 0), _end(shape))]
-        size = dimensions[int(index)] if -len(dimensions) <= index < len(dimensions) else None
-        indices = constant(node.inputs[1])
-        if isinstance(size, int) and indices is not None:
-            tensor = ir.tensor(np.full(concrete_shape(indices), size, np.int64))
+        sizes = (_gathered if node.op_type == "Gather" else _sliced)(node, np.array(dimensions, dtype=object))
+        if sizes is not None and all(isinstance(size, int) for size in sizes.ravel()):
+            tensor = ir.tensor(sizes.astype(np.int64))
             node.outputs[0].replace_all_uses_with(add_weight(graph, f"{node.outputs[0].name}.size", tensor))
             graph.remove(node, safe=True)
             report.match("known sizes")
+
+
+def _gathered(node: ir.Node, dimensions: NDArray[np.object_]) -> NDArray[np.object_] | None:
+    indices, index = constant(node.inputs[1]), scalar(node.inputs[1])
+    if indices is None or index is None or not -len(dimensions) <= index < len(dimensions):
+        return None
+    return np.full(concrete_shape(indices), dimensions[int(index)], dtype=object)
+
+
+def _sliced(node: ir.Node, dimensions: NDArray[np.object_]) -> NDArray[np.object_] | None:
+    start, end = scalar(node.inputs[1]), scalar(node.inputs[2])
+    step = scalar(node.inputs[4]) if len(node.inputs) > 4 else 1
+    if start is None or end is None or step != 1:
+        return None
+    return dimensions[int(start) : int(end)]
 
 
 def _end(shape: ir.Node) -> int | None:

@@ -86,6 +86,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value, ir.Value]) ->
         domain=MICROSOFT,
         name=f"{softmax.name}.attention" if softmax.name else None,
     )
+    fused.metadata_props.update(softmax.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, last, [last], [fused], [last.outputs[0]], [fused.outputs[0]])
     return None
 
@@ -165,9 +166,10 @@ def _merged(mixed: ir.Node, query: ir.Value | None) -> ir.Node | None:
         node = only_reader(node.outputs[0])
     if node is None or not is_op(node, "Transpose") or tuple(node.attributes.get_ints("perm", ())) != SPLIT:
         return None
-    reshape = only_reader(node.outputs[0])
-    if reshape is None or not is_op(reshape, "Reshape"):
+    readers = [use.node for use in node.outputs[0].uses() if not is_op(use.node, "Shape")]
+    if len(readers) != 1 or not is_op(readers[0], "Reshape") or node.outputs[0].is_graph_output():
         return None
+    reshape = readers[0]
     target = reshape.inputs[1]
     rank = len(reshape.outputs[0].shape) if reshape.outputs[0].shape is not None else None
     return reshape if target is not None and rank == 3 else None

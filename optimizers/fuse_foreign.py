@@ -33,6 +33,9 @@ from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
+from onnxpress.optimizers.name_weights import name_weights
+from onnxpress.optimizers.split_skip_norm import split_skip_norms
+from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
 
 _RULES: list[Callable[[ir.Model], object]] = [
     rms_normalization.fuse_rms_normalization,
@@ -48,33 +51,46 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
+_REWRITTEN = ("names of weights", "products of flat matrices", "slices as one split", "sum and normalisation", "tables")
+"""What is brought to our form without being fused."""
+
 
 class FuseForeign(Pass):
-    """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them.
+    """Fuse attention, rotary embeddings, normalisations and activations, whoever exported them, and bring the rest to
+    the form of our own exports: weights have their checkpoint's names, sums and normalisations are two operators,
+    products are of what they come from, embeddings are tables [vocabulary, hidden].
 
     Does not modify the model's signature. Reports per operator what was fused, and what is left that looks as if it
     could have been.
     """
 
     name: ClassVar[str] = "fuse-foreign"
+    gives_form: ClassVar[bool] = True
 
     def apply(self, model: ir.Model, report: Report) -> None:
+        found = Report()
+        name_weights(model.graph, found)
+        split_skip_norms(model, found)
+        turn_tables(model.graph, found)
         before = _fused_operators(model)
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
+        unflatten_products(model.graph, found)
         CleanUp()(model)
-        found = Report()
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         fuse_rotary(model, found)
         fuse_attention(model, found)
+        join_slices(model.graph, found)
         FuseGelu().apply(model, found)
+        common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)
         report.skipped.update(found.skipped)
         report.matched.update(_fused_operators(model) - before)
+        report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
 
 

@@ -63,6 +63,7 @@ def _fuse(graph: ir.Graph, root: ir.Node, report: Report) -> None:
         {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
         name=last.name,
     )
+    fused.metadata_props.update(last.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, last, [last], [fused], [last.outputs[0]], [fused.outputs[0]])
     report.match(fused.op_type)
 

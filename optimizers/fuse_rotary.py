@@ -23,6 +23,7 @@ from onnxpress.optimizers.matching import (
     other_input,
     producer,
     scalar,
+    slice_bounds,
     use_microsoft_operators,
 )
 
@@ -75,6 +76,7 @@ def _fuse(graph: ir.Graph, turned: ir.Node, tables: dict[tuple[ir.Value, float],
     if key not in tables:
         tables[key] = _tables(graph, total, sine, source)
     fused = ir.node("RotaryEmbedding", [source, *tables[key]], {"interleaved": 0}, domain=MICROSOFT, name=total.name)
+    fused.metadata_props.update(total.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, total, [total], [fused], [total.outputs[0]], [fused.outputs[0]])
     return None
 
@@ -92,19 +94,7 @@ def _turned_source(turned: ir.Node) -> ir.Value | None:
     size = x.shape[-1]
     if not isinstance(size, int) or size % 2:
         return None
-    return x if _bounds(first, size) == (0, size // 2) and _bounds(second, size) == (size // 2, size) else None
-
-
-def _bounds(piece: ir.Node, size: int) -> tuple[int, int] | None:
-    """Start and end of a slice of the last axis, if constant."""
-    tensors = [constant(value) for value in piece.inputs[1:4]]
-    if len(tensors) != 3 or any(tensor is None or tensor.size != 1 for tensor in tensors):
-        return None
-    step = constant(piece.inputs[4]) if len(piece.inputs) > 4 else None
-    if step is not None and int(step.numpy().reshape(-1)[0]) != 1:
-        return None
-    start, end, axis = (int(tensor.numpy().reshape(-1)[0]) for tensor in tensors if tensor is not None)
-    return (start, min(end, size)) if axis in (-1, 3) else None
+    return x if slice_bounds(first, x) == (0, size // 2) and slice_bounds(second, x) == (size // 2, size) else None
 
 
 def _wave(value: ir.Value | None, op_type: str) -> _Wave | None:

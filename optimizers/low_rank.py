@@ -31,6 +31,7 @@ class LowRank(CalibratedPass):
 
     name = "low-rank"
     exact = False
+    needs_anatomy = True
 
     def __init__(
         self,

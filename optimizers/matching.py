@@ -68,6 +68,20 @@ def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return right if left is value else left
 
 
+def slice_bounds(piece: ir.Node, x: ir.Value) -> tuple[int, int] | None:
+    """Start and end of a Slice of the last axis of x, whose size is known; None where it is another or computed."""
+    assert x.shape is not None
+    size, last = x.shape[-1], len(x.shape) - 1
+    tensors = [constant(value) for value in piece.inputs[1:4]]
+    if not isinstance(size, int) or len(tensors) != 3 or any(one is None or one.size != 1 for one in tensors):
+        return None
+    step = constant(piece.inputs[4]) if len(piece.inputs) > 4 else None
+    if step is not None and int(step.numpy().reshape(-1)[0]) != 1:
+        return None
+    start, end, axis = (int(one.numpy().reshape(-1)[0]) for one in tensors if one is not None)
+    return (start, min(end, size)) if axis in (-1, last) else None
+
+
 def same_shape(left: ir.Value, right: ir.Value) -> bool | None:
     """Whether two values have the same shape, dimension names counting as sizes; None when it is not known."""
     if left.shape is None or right.shape is None:

@@ -43,6 +43,7 @@ class PruneFfn(CalibratedPass):
 
     name = "prune-ffn"
     exact = False
+    needs_anatomy = True
     wanted_rows = 32
     wanted_length = 512
 

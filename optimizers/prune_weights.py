@@ -62,6 +62,7 @@ class PruneWeights(CalibratedPass):
 
     name = "prune-weights"
     exact = False
+    needs_anatomy = True
     wanted_rows = 32
     wanted_length = 256
 

@@ -51,6 +51,7 @@ class ReduceDepth(CalibratedPass):
 
     name = "reduce-depth"
     exact = False
+    needs_anatomy = True
 
     def __init__(
         self,

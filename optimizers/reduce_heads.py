@@ -57,6 +57,7 @@ class ReduceHeads(CalibratedPass):
 
     name = "reduce-heads"
     exact = False
+    needs_anatomy = True
     wanted_rows = 24
     wanted_length = 512
 

@@ -37,6 +37,7 @@ class ReduceHidden(CalibratedPass):
 
     name = "reduce-hidden"
     exact = False
+    needs_anatomy = True
 
     def __init__(
         self,
@@ -109,6 +110,11 @@ class ReduceHidden(CalibratedPass):
         return gram.matrix()
 
 
+def _past_transpose(node: ir.Node) -> list[ir.Node]:
+    """Who reads a table: a node, or those behind a Transpose."""
+    return [user for user, _ in node.outputs[0].uses()] if node.op_type == "Transpose" else [node]
+
+
 def _require_editable(stream: Stream, tied_head: Product | None) -> None:
     """Refuse before anything is edited."""
     products = [*stream.writers.values(), *(one for readers in stream.norms.values() for one in readers)]
@@ -116,7 +122,7 @@ def _require_editable(stream: Stream, tied_head: Product | None) -> None:
         if tied_head is None or product.node is not tied_head.node:
             require_editable(product)
     for table in stream.tables:
-        others = {node for node, _ in table.uses() if node.op_type != "Gather"}
+        others = {reader for node, _ in table.uses() if node.op_type != "Gather" for reader in _past_transpose(node)}
         linear = None if tied_head is None else match_linear(tied_head.node)
         if others - ({tied_head.node} if tied_head is not None else set()) or (linear and not linear.transposed):
             raise UnsupportedModelError(f"{table.name} is read by more than an embedding and the head")

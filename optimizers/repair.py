@@ -57,6 +57,7 @@ class Repair(CalibratedPass):
 
     name = "repair"
     exact = False
+    needs_anatomy = True
     needs_reference = True
     wanted_rows = 32
     wanted_length = 512

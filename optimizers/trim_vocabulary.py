@@ -44,6 +44,7 @@ class TrimVocabulary(Pass):
     """
 
     name = "trim-vocabulary"
+    needs_anatomy = True
     exact = True  # for the tokens that are kept, beside the original's softmax over these
 
     def __init__(

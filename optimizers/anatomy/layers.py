@@ -7,12 +7,13 @@ layers, such as CLIP's text and vision models, has a segment after each.
 The evidence is, in this order: a node reads weights named after a layer (`model.layers.3.…`, `encoder.block.3.…`,
 `h.3.…`), through transposes and dequantization; the module that exporters record for a node, or its name; what it
 depends on. Nothing is assumed about operators, so the same holds for fp32, packed, smoothed and quantized graphs.
+Numbers and shapes are no evidence: an exporter names them after the layer that wants them first, and others read them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -22,7 +23,10 @@ from onnxpress.optimizers.linear import PARTS
 
 MODULE = "onnxpress.module"
 """Where our exporter records the module that a node comes from."""
+TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter records the modules around a node and the node, outermost first, as a Python list."""
 _LAYER = re.compile(r"(?:^|.*?[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
+_SCOPES = re.compile(r"'([^']*)'")
 NORMS = frozenset(
     {
         "LayerNormalization",
@@ -100,30 +104,48 @@ def layer_of(name: str | None) -> tuple[str, int] | None:
 
 
 def scope_of(node: ir.Node) -> str | None:
-    """The module that a node comes from: as our exporter recorded it, or its name where that is a path."""
+    """The module that a node comes from: as exporters recorded it, or its name where that is a path."""
     name = node.metadata_props.get(MODULE)
     if name is not None:
         return name
+    scopes = _SCOPES.findall(node.metadata_props.get(TORCH_SCOPES, ""))
+    if scopes:
+        return f"{scopes[-2]}.{scopes[-1]}" if len(scopes) > 1 else scopes[-1]
     return node.name if node.name and ("/" in node.name or "." in node.name) else None
+
+
+def module_of(node: ir.Node) -> str | None:
+    """The path of the module that a node comes from, with dots; None where exporters recorded none."""
+    name = node.metadata_props.get(MODULE)
+    if name is not None:
+        return name
+    scope = scope_of(node)
+    if scope is None:
+        return None
+    return scope.rpartition("/")[0].strip("/").replace("/", ".") if "/" in scope else scope.rpartition(".")[0]
 
 
 def _stacks(graph: ir.Graph) -> dict[str, list[int]]:
     """The layers of each stack by its path, in the order in which the graph first uses their weights.
 
-    A layer has matrices: the genai builder calls the final norm one more layer. Where no weight is named after a layer,
-    as in TorchScript's exports, the names of the nodes that read them tell. A part of a model may lack layers.
+    A layer has matrices: the genai builder calls the final norm one more layer. Where weights are not named after
+    layers, as most are not in torch's exports, the modules of the nodes that read them tell. A part of a model may lack
+    layers.
     """
-    found: dict[str, set[int]] = {}
     matrices = [(node, value) for node in graph for value in _read(node) if _is_weight(value) and _is_matrix(value)]
-    by_name = (layer_of(value.name) for _, value in matrices)
-    by_scope = (layer_of(scope_of(node)) for node, _ in matrices)
-    for names in (by_name, by_scope):
-        for layer in names:
-            if layer is not None:
-                found.setdefault(layer[0], set()).add(layer[1])
-        if found:
-            break
-    return {stack: sorted(layers) for stack, layers in found.items()}
+    by_name = _layers(layer_of(value.name) for _, value in matrices)
+    by_scope = _layers(layer_of(scope_of(node)) for node, _ in matrices)
+    if not by_name:
+        by_name, by_scope = by_scope, {}
+    return {stack: sorted(layers | by_scope.get(stack, set())) for stack, layers in by_name.items()}
+
+
+def _layers(found: Iterable[tuple[str, int] | None]) -> dict[str, set[int]]:
+    stacks: dict[str, set[int]] = {}
+    for layer in found:
+        if layer is not None:
+            stacks.setdefault(layer[0], set()).add(layer[1])
+    return stacks
 
 
 def _is_matrix(value: ir.Value) -> bool:
@@ -131,13 +153,13 @@ def _is_matrix(value: ir.Value) -> bool:
     return tensor is not None and len(tensor.shape) > 1 and tensor.size > 1
 
 
+def _is_number_or_shape(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and (tensor.size == 1 or tensor.dtype in (ir.DataType.INT64, ir.DataType.BOOL))
+
+
 def _is_weight(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input()
-
-
-def _size(value: ir.Value) -> int:
-    tensor = value.const_value
-    return tensor.size if tensor is not None else 0
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
@@ -186,7 +208,7 @@ class _Places:
         """Nodes that something with weights of a layer depends on; what lies behind the layers is not among them."""
         needed: set[ir.Node] = set()
         for node in reversed(self.graph):
-            names = [value.name for value in _read(node) if _is_weight(value)]
+            names = [value.name for value in _read(node) if _is_weight(value) and not _is_number_or_shape(value)]
             if any(_is_weight(value) and _is_matrix(value) for value in _read(node)):
                 names.append(scope_of(node))
             own = any(self._number(layer_of(name)) is not None for name in names)
@@ -203,7 +225,11 @@ class _Places:
 
     def _place(self, node: ir.Node) -> int:
         weights = self._weights(node)
-        named = [place for value in weights if (place := self._number(layer_of(value.name))) is not None]
+        named = [
+            place
+            for value in weights
+            if not _is_number_or_shape(value) and (place := self._number(layer_of(value.name))) is not None
+        ]
         values = [value for value in _read(node) if not _is_weight(value)]
         if all(value in self.sources for value in values):
             self.sources.update(dict.fromkeys(node.outputs, weights))
@@ -234,7 +260,7 @@ class _Places:
         return None if layer is None else self.numbers.get(layer)
 
     def _has_own_matrix(self, weights: frozenset[ir.Value]) -> bool:
-        return any(_size(value) > 1 and value not in self.readers for value in weights)
+        return any(not _is_number_or_shape(value) and value not in self.readers for value in weights)
 
     def _leaves(self, node: ir.Node, scope: str | None, weights: frozenset[ir.Value]) -> bool:
         """Whether a node that depends on the last layer lies behind it."""

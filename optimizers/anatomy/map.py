@@ -14,6 +14,9 @@ from onnxpress.tensors import concrete_shape
 
 __all__ = ["Anatomy", "Attention", "Block", "Embedding", "FeedForward", "anatomy_of"]
 
+_VIEWS = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"})
+"""What a table may pass on its way to the lookup: codes are dequantized, or seen in another shape."""
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -163,8 +166,8 @@ def _embeddings(nodes: Sequence[ir.Node]) -> list[Embedding]:
         if node.op_type not in ("Gather", "GatherBlockQuantized") or node.inputs[0] is None:
             continue
         table: ir.Value = node.inputs[0]
-        while (maker := table.producer()) is not None and maker.inputs and maker.inputs[0] is not None:
-            table = maker.inputs[0]  # dequantized, or codes seen in another shape
+        while (maker := table.producer()) is not None and maker.op_type in _VIEWS and maker.inputs[0] is not None:
+            table = maker.inputs[0]
         tensor = table.const_value
         rank = 0 if tensor is None else len(concrete_shape(tensor))
         if table.is_initializer() and (rank == 2 or (rank == 3 and node.op_type == "GatherBlockQuantized")):

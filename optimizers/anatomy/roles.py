@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.optimizers.anatomy.products import Product
+from onnxpress.optimizers.matching import constant
 
 FUSED = {
     "GroupQueryAttention": "num_heads",
@@ -252,13 +253,13 @@ def _heads(
     node: ir.Node, query: Product, key: Product | None, output: Product | None, states: ir.Value
 ) -> tuple[int | None, int | None, int | None]:
     """(heads, kv heads, head_dim)"""
+    width = query.features[1] if query is not key else output.features[0] if output is not None else None
     if node.op_type in FUSED:
         attribute = node.attributes.get(FUSED[node.op_type])
         heads = int(attribute.value) if attribute is not None else None
-    else:  # queries [batch, heads, length, head_dim]
-        shape = list(states.shape) if states.shape is not None else []
-        heads = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else None
-    width = query.features[1] if query is not key else output.features[0] if output is not None else None
+    else:
+        size = _head_size(states, query)
+        heads = width // size if width is not None and size and size > 0 and width % size == 0 else None
     if heads is None or width is None:
         return heads, None, None
     head_dim = width // heads
@@ -266,6 +267,39 @@ def _heads(
         return heads, None, head_dim
     keys = key.features[1] if query is not key else (query.features[1] - width) // 2
     return heads, keys // head_dim, head_dim
+
+
+def _head_size(states: ir.Value, query: Product) -> int | None:
+    """head_dim of queries [batch, heads, length, head_dim] that are spelled out: as their shape tells, or the first
+    Reshape of what the projection makes."""
+    if states.shape is not None and len(states.shape) == 4 and isinstance(states.shape[-1], int):
+        return states.shape[-1]
+    queue, seen = [query.output], set()
+    while queue:
+        value = queue.pop(0)
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, index in value.uses():
+            sizes = _sizes(node.inputs[1]) if node.op_type == "Reshape" and index == 0 else []
+            if len(sizes) >= 4:
+                return sizes[-1]
+            if node.op_type not in BOOKKEEPING:
+                queue += node.outputs
+    return None
+
+
+def _sizes(value: ir.Value | None) -> list[int | None]:
+    """The sizes that a Reshape is given, through what exporters wrap constants in; None where one is computed."""
+    tensor = constant(value)
+    if tensor is not None:
+        return [int(size) for size in tensor.numpy().ravel()] if tensor.dtype == ir.DataType.INT64 else []
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type not in ("Concat", "Unsqueeze", "Identity"):
+        return []
+    if node.op_type == "Concat":
+        return [size for one in node.inputs for size in _sizes(one) or [None]]
+    return _sizes(node.inputs[0])
 
 
 def _rotary(node: ir.Node, nodes: Sequence[ir.Node]) -> tuple[ir.Value, ir.Value] | None:

@@ -231,9 +231,14 @@ def _renumber(
             name += "_"
         _rename(value, name, taken)
     for graph in model.graphs():
+        named_nodes: set[str] = set()
         for node in graph:
-            if node.name is not None:
-                node.name = renumbered(node.name, stack, numbers)
+            if node.name:
+                name = renumbered(node.name, stack, numbers)
+                while name in named_nodes:  # of two layers that are one by now
+                    name += "_"
+                named_nodes.add(name)
+                node.name = name
             if MODULE in node.metadata_props:
                 node.metadata_props[MODULE] = renumbered(node.metadata_props[MODULE], stack, numbers)
 

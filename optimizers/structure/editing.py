@@ -100,7 +100,14 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
     node = attention.node
     if node.op_type not in FUSED:
         raise UnsupportedModelError(
-            f"attention {node.name!r} is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
+            f"attention {node.name!r} is spelled out as {node.op_type}",
+            hint="--pass fuse-foreign fuses what it knows; else export the checkpoint with onnxpress",
+        )
+    if node.op_type == "MultiHeadAttention" and attention.kv_heads not in (None, attention.heads):
+        raise UnsupportedModelError(
+            f"attention {node.name!r} reads {attention.kv_heads} heads of keys that are repeated for {attention.heads} "
+            "outside of it",
+            hint="export the checkpoint with onnxpress, or with the genai builder, which fuse groups of heads",
         )
     if "scale" not in node.attributes and attention.head_dim is not None:
         node.attributes["scale"] = ir.AttrFloat32("scale", float(attention.head_dim**-0.5))

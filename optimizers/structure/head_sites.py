@@ -136,7 +136,7 @@ def skip_reason(attention: Attention) -> str | None:
         return "cross-attention: keys and values come from the encoder"
     for value in (attention.key.output, attention.value.output):
         if not attention.packed and len(value.uses()) > 1:
-            return "keys and values also leave as a cache of an encoder-decoder, which other graphs read"
+            return "keys and values are read by more than the attention: relative positions, or a cache for other graphs"
     return None
 
 

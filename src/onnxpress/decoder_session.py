@@ -21,6 +21,17 @@ def _present_name(past: str, outputs: Sequence[str]) -> str:
     raise UnsupportedModelError(f"input {past} has no matching present output")
 
 
+def _cache_sizes(name: str, shape: Sequence[int | str], head_dim: int | None) -> tuple[int, int]:
+    """(kv_heads, head_dim)"""
+    heads, size = shape[1], shape[3] if isinstance(shape[3], int) else head_dim
+    if not isinstance(heads, int) or size is None:
+        raise UnsupportedModelError(
+            f"input {name} {list(shape)} does not say how many heads a cache has, or of what size",
+            hint="give the folder with its genai_config.json, which may tell",
+        )
+    return heads, size
+
+
 class DecoderSession:
     """A decoder graph with its key/value cache, or without one (then each step runs the whole sequence again).
 
@@ -49,7 +60,9 @@ class DecoderSession:
         *,
         shared: bool | None = None,
         capacity: int = 512,
+        head_dim: int | None = None,
     ) -> None:
+        """head_dim: of a graph whose inputs leave the size of a head in the cache open."""
         if isinstance(path, str | Path):
             path = open_session(path, session_options, threads, provider)
         self.session: onnxruntime.InferenceSession = path
@@ -59,7 +72,7 @@ class DecoderSession:
             raise UnsupportedModelError("the graph has no input_ids or no logits: not a decoder")
         self._logits_type = NUMPY_TYPES[outputs["logits"].type]
         self._past = {
-            node.name: (_present_name(node.name, list(outputs)), int(node.shape[1]), int(node.shape[3]))
+            node.name: (_present_name(node.name, list(outputs)), *_cache_sizes(node.name, node.shape, head_dim))
             for node in self.session.get_inputs()
             if node.name.startswith("past_key_values.")
         }
@@ -176,7 +189,15 @@ class DecoderSession:
         """(logits of the last token only, vocabulary size, may past and present be one memory)."""
         self.reset()
         ids = np.array([[0, 1, 2]])
-        prompt, expected = self.prefill(ids[:, :2]), self.decode(ids[:, 2:])
+        try:
+            prompt, expected = self.prefill(ids[:, :2]), self.decode(ids[:, 2:])
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"onnxruntime does not run the decoder with an empty cache: {' '.join(str(error).split())[:300]}",
+                hint="a cache as long as a sliding window (sliding_window_cache) is not supported"
+                if "sliding_window_cache" in str(error)
+                else None,
+            ) from error
         self.last_only, self.vocabulary = prompt.shape[1] == 1, int(prompt.shape[2])
         if shared is False or not self._past:
             return self.last_only, self.vocabulary, False

@@ -121,6 +121,7 @@ def _graphs(
     all_logits: bool,
 ) -> Opened:
     config = read_json(folder / "config.json") if folder else {}
+    genai = read_json(folder / "genai_config.json").get("model", {}) if folder and not config else {}
     if path.stem.startswith(ENCODER) and list(path.parent.glob(f"{DECODER}*.onnx")):
         suffix = path.stem[len(ENCODER) :]
         model: Any = EncoderDecoderSession(path.parent, options, threads, suffix=suffix, profile_prefix=profile_prefix)
@@ -129,12 +130,20 @@ def _graphs(
     session = open_session(path, options, threads, profile_prefix=profile_prefix, content=content)
     inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
     decodes = any(name.startswith("past_key_values.") for name in inputs) or (
-        outputs == ["logits"] and str(config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
+        outputs[:1] == ["logits"] and str(config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
     )
     if "input_ids" in inputs and "logits" in outputs and decodes:
-        return Opened(path.name, "decoder", DecoderSession(session), config, folder)
+        return Opened(
+            path.name, "decoder", DecoderSession(session, head_dim=_head_size(genai)), config or genai, folder
+        )
     kind = "encoder" if "input_ids" in inputs and "pixel_values" not in inputs else "graph"
     return Opened(path.name, kind, EncoderSession(session), config, folder)
+
+
+def _head_size(genai: Mapping[str, Any]) -> int | None:
+    """What genai_config.json says of the size of a head."""
+    size = (genai.get("decoder") or {}).get("head_size")
+    return size if isinstance(size, int) else None
 
 
 def _with_all_logits(path: Path) -> bytes | None:

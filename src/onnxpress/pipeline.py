@@ -45,6 +45,8 @@ Logits = Literal["all", "last"]
 BUDGET, BUDGET_STORED, STRUCTURE = "budget", "budget-stored", "budget-structure"
 """The recipes that are searched where limits are given and no recipe: for weights in general, and for those that were
 quantized before."""
+FUSE_FOREIGN = "fuse-foreign"
+"""The pass that brings graphs of others to the form that structural passes take."""
 FEW_BITS = 8.0
 """A checkpoint with fewer bits a weight was quantized: what its file holds is the best of its own size."""
 ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
@@ -196,6 +198,7 @@ def optimize(
             stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
         )
         chosen = chosen or _default_recipe(source, artifact, target, gates, search_options)
+        chosen = _with_our_operators(chosen, artifact)
         record = _press(
             artifact.source.name,
             work,
@@ -403,6 +406,15 @@ def _default_recipe(
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
     return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
+
+
+def _with_our_operators(recipe: Recipe, artifact: Artifact) -> Recipe:
+    """`recipe`, begun with `fuse-foreign` where a pass of it edits the transformer in a graph that others made."""
+    foreign = artifact.export.get("method") == "foreign" and not artifact.history
+    wanted = bool(recipe.cuts) or any(one.needs_anatomy for one in recipe.build())
+    if not foreign or not wanted or any(spec.name == FUSE_FOREIGN for spec in recipe.passes):
+        return recipe
+    return replace(recipe, passes=(PassSpec(FUSE_FOREIGN, optional=True), *recipe.passes))
 
 
 def _budget(artifact: Artifact) -> str:

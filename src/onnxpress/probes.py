@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadInputError
-from .metrics import require_finite
+from .metrics import Divergence, require_finite
 from .texts import pad
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
+PADDING_KL = 0.1
+"""Nats per token that padding may cost a graph, quantized ones included; where it is not supported it costs several."""
 
 
 class LanguageModel(Protocol):
@@ -86,6 +88,17 @@ def padded(model: LanguageModel, rows: Sequence[Ids], steps: int) -> list[Floats
 def alone(model: LanguageModel, rows: Sequence[Ids], steps: int) -> list[Floats]:
     """What `padded` should return: each row by itself, without padding."""
     return [padded(model, [row], steps)[0] for row in rows]
+
+
+def takes_padding(model: LanguageModel, rows: Sequence[Ids], steps: int, expected: Sequence[Floats]) -> bool:
+    """Whether a left-padded batch gives about what each row gives by itself, `expected`.
+
+    It does not in graphs of onnxruntime-genai's model builder, which are made for batches padded on the right.
+    """
+    divergence = Divergence()
+    for one, other in match_ends(expected, padded(model, rows, steps)):
+        divergence.add(one, other)
+    return divergence.kl <= PADDING_KL
 
 
 def match_ends(reference: Sequence[Floats], candidate: Sequence[Floats]) -> list[tuple[Floats, Floats]]:

@@ -20,6 +20,7 @@ def write_report(folder: Path, record: Manifest, rows: Sequence[Row]) -> None:
     content = {
         "record": record,
         "rows": rows,
+        "timed": "peak_rss_bytes" in record.metrics,
         "graphs": sorted(path.name for path in (folder / GRAPHS).glob("*.onnx")),
         "changes": compare(structure.before, structure.after) if structure is not None else (),
         "drawing": draw(structure) if structure is not None else None,

@@ -53,6 +53,8 @@ def _foreign(found: OnnxSource) -> Artifact:
     """A graph that someone else made, with the files beside it."""
     merged_too = DECODER in found.graphs  # then it is made of the others when they are written
     graphs = {stem: load_graph(path) for stem, path in found.graphs.items() if stem != DECODER_MERGED or not merged_too}
+    for graph in graphs.values():
+        _size_caches(graph, found.config.get("head_dim"))
     return Artifact(
         task=_task(graphs, found.config),
         graphs=graphs,
@@ -61,6 +63,15 @@ def _foreign(found: OnnxSource) -> Artifact:
         source=found.source,
         export={"method": "foreign", "layout": found.layout},
     )
+
+
+def _size_caches(model: ir.Model, head_dim: Any) -> None:
+    """Write head_dim into the shapes of caches that leave it open, as the genai builder's do: empty ones are made."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        caches = (value.name or "").startswith(("past_key_values.", "present"))
+        shape = value.shape
+        if isinstance(head_dim, int) and caches and shape is not None and len(shape) == 4:
+            value.shape = ir.Shape([*shape[:3], shape[3] if isinstance(shape[3], int) else head_dim])
 
 
 def _task(graphs: Mapping[str, ir.Model], config: Mapping[str, Any]) -> str:

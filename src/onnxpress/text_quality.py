@@ -51,10 +51,11 @@ def evaluate_decoders(
     rows = padded_rows(pieces)
     steps = 3 if min(map(len, rows)) > 3 else 0
     expected_rows = probes.alone(reference.model, rows, steps)
-    for one, other in probes.match_ends(expected_rows, probes.padded(candidate.model, rows, steps)):
-        padded.add(one, other)
-    for one, other in probes.match_ends(expected_rows, probes.alone(candidate.model, rows, steps)):
-        unpadded.add(one, other)
+    if probes.takes_padding(reference.model, rows, steps, expected_rows):
+        for one, other in probes.match_ends(expected_rows, probes.padded(candidate.model, rows, steps)):
+            padded.add(one, other)
+        for one, other in probes.match_ends(expected_rows, probes.alone(candidate.model, rows, steps)):
+            unpadded.add(one, other)
     tell(total)
 
     modes = {"prefill": prefill, "decode": decode, "padded": padded}

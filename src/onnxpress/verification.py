@@ -43,7 +43,7 @@ class Reference:
     prompts: list[probes.Floats] = field(default_factory=list)
     """Logits [positions, vocabulary] after all tokens of each window but the last (or a sample of them)."""
     rows: list[Ids] = field(default_factory=list)
-    """Rows [length_i] of the padded batch; for encoders, all rows."""
+    """Rows [length_i] of the padded batch, none where the reference takes no left padding; for encoders, all rows."""
     alone: list[probes.Floats] = field(default_factory=list)
     """What each row gives by itself: logits of a decoder, outputs [length_i, width] of an encoder."""
     feeds: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -104,6 +104,8 @@ class Reference:
             positions = probes.positions_of(ids.shape[1], opened.model.last_only)
             result.prompts.append(probes.prompt(opened.model, ids, positions))
         result.alone = probes.alone(opened.model, result.rows, 2)
+        if not probes.takes_padding(opened.model, result.rows, 2, result.alone):
+            result.rows, result.alone = [], []
         return result
 
     @classmethod
@@ -197,8 +199,9 @@ def _decoder(reference: Reference, opened: Opened) -> dict[str, float]:
         found = probes.cached(model, ids, start, steps)
         known = all_positions >= start
         decode.add(expected[known], found[all_positions[known] - start])
-    for expected, found in probes.match_ends(reference.alone, probes.padded(model, reference.rows, 2)):
-        padded.add(expected, found)
+    if reference.rows:
+        for expected, found in probes.match_ends(reference.alone, probes.padded(model, reference.rows, 2)):
+            padded.add(expected, found)
     return _summary({"prefill": prefill, "decode": decode, "padded": padded})
 
 

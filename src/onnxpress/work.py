@@ -132,7 +132,10 @@ class Work:
                 self.notes += companions.notes
                 self.samples.clear()
             before, self.current = self.current, self._save(graphs, spec.name)
-            if self.floats == before:
+            if one.gives_form and not self.lossy and _is_float(graphs):
+                self.structure = read_structure(graphs.values())
+                self.floats = self.current if self.structure is not None else None
+            elif self.floats == before:
                 self._follow(one, graphs)
             if kept is not None:
                 kept += calibrations.values()

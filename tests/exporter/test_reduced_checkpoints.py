@@ -63,7 +63,7 @@ NO_CHECKPOINT: Mapping[tuple[str, str], str] = {
         (name, "reduce-heads"): "stands between .* and attention"
         for name in ("stablelm", "nomic_bert", "bart", "marian", "whisper")
     },
-    ("deberta-v2", "reduce-heads"): "also leave as a cache",
+    ("deberta-v2", "reduce-heads"): "read by more than the attention",
     ("bloom", "prune-ffn"): "bloom has no name for feed-forward width",
     **dict.fromkeys([("mixtral", "prune-ffn"), ("qwen2_moe", "prune-ffn")], "no plain feed-forward network"),
     ("deberta-v2", "prune-ffn"): "no plain feed-forward network",

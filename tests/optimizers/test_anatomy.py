@@ -13,6 +13,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers import recipe
 from onnxpress.optimizers.anatomy import Product, anatomy_of, split_layers
+from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
 from onnxpress.optimizers.anatomy.products import find_products
 
 
@@ -164,3 +165,116 @@ def test_a_product_keeps_its_bias_through_scaling(graph: Callable[..., ir.Model]
         assert (str(product.activation.name), product.features) == ("x", (32, 32))
         assert product.bias is not None
         assert product.output.name == "y"
+
+
+def test_numbers_named_after_a_layer_are_no_evidence(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
+    """torch names a constant after the layer that wants it first; once duplicates are one, later layers read it."""
+    model = graph(
+        """
+        agraph (float[b, 4] x, float[4, 4] h__0__a, float[4, 4] h__1__a, float h__0__two, int64[2] h__0__sizes)
+            => (float[b, 4] y) {
+            p = MatMul(x, h__0__a)
+            q = Mul(p, h__0__two)
+            r = MatMul(q, h__1__a)
+            s = Mul(r, h__0__two)
+            y = Reshape(s, h__0__sizes)
+        }
+        """,
+        h__0__a=rng.standard_normal((4, 4)).astype(np.float32),
+        h__1__a=rng.standard_normal((4, 4)).astype(np.float32),
+        h__0__two=np.array(2, np.float32),
+        h__0__sizes=np.array([-1, 4]),
+    )
+    segments = [segment for segment in split_layers(model.graph) if segment.layer is not None]
+    assert [[node.op_type for node in segment.nodes] for segment in segments] == [
+        ["MatMul", "Mul"],
+        ["MatMul", "Mul", "Reshape"],
+    ]
+
+
+def test_layers_by_the_modules_that_torch_records(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
+    """Only a norm's weight is named after its layer, as in what torch's exporter makes of a Llama."""
+    model = graph(
+        """
+        agraph (float[b, 4] x, float[4] model__layers__0__norm__weight, float[4, 4] val_1, float[4, 4] val_2)
+            => (float[b, 4] y) {
+            n = Mul(x, model__layers__0__norm__weight)
+            p = MatMul(n, val_1)
+            y = MatMul(p, val_2)
+        }
+        """,
+        model__layers__0__norm__weight=rng.standard_normal(4).astype(np.float32),
+        val_1=rng.standard_normal((4, 4)).astype(np.float32),
+        val_2=rng.standard_normal((4, 4)).astype(np.float32),
+    )
+    for layer, node in zip((0, 0, 1), model.graph, strict=True):
+        node.metadata_props[TORCH_SCOPES] = f"['', 'model', 'model.layers.{layer}', 'model.layers.{layer}.mlp', 'n']"
+    segments = [segment for segment in split_layers(model.graph) if segment.layer is not None]
+    assert [(segment.title, len(segment.nodes)) for segment in segments] == [
+        ("model.layers.0", 2),
+        ("model.layers.1", 1),
+    ]
+
+
+SPELLED = """
+    agraph (float[b, s, 32] x, float[32, 32] h__0__q, float[32, 16] h__0__k, float[32, 16] h__0__v,
+            float[32, 32] h__0__o, int64[4] four) => (float[b, s, 32] y) {
+        q = MatMul(x, h__0__q)
+        k = MatMul(x, h__0__k)
+        v = MatMul(x, h__0__v)
+        q4 = Reshape(q, SIZES)
+        k4 = Reshape(k, SIZES)
+        v4 = Reshape(v, SIZES)
+        qt = Transpose<perm=[0, 2, 1, 3]>(q4)
+        kt = Transpose<perm=[0, 2, 3, 1]>(k4)
+        vt = Transpose<perm=[0, 2, 1, 3]>(v4)
+        kr = Concat<axis=1>(kt, kt)
+        vr = Concat<axis=1>(vt, vt)
+        scores = MatMul(qt, kr)
+        p = Softmax<axis=-1>(scores)
+        c = MatMul(p, vr)
+        ct = Transpose<perm=[0, 2, 1, 3]>(c)
+        joined = Shape<start=0, end=2>(x)
+        rest = Constant<value_ints=[32]>()
+        shape = Concat<axis=0>(joined, rest)
+        c3 = Reshape(ct, shape)
+        y = MatMul(c3, h__0__o)
+    }
+"""
+
+
+def spelled(graph: Callable[..., ir.Model], rng: np.random.Generator, sizes: str, **constants: np.ndarray) -> ir.Model:
+    widths = {"h__0__q": 32, "h__0__k": 16, "h__0__v": 16, "h__0__o": 32}
+    weights = {name: rng.standard_normal((32, width)).astype(np.float32) for name, width in widths.items()}
+    return graph(SPELLED.replace("SIZES", sizes), **weights, **constants)
+
+
+def test_heads_of_attention_that_is_spelled_out(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
+    """No shapes are known: the Reshape that makes heads tells."""
+    model = spelled(graph, rng, "four", four=np.array([0, 0, -1, 8]))
+    (found,) = anatomy_of(model).blocks[0].attentions
+    assert (found.heads, found.kv_heads, found.head_dim) == (4, 2, 8)
+    assert [leaf(product) for product in found.products] == ["q", "k", "v", "o"]
+
+
+def test_heads_that_nothing_tells(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
+    (found,) = anatomy_of(spelled(graph, rng, "four")).blocks[0].attentions  # `four` is an input of the graph
+    assert (found.heads, found.kv_heads, found.head_dim) == (None, None, None)
+
+
+def test_an_embedding_whose_shape_is_looked_up_is_one(graph: Callable[..., ir.Model], rng: np.random.Generator) -> None:
+    """TorchScript reads lengths as Gather(Shape(embeddings), 1), which is no lookup in the table."""
+    model = graph(
+        """
+        agraph (int64[b, s] ids, float[9, 4] wte, float[4, 4] h__0__a) => (float[b, s, 4] y, int64 length) {
+            x = Gather(wte, ids)
+            sizes = Shape(x)
+            one = Constant<value_int=1>()
+            length = Gather<axis=0>(sizes, one)
+            y = MatMul(x, h__0__a)
+        }
+        """,
+        wte=rng.standard_normal((9, 4)).astype(np.float32),
+        h__0__a=rng.standard_normal((4, 4)).astype(np.float32),
+    )
+    assert [table.weight.name for table in anatomy_of(model).embeddings] == ["wte"]

@@ -84,7 +84,7 @@ def check_export(model: ir.Model, run: Any) -> tuple[Report, ir.Model]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bert_from_the_older_exporter(exported: Any, run: Any, attention: str) -> None:
     report, model = check_export(exported("bert", attention, dynamo=False), run)
-    assert report.matched == {"MultiHeadAttention": 2}
+    assert report.matched == {"MultiHeadAttention": 2, "names of weights": 12}
     assert not report.skipped
     assert "Softmax" not in {node.op_type for node in model.graph}
 
@@ -110,13 +110,19 @@ def test_llama_from_the_current_exporter(exported: Any, run: Any) -> None:
         "RotaryEmbedding": 4,
         "MultiHeadAttention": 2,
         "QuickGelu": 2,
+        "names of weights": 15,
     }
     assert not report.skipped
 
 
 def test_llama_from_the_older_exporter(exported: Any, run: Any) -> None:
     report, _ = check_export(exported("llama", "eager", dynamo=False), run)
-    assert report.matched == {"SimplifiedLayerNormalization": 5, "RotaryEmbedding": 4, "QuickGelu": 2}
+    assert report.matched == {
+        "SimplifiedLayerNormalization": 5,
+        "RotaryEmbedding": 4,
+        "QuickGelu": 2,
+        "names of weights": 15,
+    }
     assert report.skipped["attention: queries, keys or values are not split by Reshape and Transpose"] == 2
 
 
