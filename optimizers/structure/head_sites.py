@@ -136,7 +136,9 @@ def skip_reason(attention: Attention) -> str | None:
         return "cross-attention: keys and values come from the encoder"
     for value in (attention.key.output, attention.value.output):
         if not attention.packed and len(value.uses()) > 1:
-            return "keys and values are read by more than the attention: relative positions, or a cache for other graphs"
+            return (
+                "keys and values are read by more than the attention: relative positions, or a cache for other graphs"
+            )
     return None
 
 
