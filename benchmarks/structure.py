@@ -121,13 +121,14 @@ def parameters(path: Path) -> int:
 
 def compare(subject: Subject, arguments: argparse.Namespace) -> None:
     found = chosen(subject, arguments)
-    measure(subject, list(found), arguments)
-    figures = Figures(arguments.out)
-    for one, row in found.items():
-        known = figures.content["subjects"][subject.name][one.name]
-        if not known.get("failed") and ("build" in arguments.do or "parameters" not in known):
-            row = {**row, "parameters": parameters(one.built(subject).path)}
-        figures.add(subject.name, one, row)
+    known = Figures(arguments.out).content.get("subjects", {}).get(subject.name, {})
+
+    def describe(one: Contender) -> Row:
+        if arguments.reuse and "parameters" in known.get(one.name, {}):
+            return found[one]
+        return {**found[one], "parameters": parameters(one.built(subject).path)}
+
+    measure(subject, list(found), arguments, describe)
 
 
 def damage(row: Row) -> float | None:
