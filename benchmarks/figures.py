@@ -63,8 +63,16 @@ def build(subject: Subject, contender: Contender, *, again: bool) -> Row:
     return row
 
 
-def measure(subject: Subject, found: Sequence[Contender], arguments: argparse.Namespace) -> None:
-    """Build and judge `found` one after the other, then have them race, as `arguments.do` says."""
+def measure(
+    subject: Subject,
+    found: Sequence[Contender],
+    arguments: argparse.Namespace,
+    describe: Callable[[Contender], Row] = lambda one: {},
+) -> None:
+    """Build and judge `found` one after the other, then have them race, as `arguments.do` says.
+
+    describe: what else is to be said of one that is built.
+    """
     figures = Figures(arguments.out)
     again = "build" in arguments.do and not arguments.reuse
 
@@ -90,6 +98,7 @@ def measure(subject: Subject, found: Sequence[Contender], arguments: argparse.Na
         for one in found:
             if not figures.attempt(subject, one, partial(build, subject, one, again=again)):
                 continue
+            figures.add(subject.name, one, describe(one))
             if judge is None or figures.attempt(subject, one, partial(judged, one, judge)):
                 ready.append(one)
     if "speed" in arguments.do and subject.name != "gpt":

@@ -104,13 +104,15 @@ def sizes(path: Path, bits: int, arguments: argparse.Namespace) -> Row:
 
 def compare(subject: Subject, arguments: argparse.Namespace) -> None:
     found = chosen(subject, arguments)
-    measure(subject, list(found), arguments)
-    figures = Figures(arguments.out)
-    for one, row in found.items():
-        known = figures.content["subjects"][subject.name][one.name]
-        if "build" in arguments.do and not known.get("failed") and row["order"] not in ROUNDED:
-            row |= sizes(one.built(subject).path, row["bits"], arguments)
-        figures.add(subject.name, one, row)
+    known = Figures(arguments.out).content.get("subjects", {}).get(subject.name, {})
+
+    def describe(one: Contender) -> Row:
+        row = found[one]
+        if row["order"] in ROUNDED or (arguments.reuse and "zstd MB" in known.get(one.name, {})):
+            return row
+        return {**row, **sizes(one.built(subject).path, row["bits"], arguments)}
+
+    measure(subject, list(found), arguments, describe)
 
 
 ROUNDED = ("rounded, then masked", "only rounded")

@@ -4,9 +4,10 @@
     python benchmarks/structure.py --out DIR … --do speed --subjects decoder     one part, into the same figures
 
 Subjects and parts are those of quantization.py; what is cut and how is in structure.toml. Passes run with as many
-samples as they want, of text that the decoder writes itself; encoders are calibrated with lines of --text where there
-is one, as the sentences that they would take otherwise are those that they are judged on. onnxsim gets the text behind
-the windows that are judged. Figures go to DIR/figures.json as they come, tables to DIR/structure.md.
+samples as they want, of text that the decoder writes itself; "on text" they and onnxsim get the text behind the windows
+that are judged (of the GPT: what it was trained on). Encoders are calibrated with lines of --text where there is one,
+as the sentences that they would take otherwise are those that they are judged on. Figures go to DIR/figures.json as
+they come, tables to DIR/structure.md.
 """
 
 from __future__ import annotations
@@ -32,19 +33,33 @@ from figures import Figures, measure
 from subjects import prepared
 
 ONNXSIM = ["onnxsim==0.8.1", "onnx==1.23.2", "onnxruntime==1.31.1"]
-ENCODER_SAMPLES = ("400", "128")
+SAMPLES = {"decoder": ("14", "512"), "gpt": ("32", "512"), "encoder": ("400", "128")}
+"""Rows of text and tokens in each; behind the windows of WikiText-2's usual excerpt there are not many more."""
+WINDOWS = 36
+"""Of text to fit to, at most: a few more than SAMPLES, as tokens change where windows begin."""
 QUALITY = {"decoder": ["change %", "KL"], "encoder": ["cosine mean", "Spearman"]}
 SPEED = ["prefill 512 tok/s", "decode at 256 ms", "latency ms"]
 
 
 def by_passes(subject: Subject, text: Path | None, passes: list[Any], folder: Path) -> Measured:
     source = contenders.export(subject).built(subject).path
-    samples = ["0", "0"]
-    given: list[Path] = []
-    if subject.name == "encoder" and text is not None:
-        samples, given = list(ENCODER_SAMPLES), [text]
-    script = [sys.executable, PEERS / "apply_passes.py"]
-    return common.measured([*script, source, folder / "artifact", *samples, json.dumps(passes), *given])
+    given = [*SAMPLES[subject.name], json.dumps(passes), text] if text else ["0", "0", json.dumps(passes)]
+    return common.measured([sys.executable, PEERS / "apply_passes.py", source, folder / "artifact", *given])
+
+
+def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path | None:
+    """What passes are calibrated with on text: none of it is judged."""
+    if subject.name == "encoder":
+        return Path(arguments.text) if arguments.text else None
+    source, first = arguments.train_text[0] if subject.name == "gpt" else arguments.text, 0
+    if subject.name == "decoder":
+        first = decoder.WINDOWS
+    file = subject.folder / "fitting.json"
+    window = [str(first), str(WINDOWS), str(decoder.WINDOW)]
+    common.measured(
+        [sys.executable, PEERS / "quality.py", "tokens", common.checkpoint_folder(subject.model), source, *window, file]
+    )
+    return file.with_suffix(".txt")
 
 
 def plainly(subject: Subject, what: str, folder: Path) -> Measured:
@@ -70,11 +85,16 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
     found: dict[Contender, Row] = {}
     base = contenders.export(subject)
     found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
+    text = fitting_text(subject, arguments)
     for cut in cuts(subject):
-        for family in ("plain", "onnxsim", "onnxpress"):
-            for method, how in cut.get(family, {}).items():
+        for section in ("plain", "onnxsim", "onnxpress", "on_text"):
+            family = "onnxpress" if section == "on_text" else section
+            for method, how in cut.get(section, {}).items():
+                fitted = text if section == "on_text" or subject.name == "encoder" else None
+                if section == "on_text":
+                    method += ", on text"
                 if isinstance(how, list):
-                    build = partial(by_passes, subject, arguments.text, how)
+                    build = partial(by_passes, subject, fitted, how)
                 elif family == "plain":
                     build = partial(plainly, subject, how)
                 else:
@@ -86,7 +106,7 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
                     worker,
                     opens="artifact",
                     ships="artifact/onnx/*",
-                    key=json.dumps([how, str(arguments.text) if subject.name == "encoder" else ""]),
+                    key=json.dumps([how, str(fitted or "")]),
                 )
                 found[one] = {"cut": cut["name"], "method": method}
     return {one: row for one, row in found.items() if common.wanted(one.name, arguments.only)}
@@ -101,13 +121,14 @@ def parameters(path: Path) -> int:
 
 def compare(subject: Subject, arguments: argparse.Namespace) -> None:
     found = chosen(subject, arguments)
-    measure(subject, list(found), arguments)
-    figures = Figures(arguments.out)
-    for one, row in found.items():
-        known = figures.content["subjects"][subject.name][one.name]
-        if not known.get("failed") and ("build" in arguments.do or "parameters" not in known):
-            row = {**row, "parameters": parameters(one.built(subject).path)}
-        figures.add(subject.name, one, row)
+    known = Figures(arguments.out).content.get("subjects", {}).get(subject.name, {})
+
+    def describe(one: Contender) -> Row:
+        if arguments.reuse and "parameters" in known.get(one.name, {}):
+            return found[one]
+        return {**found[one], "parameters": parameters(one.built(subject).path)}
+
+    measure(subject, list(found), arguments, describe)
 
 
 def damage(row: Row) -> float | None:
