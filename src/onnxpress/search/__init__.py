@@ -8,5 +8,6 @@ cuts           what blocks may become: structural passes of a recipe, tried on o
 sensitivity    what the whole model loses when one part takes one format
 kernels        how long one unit takes in one format, on this or on another machine
 assignment     cuts, and a format for each unit, so that limits hold and what is left is least
+choosing       which of all assignments to build next
 budget         limits -> assignment -> passes -> measured, and mended where the prediction was off
 """

@@ -12,7 +12,7 @@ such as the removals of all layers, no more than so many may be made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +64,14 @@ class Program:
     cuts: Sequence[CutChoice] = ()
     most: Sequence[tuple[Sequence[str], int]] = ()
     """Cuts, and how many of them may be made."""
+
+    def without(self, cuts: Collection[str]) -> Program:
+        """What is left to choose from where these cuts are not made."""
+        return Program(
+            [one for one in self.choices if one.cut not in cuts],
+            [one for one in self.cuts if one.name not in cuts],
+            [([name for name in names if name not in cuts], count) for names, count in self.most],
+        )
 
     @cached_property
     def names(self) -> list[str]:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -26,6 +26,7 @@ from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Program
+from onnxpress.search.choosing import best_choice, most_even
 from onnxpress.search.cuts import numbering
 from onnxpress.search.formats import FLOAT
 from onnxpress.search.options import SearchOptions
@@ -39,8 +40,6 @@ CLOSE = 0.85
 """A loss that uses this much of what is allowed is close enough."""
 LAST_NODES = 2048
 """Bytes of the nodes that are added when logits are cut to the last position."""
-TIES = 0.02
-"""What all other costs together weigh beside the least of the one to minimise."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     with contextlib.closing(builder):
         while len(tried) < ROUNDS:
             expected = prediction.expected(program)
-            assignment = _best(expected, prediction.limits(gates), objective)
+            choose = most_even if best is not None and best[2].cuts and objective == "loss" else best_choice
+            assignment = choose(expected, prediction.limits(gates), objective)
             if assignment is None or assignment in tried:
                 break
             tried.append(assignment)
@@ -100,11 +100,10 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                 score = found["spent"] if objective == "loss" else sums[objective]
                 if best is None or score < best[0]:
                     best = (score, work.mark(), assignment, quality, chosen)
-                if (
-                    gates.max_loss is None
-                    or found["spent"] >= CLOSE * math.log1p(gates.max_loss)
-                    or objective == "loss"
-                ):
+                if objective == "loss":
+                    if choose is most_even or not assignment.cuts:
+                        break
+                elif gates.max_loss is None or found["spent"] >= CLOSE * math.log1p(gates.max_loss):
                     break
     expected = prediction.expected(program)
     if best is None and destroyed is not None:
@@ -216,25 +215,6 @@ def _first_prediction(work: Work, gates: Gates, program: Program) -> Prediction:
     return prediction
 
 
-def _best(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
-    """The assignment with the least of the objective; among those that hardly differ, with little of everything else.
-
-    Everything else counts as a share of the most that it could be, all of it together for `TIES` of the least.
-    """
-    first = program.assign(limits, {objective: 1.0})
-    least = program.totals(first)[objective] if first is not None else 0.0
-    if first is None or not least:
-        return first
-    weights = {objective: 1.0 / least}
-    others = [name for name in program.choices[0].costs if name != objective]
-    for name in others:
-        most: dict[str, float] = {}
-        for choice in program.choices:
-            most[choice.unit] = max(most.get(choice.unit, 0.0), choice.costs[name])
-        weights[name] = TIES / len(others) / (sum(most.values()) or 1.0)
-    return program.assign(limits, weights) or first
-
-
 def _measured(work: Work, quality: Evaluation, gates: Gates) -> dict[str, float]:
     """What the gates are about; and what is `spent`."""
     found = {"loss": quality.loss, "spent": _spent(quality)} | _counts(work)
@@ -295,7 +275,7 @@ def _further(
     reached = program.totals(assignment)[objective]
     notes = []
     for factor in (0.5, 2.0, 4.0) if lever == "loss" else (0.8, 0.9, 1.25):
-        other = _best(program, limits | {lever: factor * limits[lever]}, objective)
+        other = best_choice(program, limits | {lever: factor * limits[lever]}, objective)
         if other is None or not reached:
             continue
         sums = program.totals(other)
