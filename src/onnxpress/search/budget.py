@@ -26,7 +26,7 @@ from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Program
-from onnxpress.search.choosing import best_choice, most_even
+from onnxpress.search.choosing import best_choice, most_alike
 from onnxpress.search.cuts import numbering
 from onnxpress.search.formats import FLOAT
 from onnxpress.search.options import SearchOptions
@@ -82,7 +82,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     with contextlib.closing(builder):
         while len(tried) < ROUNDS:
             expected = prediction.expected(program)
-            choose = most_even if best is not None and best[2].cuts and objective == "loss" else best_choice
+            choose = most_alike if best is not None and best[2].cuts and objective == "loss" else best_choice
             assignment = choose(expected, prediction.limits(gates), objective)
             if assignment is None or assignment in tried:
                 break
@@ -101,7 +101,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                 if best is None or score < best[0]:
                     best = (score, work.mark(), assignment, quality, chosen)
                 if objective == "loss":
-                    if choose is most_even or not assignment.cuts:
+                    if choose is most_alike or not assignment.cuts:
                         break
                 elif gates.max_loss is None or found["spent"] >= CLOSE * math.log1p(gates.max_loss):
                     break

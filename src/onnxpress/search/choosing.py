@@ -1,4 +1,4 @@
-"""Which of all choices to build next: the best as far as sums tell, or the most even one."""
+"""Which of all choices to build next: the best as far as sums tell, or blocks cut as alike as can be."""
 
 from __future__ import annotations
 
@@ -30,15 +30,26 @@ def best_choice(program: Program, limits: Mapping[str, float], objective: str) -
     return program.assign(limits, weights) or first
 
 
-def most_even(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
-    """The best choice of those whose most harmful cut does least harm.
+def most_alike(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
+    """The best choice of those whose deepest cut is least deep, in parameters: blocks are cut as much as each other.
 
     What cuts of layers in a row lose compounds, so that a sum likes few deep cuts more than it should.
     """
-    losses = sorted({cut.costs["loss"] for cut in program.cuts})
+    depth = _removed(program)
+    depths = sorted(set(depth.values()))
 
     def milder(most: float) -> Program:
-        return program.without({cut.name for cut in program.cuts if cut.costs["loss"] > most})
+        return program.without({name for name, removed in depth.items() if removed > most})
 
-    enough = bisect_left(losses, True, key=lambda most: milder(most).assign(limits, {objective: 1.0}) is not None)
-    return best_choice(milder(losses[enough]), limits, objective) if enough < len(losses) else None
+    enough = bisect_left(depths, True, key=lambda most: milder(most).assign(limits, {objective: 1.0}) is not None)
+    return best_choice(milder(depths[enough]), limits, objective) if enough < len(depths) else None
+
+
+def _removed(program: Program) -> dict[str, float]:
+    """Parameters that each cut removes."""
+    whole = {one.unit: one.costs["parameters"] for one in program.choices if one.cut is None}
+    left = {(one.cut, one.unit): one.costs["parameters"] for one in program.choices if one.cut is not None}
+    return {
+        cut.name: sum(whole[unit] - parameters for (name, unit), parameters in left.items() if name == cut.name)
+        for cut in program.cuts
+    }
