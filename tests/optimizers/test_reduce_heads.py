@@ -356,7 +356,7 @@ def test_an_encoder_decoder_is_cut_in_its_encoder(exported: Exported, run: Run) 
     assert not report.matched
     assert {reason.split(":")[0] for reason in report.skipped} == {
         "cross-attention",
-        "keys and values are read by more than the attention: relative positions, or a cache for other graphs",
+        "keys and values are read by more than the attention",
     }
 
 
