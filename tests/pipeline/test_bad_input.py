@@ -343,7 +343,14 @@ def test_a_killed_run_leaves_the_old_artifact(
 
 def start_build(folder: Path, mlp: Path, profile: Path, command: str = "build") -> subprocess.Popen[bytes]:
     arguments = [command, str(mlp), "-o", str(folder / "out"), "-p", str(profile), "--no-benchmark"]
-    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def heed_interrupts() -> None:
+        """Tests that are started in the background ignore SIGINT, and so would their children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    )
 
 
 def wait_for_work(child: subprocess.Popen[bytes], folder: Path) -> None:
