@@ -49,15 +49,15 @@ def variants(include: list[str]) -> dict[str, tuple[Row, Passes]]:
     for name, options in given["masks"].items():
         prune = [["prune-weights", {**one, "include": include}] for one in options]
         for bits in given["formats"].get(name, [0]):
-            row = {"mask": name, "bits": bits, "order": "" if not (bits and prune) else "masked, then rounded"}
+            row = {"mask": name, "bits": bits}
             found[f"{name}, {bits or 32} bits"] = row, prune + (blocks(bits) if bits else [])
         for bits in given["rounded"].get(name, []):
-            row = {"mask": name, "bits": bits, "order": "rounded, then masked"}
+            row = {"mask": name, "bits": bits, "order": "rounded, then masked", "studied": True}
             found[f"{name} after {bits} bits"] = row, [["round", {"bits": bits, "include": include}], *prune]
-            row = {"mask": name, "bits": bits, "order": "masked, then rounded"}
+            row = {"mask": name, "bits": bits, "order": "masked, then rounded", "studied": True}
             found[f"{name} before {bits} bits"] = row, [*prune, ["round", {"bits": bits, "include": include}]]
     for bits in sorted({bits for several in given["rounded"].values() for bits in several}):
-        row = {"mask": "none", "bits": bits, "order": "only rounded"}
+        row = {"mask": "none", "bits": bits, "order": "only rounded", "studied": True}
         found[f"{bits} bits"] = row, [["round", {"bits": bits, "include": include}]]
     return found
 
@@ -86,7 +86,7 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
         for name, what in (("wanda", "zeros"), ("sparsegpt", "zeros-sparsegpt")):
             build = partial(by_onnxsim, subject, arguments.find_links, what)
             one = Contender("onnxsim", f"{name}, 32 bits", build, decoder.WORKER, key=what, **place)
-            found[one] = {"mask": name, "bits": 0, "order": "", "by": "onnxsim"}
+            found[one] = {"mask": name, "bits": 0, "by": "onnxsim"}
     return {one: row for one, row in found.items() if common.wanted(one.name, arguments.only)}
 
 
@@ -108,22 +108,18 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
 
     def describe(one: Contender) -> Row:
         row = found[one]
-        if row["order"] in ROUNDED or (arguments.reuse and "zstd MB" in known.get(one.name, {})):
+        if "studied" in row or (arguments.reuse and "zstd MB" in known.get(one.name, {})):
             return row
         return {**row, **sizes(one.built(subject).path, row["bits"], arguments)}
 
     measure(subject, list(found), arguments, describe)
 
 
-ROUNDED = ("rounded, then masked", "only rounded")
-"""Left as float32, to study the order: their size says nothing."""
-
-
 def lines(rows: dict[str, Row], order: bool) -> list[Row]:
+    """Of all formats with their sizes; or of the study of the order, in which weights stay float32."""
     result: list[Row] = []
-    for name, row in rows.items():
-        studied = row.get("order") in ROUNDED or " before " in name
-        if row.get("failed") or studied is not order:
+    for row in rows.values():
+        if row.get("failed") or ("studied" in row) is not order:
             continue
         line: Row = {"mask": row["mask"] if row.get("by") == "onnxpress" else f"{row['mask']} ({row['by']})"}
         line["bits"] = row["bits"] or 32

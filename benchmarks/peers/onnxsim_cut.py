@@ -65,12 +65,23 @@ def without_unused(model: onnx.ModelProto) -> None:
     model.graph.initializer.extend(kept)
 
 
+def declare_cache(model: onnx.ModelProto) -> None:
+    """Say in the graph's inputs and outputs how many heads its caches have by now, which onnxsim leaves as it was."""
+    values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+    for node in model.graph.node:
+        heads = next((one.i for one in node.attribute if one.name == "kv_num_heads"), 0)
+        for name in (*node.input[3:5], *node.output[1:3]) if heads else ():
+            if name in values:
+                values[name].type.tensor_type.shape.dim[1].dim_value = heads
+
+
 def main() -> None:
     source, target, what, amount = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
     model = onnx.load(source / "onnx" / "model.onnx")
     data = feeds(model, json.loads(Path(sys.argv[5]).read_text(encoding="utf-8"))) if len(sys.argv) > 5 else None
     result = cut(model, what, amount, data)
     without_unused(result)
+    declare_cache(result)
 
     def sizes(model: onnx.ModelProto) -> dict[str, int]:
         return {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
