@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any
 
@@ -115,3 +116,12 @@ def page_with(page: str, text: dict[str, str]) -> str:
         pattern = rf"(<!-- {re.escape(title)} -->\n).*?(<!-- end -->)"
         page = re.sub(pattern, lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page, flags=re.DOTALL)
     return page
+
+
+def show(arguments: argparse.Namespace, name: str, text: dict[str, str]) -> None:
+    """Print the tables, by title, write them to NAME.md of the output folder, and into the page, if one is given."""
+    page = "\n\n".join(f"## {title}\n\n{table}" for title, table in text.items())
+    (arguments.out / f"{name}.md").write_text(page + "\n", encoding="utf-8")
+    print(page)
+    if arguments.page:
+        arguments.page.write_text(page_with(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")

@@ -24,7 +24,7 @@ import decoder
 import encoder
 import subjects
 from common import PEERS
-from comparison import page_with, tables
+from comparison import show, tables
 from contenders import Contender, Subject
 from figures import Figures, measure
 from subjects import named, prepared
@@ -81,21 +81,15 @@ def measured(subject: Subject, arguments: argparse.Namespace) -> None:
     measure(subject, found, arguments)
 
 
-def show(arguments: argparse.Namespace) -> None:
-    """Tables and plots of all figures that are there."""
-    figures = Figures(arguments.out)
+def illustrate(arguments: argparse.Namespace) -> None:
+    """Plots of all figures that are there; those of a page beside it."""
     python = common.environment("plot", PLOT, arguments.find_links)
-    common.measured([python, PEERS / "plot_frontier.py", figures.path, arguments.out])
-    text = tables(figures.content)
-    page = "\n\n".join(f"## {name}\n\n{table}" for name, table in text.items())
-    (arguments.out / "quantization.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    common.measured([python, PEERS / "plot_frontier.py", Figures(arguments.out).path, arguments.out])
     if arguments.page:
         images = arguments.page.parent / "images"
         images.mkdir(exist_ok=True)
         for plot in arguments.out.glob("*.svg"):
             shutil.copyfile(plot, images / f"quantization-{plot.name}")
-        arguments.page.write_text(page_with(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 def main() -> None:
@@ -106,7 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in subjects.wanted(arguments, parser):
         measured(prepared(name, arguments), arguments)
-    show(arguments)
+    illustrate(arguments)
+    show(arguments, "quantization", tables(Figures(arguments.out).content))
 
 
 if __name__ == "__main__":

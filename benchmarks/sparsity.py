@@ -25,7 +25,7 @@ import contenders
 import decoder
 import subjects
 from common import HERE, PEERS, Measured, Row, markdown
-from comparison import FLOAT32, FORMATS, TITLES, page_with
+from comparison import FLOAT32, FORMATS, TITLES, show
 from contenders import Contender, Subject
 from figures import Figures, measure
 from structure import ONNXSIM
@@ -150,15 +150,6 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
     return result
 
 
-def show(arguments: argparse.Namespace) -> None:
-    text = tables(Figures(arguments.out).content)
-    page = "\n\n".join(f"## {name}\n\n{part}" for name, part in text.items())
-    (arguments.out / "sparsity.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
-    if arguments.page:
-        arguments.page.write_text(page_with(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")
-
-
 def main() -> None:
     parser = subjects.parser(__doc__ or "")
     words = "patterns of weights to prune (default: feed-forward networks; with nothing behind it: all products)"
@@ -169,7 +160,7 @@ def main() -> None:
     for name in subjects.wanted(arguments, parser):
         if name != "encoder":
             compare(prepared(name, arguments), arguments)
-    show(arguments)
+    show(arguments, "sparsity", tables(Figures(arguments.out).content))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import decoder
 import encoder
 import subjects
 from common import HERE, PEERS, Measured, Row, markdown
-from comparison import FLOAT32, FORMATS, TITLES, page_with
+from comparison import FLOAT32, FORMATS, TITLES, show
 from contenders import Contender, Subject
 from figures import Figures, measure
 from subjects import prepared
@@ -185,21 +185,12 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
     return result
 
 
-def show(arguments: argparse.Namespace) -> None:
-    text = tables(Figures(arguments.out).content)
-    page = "\n\n".join(f"## {name}\n\n{part}" for name, part in text.items())
-    (arguments.out / "structure.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
-    if arguments.page:
-        arguments.page.write_text(page_with(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")
-
-
 def main() -> None:
     parser = subjects.parser(__doc__ or "")
     arguments = parser.parse_args()
     for name in subjects.wanted(arguments, parser):
         compare(prepared(name, arguments), arguments)
-    show(arguments)
+    show(arguments, "structure", tables(Figures(arguments.out).content))
 
 
 if __name__ == "__main__":

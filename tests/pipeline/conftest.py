@@ -86,6 +86,14 @@ def profile(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile whose recipes need no search."""
+    path = tmp_path_factory.mktemp("profile") / "plain.toml"
+    path.write_text(PROFILE.format(recipe="fp32"))
+    return path
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of three layers with a byte-level tokenizer and a chat template."""
     import torch

@@ -12,7 +12,7 @@ import pytest
 
 from onnxpress.search.kernels import KernelTable
 
-from .conftest import PROFILE, Run
+from .conftest import Run
 
 FORMATS = """
 name = "quick"
@@ -47,14 +47,6 @@ zero_points = "integer"
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "search-cache"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A profile whose recipes need no search."""
-    path = tmp_path_factory.mktemp("profile") / "plain.toml"
-    path.write_text(PROFILE.format(recipe="fp32"))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from onnxpress.errors import DestroyedError
 from onnxpress.measuring import Meter
 
-from .conftest import PROFILE, Run
+from .conftest import Run
 from .test_search import to_toml
 
 CUTS = """
@@ -61,13 +61,6 @@ BLOCK = FFN + 2 * 64 * 64 + 2 * 64 * 32
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "structure-cache"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("profile") / "plain.toml"
-    path.write_text(PROFILE.format(recipe="fp32"))
-    return path
 
 
 @pytest.fixture(scope="module")
