@@ -81,9 +81,11 @@ class FuseForeign(Pass):
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
+        common.ShapeInferencePass()(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         fuse_rotary(model, found)
         fuse_attention(model, found)
+        unflatten_products(model.graph, found)
         join_slices(model.graph, found)
         FuseGelu().apply(model, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
