@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, producer, scalar, slice_bounds
-from onnxpress.optimizers.sizes import sizes_in
+from onnxpress.optimizers.sizes import size_of, sizes_in
 
 SPLIT = (0, 2, 1, 3)
 KEYS = (0, 2, 3, 1)
@@ -100,14 +100,13 @@ def _unrepeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
     unsqueeze = producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
     if value is None or unsqueeze is None or expand is None:
         return value, 1
-    axes, sizes = constant(unsqueeze.inputs[1]), sizes_in(expand.inputs[1])
-    once, merged = unsqueeze.inputs[0], value.shape
-    if axes is None or axes.numpy().tolist() != [2] or len(sizes) != 5 or once is None or once.shape is None:
+    once, axes, sizes = unsqueeze.inputs[0], constant(unsqueeze.inputs[1]), sizes_in(expand.inputs[1])
+    if axes is None or axes.numpy().tolist() != [2] or len(sizes) != 5:
         return value, 1
-    heads, repeats, size = once.shape[1], sizes[2], once.shape[3]
-    if not isinstance(heads, int) or not isinstance(repeats, int) or merged is None or len(merged) != 4:
+    heads, size, repeats = size_of(once, -3), size_of(once, -1), sizes[2]
+    if not isinstance(heads, int) or not isinstance(repeats, int) or sizes[1] not in (heads, 1):
         return value, 1
-    if sizes[1] not in (heads, 1) or sizes[4] not in (size, 1) or (merged[1], merged[3]) != (heads * repeats, size):
+    if sizes[4] not in (size, 1) or (size_of(value, -3), size_of(value, -1)) != (heads * repeats, size):
         return value, 1
     return once, repeats
 

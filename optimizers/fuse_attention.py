@@ -20,6 +20,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from onnxpress.optimizers.anatomy.roles import NOT_FUSED
 from onnxpress.optimizers.attention_bias import attention_bias, require_causal
 from onnxpress.optimizers.attention_heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
 from onnxpress.optimizers.attention_lengths import Lengths
@@ -34,9 +35,6 @@ from onnxpress.optimizers.matching import (
     scalar,
     use_microsoft_operators,
 )
-
-NOT_FUSED = "onnxpress.not_fused"
-"""Where a Softmax says why its attention is spelled out."""
 
 
 @dataclass(frozen=True)

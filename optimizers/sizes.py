@@ -6,13 +6,14 @@ and replaced by a 1 in the graph, too. onnx's shape inference knows nothing of s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.matching import constant, is_op, producer, scalar
+from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, producer, scalar
 
 Size = int | str
 """A number, or the name of a dimension."""
@@ -39,7 +40,7 @@ def size_of(value: ir.Value | None, axis: int) -> Size | None:
     if isinstance(name, int) or (name is not None and not _UNNAMED.fullmatch(name)):
         return name
     node = value.producer()
-    return _computed(node, axis, rank) if node is not None and node.domain == "" else None
+    return _computed(node, axis, rank) if node is not None else None
 
 
 def sizes_in(value: ir.Value | None) -> list[Size | None]:
@@ -58,6 +59,8 @@ def sizes_in(value: ir.Value | None) -> list[Size | None]:
         return sizes_in(node.inputs[0])
     if node.op_type == "Shape":
         return _shape(node)
+    if node.op_type == "Mul":
+        return _products(*(sizes_in(one) for one in node.inputs))
     if node.op_type == "Gather":
         index, found = scalar(node.inputs[1]), sizes_in(node.inputs[0])
         return [found[int(index)]] if index is not None and -len(found) <= int(index) < len(found) else [None]
@@ -68,14 +71,25 @@ def sizes_in(value: ir.Value | None) -> list[Size | None]:
     return [None] * (int(lengths[0]) if lengths else 1) if not lengths or isinstance(lengths[0], int) else []
 
 
+def forget_unnamed(graph: ir.Graph) -> None:
+    """Remove shapes with sizes that shape inference could not follow, which it would keep when it runs again."""
+    for node in graph:
+        for value in node.outputs:
+            names = [size.value for size in value.shape or () if isinstance(size, ir.SymbolicDim)]
+            if any(name is None or _UNNAMED.fullmatch(name) for name in names) and not value.is_graph_output():
+                value.shape = None
+
+
 def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
 def _computed(node: ir.Node, axis: int, rank: int) -> Size | None:
     first = node.inputs[0]
-    if node.op_type in _SAME:
+    if node.op_type in _SAME or (node.op_type, node.domain) == ("RotaryEmbedding", MICROSOFT):
         return size_of(first, axis)
+    if node.domain != "":
+        return None
     if node.op_type in _BROADCAST:
         return _broadcast(size_of(one, axis) for one in node.inputs)
     if node.op_type == "MatMul" and axis < -2:
@@ -85,11 +99,37 @@ def _computed(node: ir.Node, axis: int, rank: int) -> Size | None:
         if not sizes:
             return None
         return _broadcast([size_of(first, axis), sizes[axis] if len(sizes) >= -axis else 1])
+    if node.op_type == "Reshape":
+        return _reshaped(node, axis)
     if node.op_type == "Transpose" and "perm" in node.attributes:
         return size_of(first, tuple(node.attributes.get_ints("perm", ()))[axis] - rank)
     if node.op_type in ("Slice", "Unsqueeze") and first is not None:
         return _sliced(node, axis, rank) if node.op_type == "Slice" else _unsqueezed(node, axis, rank)
     return None
+
+
+def _reshaped(node: ir.Node, axis: int) -> Size | None:
+    """Of a Reshape; -1 is what the sizes before have more than those after."""
+    first, target = node.inputs[0], sizes_in(node.inputs[1])
+    if first is None or first.shape is None or len(target) < -axis or node.attributes.get_int("allowzero", 0):
+        return None
+    before = [size_of(first, one) for one in range(-len(first.shape), 0)]
+    after = [before[place] if size == 0 and place < len(before) else size for place, size in enumerate(target)]
+    if after[axis] != -1:
+        return after[axis]
+    after.pop(axis)
+    names = [sorted(size for size in sizes if isinstance(size, str)) for sizes in (before, after)]
+    if None in before or None in after or names[0] != names[1]:
+        return None
+    numbers = [math.prod(size for size in sizes if isinstance(size, int)) for sizes in (before, after)]
+    return numbers[0] // numbers[1] if numbers[1] else None
+
+
+def _products(left: list[Size | None], right: list[Size | None]) -> list[Size | None]:
+    if len(left) != len(right):
+        return []
+    pairs = zip(left, right, strict=True)
+    return [a * b if isinstance(a, int) and isinstance(b, int) else None for a, b in pairs]
 
 
 def _sliced(node: ir.Node, axis: int, rank: int) -> Size | None:

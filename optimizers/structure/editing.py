@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.anatomy import Anatomy, Attention, Block, Product
-from onnxpress.optimizers.anatomy.roles import FUSED
+from onnxpress.optimizers.anatomy.roles import FUSED, NOT_FUSED
 from onnxpress.optimizers.linear import add_constant, is_shared, match_linear, read_rows
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
@@ -99,10 +99,7 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
     """
     node = attention.node
     if node.op_type not in FUSED:
-        raise UnsupportedModelError(
-            f"attention {node.name!r} is spelled out as {node.op_type}",
-            hint="--pass fuse-foreign fuses what it knows; else export the checkpoint with onnxpress",
-        )
+        raise spelled_out(f"attention {node.name!r}", node)
     if node.op_type == "MultiHeadAttention" and attention.kv_heads not in (None, attention.heads):
         raise UnsupportedModelError(
             f"attention {node.name!r} reads {attention.kv_heads} heads of keys that are repeated for {attention.heads} "
@@ -120,6 +117,19 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
             continue
         if PAST.fullmatch(str(value.name)) or value in node.outputs[1:]:
             value.shape = ir.Shape([value.shape[0], kv_heads, value.shape[2], head_dim])
+
+
+def spelled_out(where: str, node: ir.Node) -> UnsupportedModelError:
+    """Refuses an attention that is no operator of its own, with what kept fuse-foreign from making it one."""
+    reason = node.metadata_props.get(NOT_FUSED)
+    if reason is None:
+        return UnsupportedModelError(
+            f"{where}: attention is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
+        )
+    return UnsupportedModelError(
+        f"{where}: attention is spelled out and could not be fused: {reason}",
+        hint="export the checkpoint with onnxpress",
+    )
 
 
 def forget_shapes(anatomy: Anatomy) -> None:

@@ -22,6 +22,7 @@ from onnxpress.optimizers.structure.editing import (
     set_bias,
     set_heads,
     set_weight,
+    spelled_out,
 )
 from onnxpress.tensors import concrete_shape
 
@@ -146,9 +147,7 @@ def site_of(block: Block, attention: Attention) -> HeadSite:
     """Raise UnsupportedModelError, naming the layer, where heads are no plain runs of columns."""
     node, where = attention.node, block.title
     if node.op_type not in FUSED:
-        raise UnsupportedModelError(
-            f"{where}: attention is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
-        )
+        raise spelled_out(where, node)
     if attention.packed or attention.query is attention.key:
         raise UnsupportedModelError(
             f"{where}: query, key and value are packed in {attention.query.name}",
