@@ -77,18 +77,18 @@ class FuseForeign(Pass):
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
-        unflatten_products(model.graph, found)
+        for _ in range(2):  # sizes that the graph computes follow from shapes that were found before
+            unflatten_products(model.graph, found)
+            CleanUp()(model)
+            _infer_shapes(model)
+            drop_empty_slices(model.graph, found)
+            join_slices(model.graph, found)
         CleanUp()(model)
+        _infer_shapes(model)
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
-        common.ShapeInferencePass()(model)
-        drop_empty_slices(model.graph, found)
-        join_slices(model.graph, found)
-        CleanUp()(model)  # sizes that the graph computes, of shapes that are known by now
-        forget_unnamed(model.graph)
-        common.ShapeInferencePass()(model)
         fuse_rotary(model, found)
         fuse_attention(model, found)
         unflatten_products(model.graph, found)
@@ -99,6 +99,11 @@ class FuseForeign(Pass):
         report.matched.update(_fused_operators(model) - before)
         report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    forget_unnamed(model.graph)
+    common.ShapeInferencePass()(model)
 
 
 def _fused_operators(model: ir.Model) -> Counter[str]:

@@ -76,7 +76,7 @@ def forget_unnamed(graph: ir.Graph) -> None:
     for node in graph:
         for value in node.outputs:
             names = [size.value for size in value.shape or () if isinstance(size, ir.SymbolicDim)]
-            if any(name is None or _UNNAMED.fullmatch(name) for name in names) and not value.is_graph_output():
+            if any(_UNNAMED.fullmatch(name or "") for name in names) and not value.is_graph_output():
                 value.shape = None
 
 
