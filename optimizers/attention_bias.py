@@ -17,6 +17,7 @@ HIDDEN = -1e9
 """What is added to the score of a key at most if no part of it is to be seen."""
 PAST_AND_NEW = ((0, 5), (4, 1), (3, 4))
 """Lengths at which a mask is looked at; a graph without a cache has no past."""
+_AXES: dict[str, tuple[str, ...]] = {"input_ids": ("batch", "new"), "attention_mask": ("batch", "total")}
 _FEEDABLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)
 
 
@@ -25,18 +26,18 @@ def attention_bias(graph: ir.Graph, mask: ir.Value, rows: ir.Value, before: ir.N
     length, keys]."""
     one = ir.node("Constant", [], {"value_ints": [1]})
     ones = one.outputs[0]
-    shape = ir.node("Concat", [ones, ones, rows, ones], {"axis": 0})
-    nodes = [one, shape, ir.node("Expand", [mask, shape.outputs[0]])]
+    nodes = [one, ir.node("Concat", [ones, ones, rows, ones], {"axis": 0})]
+    sizes, bounded = nodes[-1].outputs[0], mask
     if finite:
         lowest = ir.node("Constant", [], {"value_float": LOWEST})
-        nodes += [lowest, ir.node("Max", [nodes[-1].outputs[0], lowest.outputs[0]])]
+        nodes += [lowest, ir.node("Max", [mask, lowest.outputs[0]])]
+        bounded = nodes[-1].outputs[0]
+    nodes.append(ir.node("Expand", [bounded, sizes]))
     graph.insert_before(before, nodes)
-    heads = size_of(mask, -3)
-    for node in nodes:
-        if node.op_type in ("Expand", "Max"):
-            node.outputs[0].type = mask.type
-            node.outputs[0].shape = ir.Shape([None, heads if isinstance(heads, int) else None, None, None])
-    return nodes[-1].outputs[0]
+    bias, heads = nodes[-1].outputs[0], size_of(mask, -3)
+    bias.type = mask.type
+    bias.shape = ir.Shape([None, heads if isinstance(heads, int) else None, None, None])
+    return bias
 
 
 def require_causal(model: ir.Model, mask: ir.Value) -> None:
@@ -67,8 +68,9 @@ def _check(mask: NDArray[np.floating], visible: NDArray[np.int64], past: int, ne
 
 
 def _cut(mask: ir.Value) -> Iterator[ir.Value]:
-    """The inputs of the graph that a mask depends on, and what it asks for nothing but its shape."""
-    queue, seen = [mask], set()
+    """The inputs of the graph that a mask depends on, and what it asks for nothing but its shape. Raises NotFused for
+    inputs whose values are not known beforehand."""
+    queue, seen, asked = [mask], set[ir.Value](), dict[ir.Value, None]()
     while queue:
         value = queue.pop()
         if value in seen or value.is_initializer():
@@ -76,12 +78,15 @@ def _cut(mask: ir.Value) -> Iterator[ir.Value]:
         seen.add(value)
         node = value.producer()
         if node is None:
+            if value.name not in ("attention_mask", "position_ids"):
+                raise NotFused(f"its mask depends on {value.name}")
             yield value
         elif node.op_type == "Shape" and None not in _sizes(node.inputs[0]):
             assert node.inputs[0] is not None
-            yield node.inputs[0]
+            asked[node.inputs[0]] = None
         else:
             queue += [one for one in node.inputs if one is not None]
+    yield from (value for value in asked if value not in seen)
 
 
 def _type(value: ir.Value) -> ir.DataType:
@@ -94,7 +99,7 @@ def _dimensions(graph: ir.Graph) -> dict[Size | None, str]:
     """What dimensions stand for, by their names: `batch`, `new`, `past` or `total`."""
     found: dict[Size | None, str] = {}
     for value in graph.inputs:
-        axes = {"input_ids": ("batch", "new"), "attention_mask": ("batch", "total")}.get(str(value.name), ())
+        axes = _AXES.get(str(value.name), ())
         if not axes and value.shape is not None and len(value.shape) == 4 and str(value.name).startswith("past"):
             axes = ("batch", "", "past", "")
         for axis, kind in enumerate(axes, -len(axes)):
@@ -114,9 +119,10 @@ def _feed(
         return np.maximum(np.cumsum(visible, axis=1) - 1, 0)[:, past:]
     lengths = {"batch": len(visible), "new": new, "past": past, "total": past + new}
     sizes = [lengths.get(dimensions.get(size, ""), size) for size in _sizes(value)]
-    if not all(isinstance(size, int) for size in sizes):
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) < len(sizes):
         raise NotFused(f"its mask depends on the shape {value.shape} of {value.name}")
-    return np.zeros(sizes, _type(value).numpy())
+    return np.zeros(known, _type(value).numpy())
 
 
 def _sizes(value: ir.Value | None) -> list[Size | None]:

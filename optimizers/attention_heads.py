@@ -1,8 +1,8 @@
 """Queries, keys and values of attention that is spelled out: what they were before they were split into heads.
 
-    q    [batch, length, hidden] -> Reshape -> Transpose (-> RotaryEmbedding)
-    k, v likewise, then appended to the past (Concat), repeated for groups of queries (Unsqueeze, Expand, Reshape); keys
-         are transposed. Constant factors may stand on queries and on what is read of the cache.
+q    [batch, length, hidden] -> Reshape -> Transpose (-> RotaryEmbedding)
+k, v likewise, then appended to the past (Concat), repeated for groups of queries (Unsqueeze, Expand, Reshape); keys
+     are transposed. Constant factors may stand on queries and on what is read of the cache.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from onnxpress.optimizers.anatomy.layers import NORMS
 from onnxpress.optimizers.attention_heads import Heads
 from onnxpress.optimizers.matching import is_op, scalar
 from onnxpress.optimizers.sizes import Size, size_of
@@ -56,10 +57,12 @@ class Lengths:
         return rows, count
 
     def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """int64 [1]: the size of `value` along an axis. Asked of an input of the graph where one has a dimension of
-        this name, so that what layers share depends on none of them."""
+        """int64 [1]: the size of `value` along an axis, not its last. Asked of an input of the graph where one has a
+        dimension of this name, else of what the layer reads: what layers share depends on none."""
         assert value.shape is not None
         name = size_of(value, axis - len(value.shape))
+        while name is None and (before := _before(value)) is not None:
+            value = before
         asked, axis = next(self._named(name), (value, axis))
         return self._add(("size", asked, axis), ir.node("Shape", [asked], {"start": axis, "end": axis + 1}))
 
@@ -77,3 +80,17 @@ class Lengths:
             node.outputs[0].type = ir.TensorType(ir.DataType.INT64 if integer == 64 else ir.DataType.INT32)
             node.outputs[0].shape = ir.Shape([1] * rank)
         return self.made[key]
+
+
+def _before(value: ir.Value) -> ir.Value | None:
+    """What a product, a bias, a norm or a split of features made `value` of: as many rows of as many tokens."""
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type not in {"Add", "MatMul", "Mul", "Split", *NORMS}:
+        return None
+    first = [one for one in node.inputs if one is not None and not one.is_initializer()]
+    if len(first) != 1 or first[0].shape is None or len(first[0].shape) != len(value.shape or ()):
+        return None
+    if node.op_type in ("MatMul", "Split") and node.inputs[0] is not first[0]:
+        return None
+    last = node.attributes.get_int("axis", 0) in (-1, len(first[0].shape) - 1)
+    return first[0] if node.op_type != "Split" or last else None

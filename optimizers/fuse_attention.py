@@ -111,9 +111,7 @@ def _match(softmax: ir.Node) -> _Attention:
     last = _merged(mixed, scores.inputs[0])
     if last is None:
         raise NotFused("heads are not merged by Transpose and Reshape")
-    return _Attention(
-        softmax, scores, mask, query, key, value, scale * query.scale * key.scale, guarded, last
-    )
+    return _Attention(softmax, scores, mask, query, key, value, scale * query.scale * key.scale, guarded, last)
 
 
 def _fuse(fusion: _Fusion, found: _Attention, report: Report) -> None:
@@ -173,8 +171,8 @@ def _check_groups(fusion: _Fusion, found: _Attention) -> None:
         fusion.causal[found.mask] = None
         try:
             require_causal(fusion.model, found.mask)
-        except NotFused as reason:
-            fusion.causal[found.mask] = str(reason)
+        except NotFused as error:
+            fusion.causal[found.mask] = str(error)
     reason = fusion.causal[found.mask]
     if reason is not None:
         raise NotFused(reason)

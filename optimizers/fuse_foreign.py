@@ -52,7 +52,14 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
-_REWRITTEN = ("empty slices", "names of weights", "products of flat matrices", "slices as one split", "sum and normalisation", "tables")
+_REWRITTEN = (
+    "empty slices",
+    "names of weights",
+    "products of flat matrices",
+    "slices as one split",
+    "sum and normalisation",
+    "tables",
+)
 """What is brought to our form without being fused."""
 
 

@@ -132,6 +132,8 @@ def _tables(graph: ir.Graph, before: ir.Node, wave: _Wave, source: ir.Value, *, 
             factor = ir.node("Constant", [], {"value": ir.tensor(np.float32(wave.scale))})
             nodes += [factor, ir.node("Mul", [nodes[-1].outputs[0], factor.outputs[0]])]
         waves.append(nodes[-1].outputs[0])
+        waves[-1].type = ir.TensorType(ir.DataType.FLOAT)
+        waves[-1].shape = ir.Shape([None, int(source.shape[-1]) // 2])  # type: ignore[arg-type]
     if shared:  # one number is the position of the first token
         nodes.append(ir.node("Constant", [], {"value_ints": [0]}))
     else:

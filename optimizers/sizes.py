@@ -67,8 +67,10 @@ def sizes_in(value: ir.Value | None) -> list[Size | None]:
     given = _without_minus_one(node)
     if given is not None:
         return [1 if size == -1 else size for size in sizes_in(given)]
-    lengths = list(value.shape) if value.shape is not None else [None]
-    return [None] * (int(lengths[0]) if lengths else 1) if not lengths or isinstance(lengths[0], int) else []
+    if value.shape is None or len(value.shape) > 1:
+        return []
+    length = value.shape[0] if len(value.shape) else 1
+    return [None] * length if isinstance(length, int) else []
 
 
 def forget_unnamed(graph: ir.Graph) -> None:
@@ -111,7 +113,7 @@ def _computed(node: ir.Node, axis: int, rank: int) -> Size | None:
 def _reshaped(node: ir.Node, axis: int) -> Size | None:
     """Of a Reshape; -1 is what the sizes before have more than those after."""
     first, target = node.inputs[0], sizes_in(node.inputs[1])
-    if first is None or first.shape is None or len(target) < -axis or node.attributes.get_int("allowzero", 0):
+    if first is None or first.shape is None or len(target) < -axis or _zero_is_a_size(node):
         return None
     before = [size_of(first, one) for one in range(-len(first.shape), 0)]
     after = [before[place] if size == 0 and place < len(before) else size for place, size in enumerate(target)]
@@ -123,6 +125,10 @@ def _reshaped(node: ir.Node, axis: int) -> Size | None:
         return None
     numbers = [math.prod(size for size in sizes if isinstance(size, int)) for sizes in (before, after)]
     return numbers[0] // numbers[1] if numbers[1] else None
+
+
+def _zero_is_a_size(node: ir.Node) -> bool:
+    return node.attributes.get_int("allowzero", 0) == 1
 
 
 def _products(left: list[Size | None], right: list[Size | None]) -> list[Size | None]:
@@ -181,10 +187,7 @@ def _all(value: ir.Value | None, number: int) -> bool:
         return bool(np.all(tensor.numpy() == number))
     product = producer(value, "Mul")
     if product is not None:
-        return any(
-            _all(one, 1) and scalar(other) == number
-            for one, other in (product.inputs, product.inputs[::-1])
-        )
+        return any(_all(one, 1) and scalar(other) == number for one, other in (product.inputs, product.inputs[::-1]))
     fill = producer(value, "ConstantOfShape")
     filled = fill.attributes.get("value") if fill is not None else None
     return filled is not None and bool(np.all(filled.value.numpy() == number))
