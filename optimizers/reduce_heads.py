@@ -30,7 +30,7 @@ from onnxpress.optimizers.linear import drop_unused, selected
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
-from onnxpress.optimizers.structure.head_request import HeadPlan, plan_heads, plan_resampling
+from onnxpress.optimizers.structure.head_request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.structure.head_samples import HeadSamples
 from onnxpress.optimizers.structure.head_sites import (
     Arrays,
@@ -66,6 +66,8 @@ class ReduceHeads(CalibratedPass):
         heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        ratio: float | None = None,
+        kv_ratio: float | None = None,
         method: Method = "least-squares",
         matrix: str = "average",
         corrected: bool = True,
@@ -78,6 +80,9 @@ class ReduceHeads(CalibratedPass):
         """
         Args:
             heads, kv_heads, head_dim: what each attention is to have; what is left out follows from the others.
+            ratio: or the share of each attention's query heads, such as 0.67, the nearest that can be had. Where they
+                share keys and values, they leave evenly and all key/value heads stay.
+            kv_ratio: or the share of its key/value heads: with their query heads where several share them, else merged.
             method: see the module.
             matrix: for resample: `average`, `random`, or a .npz file with `heads` [heads, new], `head_dim`
                 [head_dim, new] and, unless they are the same as heads, `kv_heads`; columns are scaled to sum to one.
@@ -87,11 +92,9 @@ class ReduceHeads(CalibratedPass):
             ridge: how strongly the refit holds on to what it starts from, in parts of each input's second moment.
             include, exclude: patterns of names of query weights; other attentions are left alone.
         """
-        if heads is None and kv_heads is None and head_dim is None:
-            raise UsageError("reduce-heads: say how many heads are to stay", hint="reduce-heads:heads=6")
         if ridge < 0:
             raise UsageError(f"reduce-heads: ridge must not be negative: {ridge}")
-        self.wanted = (heads, kv_heads, head_dim)
+        self.request = HeadRequest(heads, kv_heads, head_dim, ratio, kv_ratio)
         self.method, self.matrix, self.corrected, self.seed, self.ridge = method, matrix, corrected, seed, ridge
         self.refit = method in ("least-squares", "regress") if refit is None else refit
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -103,6 +106,9 @@ class ReduceHeads(CalibratedPass):
     def apply(self, model: ir.Model, report: Report) -> None:
         sites = self._sites(model, report)
         plans = {one.attention.node: self._plan(one) for one in sites}
+        unchanged = [one for one in sites if not plans[one.attention.node].changes]
+        if unchanged:
+            report.skip("no more and no larger heads than wanted", len(unchanged))
         sites = [one for one in sites if plans[one.attention.node].changes]
         if not sites:
             return
@@ -146,7 +152,8 @@ class ReduceHeads(CalibratedPass):
         return found
 
     def _plan(self, site: HeadSite) -> HeadPlan:
-        return (plan_resampling if self.method == "resample" else plan_heads)(site.sizes, self.wanted, site.block.title)
+        plan = plan_resampling if self.method == "resample" else plan_heads
+        return plan(site.sizes, self.request.wanted(site.sizes), site.block.title)
 
     def _check(self, site: HeadSite, plan: HeadPlan) -> None:
         where, operator = site.block.title, site.attention.node.op_type
@@ -229,7 +236,7 @@ class ReduceHeads(CalibratedPass):
         tables: Mapping[ir.Value, Tables],
         report: Report,
     ) -> None:
-        options = (self.wanted, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
+        options = (self.request, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
         name = f"{self.name} {options} {self.include} {self.exclude}"
         for step in self.calibration.walk(model, method=name):
             inside = set(step.segment.nodes)

@@ -339,9 +339,29 @@ def test_an_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.query, two.query)
 
 
+@pytest.mark.parametrize("method", ["least-squares", "resample"])
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [({"ratio": 0.5}, {"heads": 2}), ({"kv_ratio": 0.5}, {"kv_heads": 1})],
+)
+def test_a_share_of_the_heads_is_as_many_heads(tiny: Tiny, options: Any, numbers: Any, method: Any) -> None:
+    found = []
+    for asked in (options, numbers):
+        model = tiny("llama")
+        report = reduce(model, method=method, include=["model.layers.1.*"], **asked)
+        assert sum(report.matched.values()) == 1
+        found.append(sites(model)[1])
+    one, two = found
+    assert one.sizes == two.sizes != (4, 2, 16)
+    np.testing.assert_array_equal(one.read().query, two.read().query)
+    np.testing.assert_array_equal(one.read().output, two.read().output)
+
+
 def test_nothing_to_do(tiny: Tiny) -> None:
-    report = reduce(tiny("llama"), heads=4)
-    assert not report.matched
+    for options in ({"heads": 4}, {"ratio": 0.9}, {"kv_ratio": 1.0}):
+        report = reduce(tiny("llama"), **options)
+        assert not report.matched
+        assert report.skipped["no more and no larger heads than wanted"] > 0
     report = reduce(tiny("llama"), (), heads=2)
     assert report.skipped["no sample inputs for this graph"] > 0
     with pytest.raises(UsageError, match="say how many heads"):

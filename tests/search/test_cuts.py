@@ -27,7 +27,7 @@ from onnxpress.search.units import find_units, part_model
 
 Exported = Callable[..., ir.Model]
 NARROW = PassSpec("prune-ffn", {"ratio": 0.75, "multiple_of": 1})
-HEADS = PassSpec("reduce-heads", {"heads": 2})
+HEADS = PassSpec("reduce-heads", {"ratio": 0.5})
 CUTS = [Cut("narrow", (NARROW,)), Cut("removed", (PassSpec("reduce-depth", {"drop": 1}),))]
 GRAPHS = [("llama", "model"), ("gpt2", "model"), ("bert", "model"), ("t5", "encoder_model"), ("t5", "decoder_model")]
 
