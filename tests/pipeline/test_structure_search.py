@@ -221,6 +221,24 @@ def test_sensitivity_of_structure_is_printed_and_drawn(
     assert "three quarters" in shown.stdout
 
 
+def test_heads_have_a_map_of_their_own(run: Run, plain: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["-p", plain, *DATA[:4], "--threads", "1", "--heads"]
+    found = run("sensitivity", checkpoint, *options, "--plot", tmp_path / "map.svg", "--json")
+    assert found.code == 0, found.stderr
+    assert [row["unit"] for row in found.json["heads"]] == [
+        f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)
+    ]
+    assert all(len(row["losses"]) == 4 and min(row["losses"]) > 0 for row in found.json["heads"])
+    assert "blocks" not in found.json
+    assert (tmp_path / "map.svg").read_text().count("<title>") == 12
+    least = np.argsort(found.json["heads"][1]["losses"])
+    shown = run("sensitivity", checkpoint, *options).stdout
+    assert " ".join(map(str, least)) in next(line for line in shown.splitlines() if "layers.1." in line)
+    found = run("sensitivity", checkpoint, *options, "-r", "budget")
+    assert found.code == 2
+    assert "--heads are without a recipe" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

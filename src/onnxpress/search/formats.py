@@ -7,9 +7,10 @@ by quantizing activations, counts too. What a block may become is a format as we
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,13 @@ class Format:
 
     name: str
     specs: tuple[PassSpec, ...]
+    losses_follow: ClassVar[bool] = True
+    """Whether losses follow from errors, which are small enough; otherwise every one is measured."""
+
+    @property
+    def key(self) -> str:
+        """What it is recognised by: what it does, whatever it is called."""
+        return json.dumps([[spec.name, dict(spec.options)] for spec in self.specs], sort_keys=True)
 
     def passes_for(self, weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
         """The passes for the weights of these names only, as lines of a recipe and built."""
