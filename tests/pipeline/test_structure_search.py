@@ -145,6 +145,19 @@ def test_a_size_can_be_met_by_bits_and_cuts_where_bits_do_not_do(build: Any, cut
     assert step(record, "search")["matched"]["4 bits"] >= 1
 
 
+def test_heads_are_cut_where_channels_do_not_do(build: Any, tmp_path: Path) -> None:
+    """Two of four query heads of two layers, and half of all channels: with fewer cuts there are too many parameters."""
+    path = tmp_path / "heads.toml"
+    heads = '[[cut]]\nname = "heads"\npass = "reduce-heads"\nratio = 0.5\n'
+    path.write_text(CUTS.split('[[cut]]\nname = "removed"')[0] + heads)
+    record = build("out", path, "--max-parameters", "70%")
+    assert step(record, "search")["matched"] == {"half": 3, "heads": 2}
+    layers = record["export"]["structure"]["after"]["stacks"]["model.layers"]
+    assert sorted(layer["attentions"][0]["heads"] for layer in layers) == [2, 2, 4]
+    assert {layer["width"] for layer in layers} == {64}
+    assert record["export"]["structure"]["onnx_only"] == ["layers differ in attention heads: 2, 4"]
+
+
 def test_importance_keeps_what_it_names_whole(build: Any, cuts: Path, tmp_path: Path) -> None:
     weighed = {}
     for layer in range(3):
