@@ -146,7 +146,7 @@ def test_a_size_can_be_met_by_bits_and_cuts_where_bits_do_not_do(build: Any, cut
 
 
 def test_heads_are_cut_where_channels_do_not_do(build: Any, tmp_path: Path) -> None:
-    """Two of four query heads of two layers, and half of all channels: with fewer cuts there are too many parameters."""
+    """Half of the query heads of two layers and half of all channels: fewer cuts leave too many parameters."""
     path = tmp_path / "heads.toml"
     heads = '[[cut]]\nname = "heads"\npass = "reduce-heads"\nratio = 0.5\n'
     path.write_text(CUTS.split('[[cut]]\nname = "removed"')[0] + heads)
