@@ -21,7 +21,7 @@ DISTRUST = 4.0
 class Prediction:
     """Sums of costs are of losses in nats (or 1 − cosine), of bytes, of parameters and of microseconds.
 
-    Losses of cuts compound in another way than those of formats, and have a factor of their own.
+    On other text than what they were fitted to, cuts lose several times as much; formats have a factor of their own.
     """
 
     loss_factor: float = 1.0
