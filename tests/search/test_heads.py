@@ -42,7 +42,7 @@ def true_loss(model: ir.Model, weight: str, head: int, samples: Samples) -> floa
 def test_losses_are_those_of_the_model_without_that_head(
     exported: Exported, name: str, stem: str, attentions: int
 ) -> None:
-    """GPT-2's projections are packed, and T5's decoder has cross-attention: reduce-heads refuses both."""
+    """GPT-2's projections are packed, and T5's decoder has cross-attention, whose heads no pass reduces."""
     model = exported(name, stem)
     samples = samples_of(model)
     found = measured(model, samples)

@@ -3,7 +3,7 @@
 A head taken out is a format of the product that reads what all heads computed: its columns are zero, as if its rows of
 the output product were gone. Nothing makes up for it, unlike in `reduce-heads`, which refits the other rows: what is
 measured is how much the model relies on the head, of which the refit can save a part. It needs no fitting and no
-samples to fit to, and works for attention that `reduce-heads` refuses, as packed or spelled out.
+samples to fit to, and works for attention that `reduce-heads` refuses, such as cross-attention.
 
 Where query heads share keys and values, it is the query heads that are taken out, one at a time: heads h · group to
 (h + 1) · group − 1 share key/value head h.
