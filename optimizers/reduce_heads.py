@@ -13,7 +13,7 @@ each sees what those before it make of the samples by then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.optimizers.anatomy import Attention, Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import drop_unused, selected
@@ -43,6 +43,7 @@ from onnxpress.optimizers.structure.head_sites import (
     table_width,
 )
 from onnxpress.optimizers.structure.output_refit import error, refit
+from onnxpress.optimizers.structure.packed_heads import unpacked
 from onnxpress.optimizers.structure.resample import matrices_for, resample
 from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.structure.targets import Target
@@ -104,7 +105,14 @@ class ReduceHeads(CalibratedPass):
         return self.method != "resample" or self.refit
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        sites = self._sites(model, report)
+        chosen = self._chosen(model, report)
+        with unpacked(model, chosen):
+            self._reduce(model, {attention.node for _, attention in chosen}, report)
+
+    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], report: Report) -> None:
+        sites = [
+            site_of(block, one) for block in anatomy_of(model).blocks for one in block.attentions if one.node in chosen
+        ]
         plans = {one.attention.node: self._plan(one) for one in sites}
         unchanged = [one for one in sites if not plans[one.attention.node].changes]
         if unchanged:
@@ -135,7 +143,7 @@ class ReduceHeads(CalibratedPass):
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
 
-    def _sites(self, model: ir.Model, report: Report) -> list[HeadSite]:
+    def _chosen(self, model: ir.Model, report: Report) -> list[tuple[Block, Attention]]:
         found, left = [], 0
         for block in anatomy_of(model).blocks:
             for attention in block.attentions:
@@ -146,7 +154,7 @@ class ReduceHeads(CalibratedPass):
                     report.skip("excluded by name")
                     left += 1
                 else:
-                    found.append(site_of(block, attention))
+                    found.append((block, attention))
         if found and left:
             report.skip("layers will differ in their heads: only ONNX can express that, no config.json", left)
         return found

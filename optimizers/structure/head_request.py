@@ -37,7 +37,7 @@ class HeadRequest:
                 raise UsageError(f"reduce-heads: {name} is a share of the heads, above 0 and up to 1: {given[name]}")
 
     def wanted(self, before: Sizes) -> Wanted:
-        """Numbers for an attention of these sizes: of those that can be had the nearest to a share, in a tie the larger.
+        """Numbers for an attention of these sizes: of those that can be had the nearest to a share, the larger of two.
 
         Where several query heads share a key and a value, they leave evenly, so that their number stays a multiple of
         the key/value heads, which all stay; of key/value heads any number stays, with all of their query heads. Where

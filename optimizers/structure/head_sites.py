@@ -149,11 +149,8 @@ def site_of(block: Block, attention: Attention) -> HeadSite:
         raise UnsupportedModelError(
             f"{where}: attention is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
         )
-    if attention.packed or attention.query is attention.key:
-        raise UnsupportedModelError(
-            f"{where}: query, key and value are packed in {attention.query.name}",
-            hint="put reduce-heads before pack-projections; a checkpoint that packs them cannot be reduced yet",
-        )
+    if attention.query is attention.key:
+        raise UnsupportedModelError(f"{where}: query and key are packed in {attention.query.name}")
     key, value, output = attention.key, attention.value, attention.output
     assert key is not None
     assert value is not None

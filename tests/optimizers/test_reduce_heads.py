@@ -384,7 +384,6 @@ def test_an_encoder_decoder_is_cut_in_its_encoder(exported: Exported, run: Run) 
     ("name", "options", "message"),
     [
         ("qwen3", {"heads": 2}, r"QK-norm"),
-        ("gpt2", {"heads": 2}, r"packed in .*c_attn"),
         ("llama", {"head_dim": 8}, r"head_dim must be a multiple of 16 where GroupQueryAttention has rotary"),
         ("llama", {"heads": 3}, r"layers.0: 3 query heads cannot share 2 key/value heads evenly"),
         ("llama", {"heads": 2, "method": "regress"}, r"share 2 values"),

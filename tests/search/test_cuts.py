@@ -57,8 +57,8 @@ def test_losses_are_those_of_the_model_with_that_block_cut(exported: Exported, n
             assert row.loss == pytest.approx(true_loss(model, site, cut, samples), rel=0.02, abs=2e-6), (site, cut)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
+@pytest.mark.parametrize(("name", "width"), [("llama", 32), ("bert", 32), ("gpt2", 3 * 32)])
+def test_heads_are_cut_as_channels_are(exported: Exported, name: str, width: int) -> None:
     """A cut of other units of the block, whose caches and masks go with it."""
     model = exported(name)
     samples, sites = samples_of(model), find_sites(model)[:2]
@@ -69,7 +69,7 @@ def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
         site = next(site for site in sites if site.name == name)
         expected = true_loss(model, site, next(one for one in cuts if one.name == cut), samples)
         assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), row
-        assert any(shapes[0][1] == 32 for shapes in row.left.values()), "2 of 4 heads × 16"
+        assert any(shapes[0][1] == width for shapes in row.left.values()), "2 of 4 heads × 16"
         assert len(row.left) == (2 if cut == "heads" else 4)
 
 
