@@ -64,6 +64,13 @@ class HeadSite:
         return self.output.bias is not None
 
     @property
+    def causal(self) -> bool:
+        """Whether the first token of a text can attend to nothing but itself."""
+        node = self.attention.node
+        given = (node.attributes.get(name) for name in ("unidirectional", "is_causal"))
+        return node.op_type == "GroupQueryAttention" or any(one is not None and bool(one.value) for one in given)
+
+    @property
     def interleaved(self) -> bool:
         names = ("rotary_interleaved", "interleaved")
         nodes = self.rotations or (self.attention.node,)
