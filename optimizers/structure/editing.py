@@ -72,6 +72,22 @@ def keep_weight(product: Product, inputs: NDArray[np.int64] | None, outputs: NDA
         _put(product.bias, ir.tensor(np.ascontiguousarray(bias.numpy()[outputs])))
 
 
+def columns_of(product: Product, outputs: NDArray[np.int64] | None) -> tuple[ir.TensorProtocol, Floats | None]:
+    """W [in, these outputs], read when it is needed, and b of them, None where there is none; None takes all."""
+    linear = match_linear(product.node)
+    tensor = product.weight.const_value
+    assert linear is not None
+    assert tensor is not None
+    weight: ir.TensorProtocol = (
+        _transposed(select(tensor, outputs, None)) if linear.transposed else select(tensor, None, outputs)
+    )
+    if product.bias is None:
+        return weight, None
+    assert product.bias.const_value is not None
+    bias = np.asarray(product.bias.const_value.numpy(), np.float32)
+    return weight, bias if outputs is None else bias[outputs]
+
+
 def set_bias(product: Product, bias: NDArray[np.floating]) -> None:
     """Give a product this bias [out]: in its own initializer, or in an Add behind it where it had none."""
     values = np.ascontiguousarray(bias, dtype=np.float32)

@@ -65,6 +65,13 @@ class HeadSite:
         return self.output.bias is not None
 
     @property
+    def causal(self) -> bool:
+        """Whether the first token of a text can attend to nothing but itself."""
+        node = self.attention.node
+        given = (node.attributes.get(name) for name in ("unidirectional", "is_causal"))
+        return node.op_type == "GroupQueryAttention" or any(one is not None and bool(one.value) for one in given)
+
+    @property
     def interleaved(self) -> bool:
         names = ("rotary_interleaved", "interleaved")
         nodes = self.rotations or (self.attention.node,)
@@ -148,11 +155,8 @@ def site_of(block: Block, attention: Attention) -> HeadSite:
     node, where = attention.node, block.title
     if node.op_type not in FUSED:
         raise spelled_out(where, node)
-    if attention.packed or attention.query is attention.key:
-        raise UnsupportedModelError(
-            f"{where}: query, key and value are packed in {attention.query.name}",
-            hint="put reduce-heads before pack-projections; a checkpoint that packs them cannot be reduced yet",
-        )
+    if attention.query is attention.key:
+        raise UnsupportedModelError(f"{where}: query and key are packed in {attention.query.name}")
     key, value, output = attention.key, attention.value, attention.output
     assert key is not None
     assert value is not None

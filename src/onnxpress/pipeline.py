@@ -212,6 +212,7 @@ def sensitivity(
     *,
     every: bool = False,
     structure: bool = False,
+    heads: bool = False,
     kernel_table: KernelTable | None = None,
     **options: Any,
 ) -> Survey:
@@ -219,16 +220,22 @@ def sensitivity(
     what each block loses with each of its cuts.
 
     Args:
-        structure: by default, try the cuts of the recipe `budget-structure` and no formats.
+        structure: try the cuts of the recipe `budget-structure` and no formats.
+        heads: take out single attention heads, and try no formats.
         every: measure every loss, rather than infer those of finer formats from the coarsest one's that loses alike.
         options: those of `_prepared`.
     """
     from onnxpress.search.survey import survey
 
-    if structure and options.get("recipe"):
-        raise UsageError("--structure and --recipe exclude each other", hint="a recipe's own cuts are tried anyway")
-    with _prepared(model, default=STRUCTURE if structure else None, **options) as (work, recipe):
-        return survey(work, replace(recipe, formats={}) if structure else recipe, kernel_table, every)
+    mapped = structure or heads
+    if mapped and options.get("recipe"):
+        raise UsageError(
+            "--structure and --heads are without a recipe", hint="the cuts of a recipe of your own are tried anyway"
+        )
+    with _prepared(model, default=STRUCTURE if mapped else None, **options) as (work, recipe):
+        if mapped:
+            recipe = replace(recipe, formats={}, cuts=recipe.cuts if structure else {})
+        return survey(work, recipe, kernel_table, every=every, heads=heads)
 
 
 def kernels(model: str, output: Path, **options: Any) -> KernelTable:
