@@ -21,9 +21,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxpress.optimizers.anatomy.roles import NOT_FUSED
-from onnxpress.optimizers.attention_bias import attention_bias, require_causal
-from onnxpress.optimizers.attention_heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
-from onnxpress.optimizers.attention_lengths import Lengths
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.matching import (
     MICROSOFT,
@@ -35,6 +32,9 @@ from onnxpress.optimizers.matching import (
     scalar,
     use_microsoft_operators,
 )
+from onnxpress.optimizers.spelled_out.bias import attention_bias, require_causal
+from onnxpress.optimizers.spelled_out.heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
+from onnxpress.optimizers.spelled_out.lengths import Lengths
 
 
 @dataclass(frozen=True)

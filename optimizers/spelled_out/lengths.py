@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.optimizers.attention_heads import Heads
 from onnxpress.optimizers.matching import is_op, scalar
 from onnxpress.optimizers.sizes import Size, size_of
+from onnxpress.optimizers.spelled_out.heads import Heads
 
 
 @dataclass

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.attention_heads import NotFused
 from onnxpress.optimizers.calibration.subgraphs import extract, session_of
 from onnxpress.optimizers.sizes import Size, size_of
+from onnxpress.optimizers.spelled_out.heads import NotFused
 
 LOWEST = float(np.finfo(np.float32).min) / 2
 HIDDEN = -1e9
