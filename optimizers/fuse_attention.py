@@ -1,20 +1,26 @@
-"""Attention that torch's older exporter spells out, as com.microsoft MultiHeadAttention.
+"""Attention that torch's older exporter spells out, as com.microsoft MultiHeadAttention or GroupQueryAttention.
 
     softmax(scale · q kᵀ + mask) v   with q, k, v split into heads by Reshape and Transpose
-    =>  MultiHeadAttention(q, k, v, attention_bias = mask)
+    =>  MultiHeadAttention(q, k, v, attention_bias = mask, past)
+    =>  GroupQueryAttention(q, k, v, past, lengths, attention_bias = mask)   where keys and values are repeated
 
-q, k and v are the [batch, length, hidden] values before the split. The scale may stand on the product, or on q and k.
+q, k and v are the [batch, length, hidden] values before the split, or rotated ones; the operator appends them to the
+past. The scale may stand on the product, or on q and k. The mask stays the graph's own. GroupQueryAttention hides later
+tokens by itself, so there the mask must hide them as well.
+
 Where the graph guards against rows without a single visible key (torch's sdpa does, with IsNaN), the mask is kept
 finite: such rows then hold an average instead of zeros, and nothing reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from onnxpress.optimizers.anatomy.roles import NOT_FUSED
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.matching import (
     MICROSOFT,
@@ -26,69 +32,179 @@ from onnxpress.optimizers.matching import (
     scalar,
     use_microsoft_operators,
 )
-
-SPLIT = (0, 2, 1, 3)
-LOWEST = float(np.finfo(np.float32).min) / 2
+from onnxpress.optimizers.spelled_out.bias import attention_bias, require_causal
+from onnxpress.optimizers.spelled_out.heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
+from onnxpress.optimizers.spelled_out.lengths import Lengths
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """A value before it was split into heads."""
+class _Attention:
+    """One that can be fused."""
 
-    source: ir.Value
-    """[batch, length, heads · head_size]"""
-    head_size: int
+    softmax: ir.Node
+    scores: ir.Node
+    mask: ir.Value | None
+    query: Heads
+    key: Heads
+    value: Heads
     scale: float
+    guarded: bool
+    """Rows without a visible key become zeros."""
+    last: ir.Node
+    """The Reshape to [batch, length, hidden] that ends it."""
+
+
+@dataclass
+class _Fusion:
+    model: ir.Model
+    lengths: Lengths
+    masks: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    causal: dict[ir.Value, str | None] = field(default_factory=dict)
+    """By mask, why it is not."""
 
 
 def fuse_attention(model: ir.Model, report: Report) -> None:
-    """Replace what matches; leaves dead nodes behind."""
-    masks: dict[ir.Value, ir.Value] = {}
-    for node in list(model.graph):
-        if is_op(node, "Softmax"):
-            reason = _fuse(model.graph, node, masks)
-            if reason is None:
-                report.match("MultiHeadAttention")
-            else:
-                report.skip(f"attention: {reason}")
-    if masks or report.matched["MultiHeadAttention"]:
+    """Replace what matches; leaves dead nodes behind. Wants shapes to be known, and nodes and values to have names."""
+    softmaxes = [node for node in model.graph if is_op(node, "Softmax")]
+    fusion = _Fusion(model, Lengths(model.graph))
+    for softmax in softmaxes:
+        try:
+            found = _match(softmax)
+        except NotFused:
+            continue
+        fusion.lengths.replace(found.key)
+        fusion.lengths.replace(found.value)
+    if fusion.lengths.replaced:  # layers then build the same mask
+        common.TopologicalSortPass()(model)
+        common.CommonSubexpressionEliminationPass()(model)
+    for softmax in softmaxes:
+        try:
+            _fuse(fusion, _match(softmax), report)
+        except NotFused as reason:
+            softmax.metadata_props[NOT_FUSED] = str(reason)
+            report.skip(f"attention: {reason}")
+    if report.matched["MultiHeadAttention"] or report.matched["GroupQueryAttention"]:
         use_microsoft_operators(model)
 
 
-def _fuse(graph: ir.Graph, softmax: ir.Node, masks: dict[ir.Value, ir.Value]) -> str | None:
-    """Fuse one attention, or say why not."""
+def _match(softmax: ir.Node) -> _Attention:
+    """Raises NotFused with the reason."""
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
-        return "softmax is not over the last axis"
+        raise NotFused("softmax is not over the last axis")
     probabilities, guarded = _past_nan_guard(softmax.outputs[0])
     mixed = only_reader(probabilities)
     if not is_op(mixed, "MatMul") or mixed is None or mixed.inputs[0] is not probabilities:
-        return "no product with the values after the softmax"
+        raise NotFused("no product with the values after the softmax")
     scores, scale, mask = _scores(softmax.inputs[0])
     if scores is None:
-        return "no product of queries and keys before the softmax"
-    query, key, value = _heads(scores.inputs[0]), _key_heads(scores.inputs[1]), _heads(mixed.inputs[1])
-    if query is None or key is None or value is None:
-        return "queries, keys or values are not split by Reshape and Transpose"
+        raise NotFused("no product of queries and keys before the softmax")
+    query, key = heads_of(scores.inputs[0], "queries"), key_heads_of(scores.inputs[1])
+    value = heads_of(mixed.inputs[1], "values")
     if value.scale != 1:
-        return "values are scaled"
-    hidden = query.source.shape[-1] if query.source.shape is not None else None
-    if not isinstance(hidden, int) or query.head_size != key.head_size or hidden % query.head_size:
-        return "number of heads is not known"
+        raise NotFused("values are scaled")
+    if query.head_size != key.head_size or query.repeats != 1 or query.count != key.count * key.repeats:
+        raise NotFused(f"{query.count} heads of queries, {key.count} of keys, each for {key.repeats}, do not fit")
+    if query.past is not None or value.rotation is not None or key.repeats != value.repeats:
+        raise NotFused("keys and values are not made alike")
+    if (key.past is None) != (value.past is None) or key.count != value.count:
+        raise NotFused("keys and values are not made alike")
     last = _merged(mixed, scores.inputs[0])
     if last is None:
-        return "heads are not merged by Transpose and Reshape"
-    bias = _attention_bias(graph, mask, query.source, scores, guarded, masks) if mask is not None else None
-    inputs = [query.source, key.source, value.source, *([None, None, bias] if bias is not None else [])]
+        raise NotFused("heads are not merged by Transpose and Reshape")
+    return _Attention(softmax, scores, mask, query, key, value, scale * query.scale * key.scale, guarded, last)
+
+
+def _fuse(fusion: _Fusion, found: _Attention, report: Report) -> None:
+    """Put the operator in its place, or raise NotFused."""
+    key, graph = found.key, fusion.model.graph
+    grouped = key.repeats > 1
+    cache = [value.present for value in (key, found.value) if value.present is not None]
+    if found.mask is not None and _depends(found.mask, cache):
+        raise NotFused("its mask depends on keys or values")
+    if grouped:
+        _check_groups(fusion, found)
+    inputs = [_rotated(graph, found.scores, one) for one in (found.query, key, found.value)]
+    bias = None
+    if found.mask is not None:
+        if found.mask not in fusion.masks:
+            rows = fusion.lengths.size(found.query.source, 1)
+            fusion.masks[found.mask] = attention_bias(graph, found.mask, rows, found.scores, found.guarded)
+        bias = fusion.masks[found.mask]
+    attributes: dict[str, Any] = {"num_heads": found.query.count, "scale": found.scale}
+    past = [key.past, found.value.past] if cache else [None, None]
+    if grouped:
+        attributes |= {"kv_num_heads": key.count}
+        inputs += [*past, *fusion.lengths.of_all(key, found.query), None, None, None, bias]
+    else:
+        inputs += [None, None, bias, *past]
+    while inputs[-1] is None:
+        inputs.pop()
+    operator = "GroupQueryAttention" if grouped else "MultiHeadAttention"
     fused = ir.node(
-        "MultiHeadAttention",
+        operator,
         inputs,
-        {"num_heads": hidden // query.head_size, "scale": scale * query.scale * key.scale},
+        attributes,
         domain=MICROSOFT,
-        name=f"{softmax.name}.attention" if softmax.name else None,
+        name=f"{found.softmax.name}.attention" if found.softmax.name else None,
+        num_outputs=3 if cache or grouped else 1,
     )
-    fused.metadata_props.update(softmax.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, last, [last], [fused], [last.outputs[0]], [fused.outputs[0]])
-    return None
+    fused.metadata_props.update(found.softmax.metadata_props)
+    fused.metadata_props.pop(NOT_FUSED, None)
+    last, merged = found.last, found.last.outputs[0]
+    assert merged.shape is not None
+    merged.shape = ir.Shape([*list(merged.shape)[:-1], found.query.count * found.value.head_size])
+    concats = [one.producer() for one in cache]
+    ir.convenience.replace_nodes_and_values(
+        graph, last, [last], [fused], [merged, *cache], list(fused.outputs[: 1 + len(cache)])
+    )
+    graph.remove([node for node in concats if node is not None], safe=True)
+    report.match(operator)
+
+
+def _check_groups(fusion: _Fusion, found: _Attention) -> None:
+    """Raise NotFused where GroupQueryAttention would do something else."""
+    if found.query.head_size % 8:
+        raise NotFused(f"GroupQueryAttention takes heads of multiples of 8, not {found.query.head_size}")
+    if found.mask is None:
+        raise NotFused("its keys are repeated, and it has no mask that hides later tokens")
+    if found.mask not in fusion.causal:
+        fusion.causal[found.mask] = None
+        try:
+            require_causal(fusion.model, found.mask)
+        except NotFused as error:
+            fusion.causal[found.mask] = str(error)
+    reason = fusion.causal[found.mask]
+    if reason is not None:
+        raise NotFused(reason)
+
+
+def _rotated(graph: ir.Graph, before: ir.Node, heads: Heads) -> ir.Value | None:
+    """[batch, length, heads · head_size], rotated as the heads were."""
+    if heads.rotation is None:
+        return heads.source
+    old = heads.rotation
+    attributes = [one for one in old.attributes.values() if one.name != "num_heads"]
+    attributes.append(ir.AttrInt64("num_heads", heads.count))
+    node = ir.Node(MICROSOFT, "RotaryEmbedding", [heads.source, *old.inputs[1:]], attributes, name=old.name)
+    node.metadata_props.update(old.metadata_props)
+    node.outputs[0].type, node.outputs[0].shape = heads.source.type, heads.source.shape
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _depends(value: ir.Value, others: list[ir.Value]) -> bool:
+    queue: list[ir.Value | None] = [value]
+    seen = set()
+    while queue:
+        current = queue.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        if current in others:
+            return True
+        node = current.producer()
+        queue += node.inputs if node is not None else []
+    return False
 
 
 def _past_nan_guard(value: ir.Value) -> tuple[ir.Value, bool]:
@@ -101,59 +217,15 @@ def _past_nan_guard(value: ir.Value) -> tuple[ir.Value, bool]:
     return value, False
 
 
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """The value before a multiplication or division by a constant, and the factor."""
-    for op_type in ("Mul", "Div"):
-        node = producer(value, op_type)
-        if node is None:
-            continue
-        factor = scalar(node.inputs[1])
-        if factor:
-            return node.inputs[0], factor if op_type == "Mul" else 1 / factor
-        factor = scalar(node.inputs[0])
-        if factor and op_type == "Mul":
-            return node.inputs[1], factor
-    return value, 1.0
-
-
 def _scores(value: ir.Value | None) -> tuple[ir.Node | None, float, ir.Value | None]:
     """The product of queries and keys, its scale, and the mask that is added to it."""
     add = producer(value, "Add")
     for operand in add.inputs if add is not None else [value]:
-        product, scale = _unscaled(operand)
+        product, scale = unscaled(operand)
         node = producer(product, "MatMul")
         if node is not None and operand is not None:
             return node, scale, other_input(add, operand) if add is not None else None
     return None, 1.0, None
-
-
-def _heads(value: ir.Value | None) -> _Heads | None:
-    """What [batch, heads, length, head_size] was split from."""
-    value, scale = _unscaled(value)
-    return _split(producer(value, "Transpose"), SPLIT, scale)
-
-
-def _key_heads(value: ir.Value | None) -> _Heads | None:
-    """What transposed keys [batch, heads, head_size, length] were split from."""
-    value, scale = _unscaled(value)
-    transpose = producer(value, "Transpose")
-    if transpose is not None and tuple(transpose.attributes.get_ints("perm", ())) == (0, 1, 3, 2):
-        inner, more = _unscaled(transpose.inputs[0])
-        return _split(producer(inner, "Transpose"), SPLIT, scale * more)
-    return _split(transpose, (0, 2, 3, 1), scale)
-
-
-def _split(transpose: ir.Node | None, order: tuple[int, ...], scale: float) -> _Heads | None:
-    if transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != order:
-        return None
-    reshape = producer(transpose.inputs[0], "Reshape")
-    if reshape is None or reshape.inputs[0] is None or reshape.inputs[0].shape is None:
-        return None
-    split = reshape.outputs[0].shape
-    size = split[-1] if split is not None else None
-    if len(reshape.inputs[0].shape) != 3 or split is None or len(split) != 4 or not isinstance(size, int):
-        return None
-    return _Heads(reshape.inputs[0], size, scale)
 
 
 def _merged(mixed: ir.Node, query: ir.Value | None) -> ir.Node | None:
@@ -164,7 +236,7 @@ def _merged(mixed: ir.Node, query: ir.Value | None) -> ir.Node | None:
         if sizes is None or len(sizes.inputs) != 4 or _dimension(sizes.inputs[2], query) not in (2, -2):
             return None
         node = only_reader(node.outputs[0])
-    if node is None or not is_op(node, "Transpose") or tuple(node.attributes.get_ints("perm", ())) != SPLIT:
+    if node is None or not is_order(node, SPLIT):
         return None
     readers = [use.node for use in node.outputs[0].uses() if not is_op(use.node, "Shape")]
     if len(readers) != 1 or not is_op(readers[0], "Reshape") or node.outputs[0].is_graph_output():
@@ -181,31 +253,6 @@ def _dimension(value: ir.Value | None, query: ir.Value | None) -> int | None:
     gather = producer(unsqueeze.inputs[0] if unsqueeze is not None else value, "Gather")
     shape = producer(gather.inputs[0], "Shape") if gather is not None else None
     index = constant(gather.inputs[1]) if gather is not None else None
-    if shape is None or index is None or index.size != 1 or shape.inputs[0] is not _unscaled(query)[0]:
+    if shape is None or index is None or index.size != 1 or shape.inputs[0] is not unscaled(query)[0]:
         return None
     return int(index.numpy().reshape(-1)[0])
-
-
-def _attention_bias(
-    graph: ir.Graph,
-    mask: ir.Value,
-    query: ir.Value,
-    scores: ir.Node,
-    guarded: bool,
-    masks: dict[ir.Value, ir.Value],
-) -> ir.Value:
-    """The mask with as many rows as there are queries, and finite; made once for all layers."""
-    if mask in masks:
-        return masks[mask]
-    one = ir.node("Constant", [], {"value_ints": [1]})
-    rows = ir.node("Shape", [query], {"start": 1, "end": 2})
-    ones = one.outputs[0]
-    shape = ir.node("Concat", [ones, ones, rows.outputs[0], ones], {"axis": 0})
-    nodes = [one, rows, shape, ir.node("Expand", [mask, shape.outputs[0]])]
-    if guarded:
-        lowest = ir.node("Constant", [], {"value_float": LOWEST})
-        nodes += [lowest, ir.node("Max", [nodes[-1].outputs[0], lowest.outputs[0]])]
-    graph.insert_before(scores, nodes)
-    masks[mask] = nodes[-1].outputs[0]
-    masks[mask].type = mask.type
-    return masks[mask]

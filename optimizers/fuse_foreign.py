@@ -34,8 +34,9 @@ from onnxpress.optimizers.fuse_norm import fuse_norms
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
 from onnxpress.optimizers.name_weights import name_weights
+from onnxpress.optimizers.sizes import forget_unnamed
 from onnxpress.optimizers.split_skip_norm import split_skip_norms
-from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
+from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
 _RULES: list[Callable[[ir.Model], object]] = [
     rms_normalization.fuse_rms_normalization,
@@ -51,7 +52,14 @@ _RULES: list[Callable[[ir.Model], object]] = [
 ]
 """onnxscript's, in the order in which one builds on another."""
 
-_REWRITTEN = ("names of weights", "products of flat matrices", "slices as one split", "sum and normalisation", "tables")
+_REWRITTEN = (
+    "empty slices",
+    "names of weights",
+    "products of flat matrices",
+    "slices as one split",
+    "sum and normalisation",
+    "tables",
+)
 """What is brought to our form without being fused."""
 
 
@@ -76,15 +84,21 @@ class FuseForeign(Pass):
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
-        unflatten_products(model.graph, found)
+        for _ in range(2):  # sizes that the graph computes follow from shapes that were found before
+            unflatten_products(model.graph, found)
+            CleanUp()(model)
+            _infer_shapes(model)
+            drop_empty_slices(model.graph, found)
+            join_slices(model.graph, found)
         CleanUp()(model)
+        _infer_shapes(model)
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         fuse_rotary(model, found)
         fuse_attention(model, found)
-        join_slices(model.graph, found)
+        unflatten_products(model.graph, found)
         FuseGelu().apply(model, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)
@@ -92,6 +106,11 @@ class FuseForeign(Pass):
         report.matched.update(_fused_operators(model) - before)
         report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    forget_unnamed(model.graph)
+    common.ShapeInferencePass()(model)
 
 
 def _fused_operators(model: ir.Model) -> Counter[str]:

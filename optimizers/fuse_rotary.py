@@ -26,6 +26,7 @@ from onnxpress.optimizers.matching import (
     slice_bounds,
     use_microsoft_operators,
 )
+from onnxpress.optimizers.sizes import size_of
 
 Tables = tuple[ir.Value, ir.Value, ir.Value]
 """positions, cosines, sines"""
@@ -70,11 +71,12 @@ def _fuse(graph: ir.Graph, turned: ir.Node, tables: dict[tuple[ir.Value, float],
     if sine is None or cosine is None or sine != cosine:
         return "cosine and sine are not of the same doubled angles"
     shape = sine.angles.shape
-    if shape is None or len(shape) != 3 or source.shape is None or shape[0] not in (1, source.shape[0]):
+    batch = size_of(sine.angles, -3)
+    if shape is None or len(shape) != 3 or batch is None or batch not in (1, size_of(source, -4)):
         return "batch of the angles is not known"
     key = (sine.angles, sine.scale)
     if key not in tables:
-        tables[key] = _tables(graph, total, sine, source)
+        tables[key] = _tables(graph, total, sine, source, shared=batch == 1)
     fused = ir.node("RotaryEmbedding", [source, *tables[key]], {"interleaved": 0}, domain=MICROSOFT, name=total.name)
     fused.metadata_props.update(total.metadata_props)
     ir.convenience.replace_nodes_and_values(graph, total, [total], [fused], [total.outputs[0]], [fused.outputs[0]])
@@ -118,10 +120,9 @@ def _wave(value: ir.Value | None, op_type: str) -> _Wave | None:
     return _Wave(angles, scale) if angles is not None and doubled.attributes.get_int("axis", 0) in (-1, 2) else None
 
 
-def _tables(graph: ir.Graph, before: ir.Node, wave: _Wave, source: ir.Value) -> Tables:
-    """Positions, cosines and sines of these angles, computed once for all layers."""
+def _tables(graph: ir.Graph, before: ir.Node, wave: _Wave, source: ir.Value, *, shared: bool) -> Tables:
+    """Positions, cosines and sines of these angles, computed once for all layers; `shared` by all rows of a batch."""
     assert source.shape is not None
-    assert wave.angles.shape is not None
     half = ir.node("Constant", [], {"value_ints": [-1, int(source.shape[-1]) // 2]})  # type: ignore[arg-type]
     flat = ir.node("Reshape", [wave.angles, half.outputs[0]])
     nodes, waves = [half, flat], []
@@ -131,7 +132,9 @@ def _tables(graph: ir.Graph, before: ir.Node, wave: _Wave, source: ir.Value) -> 
             factor = ir.node("Constant", [], {"value": ir.tensor(np.float32(wave.scale))})
             nodes += [factor, ir.node("Mul", [nodes[-1].outputs[0], factor.outputs[0]])]
         waves.append(nodes[-1].outputs[0])
-    if wave.angles.shape[0] == 1:  # one number is the position of the first token
+        waves[-1].type = ir.TensorType(ir.DataType.FLOAT)
+        waves[-1].shape = ir.Shape([None, int(source.shape[-1]) // 2])  # type: ignore[arg-type]
+    if shared:  # one number is the position of the first token
         nodes.append(ir.node("Constant", [], {"value_ints": [0]}))
     else:
         zero, one = (ir.node("Constant", [], {"value_int": number}) for number in (0, 1))

@@ -139,7 +139,7 @@ class PruneFfn(CalibratedPass):
         found = []
         for block in anatomy_of(model).blocks:
             if block.feed_forward is None:
-                report.skip("no plain feed-forward network, such as experts")
+                report.skip(_no_network(block))
             elif not selected(block.feed_forward.down.name, self.include, self.exclude):
                 report.skip("excluded by name")
             elif self._target(block) >= block.feed_forward.down.features[0]:
@@ -306,6 +306,16 @@ class PruneFfn(CalibratedPass):
         """Names the method and its options to a walk that may go on in another process."""
         options = (self.method, self.refit, self.ridge, self.bias_compensation, self.multiple_of, self.include)
         return f"{self.name} {options} {self.exclude} {self.width} {self.ratio} {self.gradients} {list(widths)}"
+
+
+def _no_network(block: Block) -> str:
+    """What a layer has in the place of a plain feed-forward network."""
+    if any(node.op_type in ("MoE", "QMoE") for node in block.nodes):
+        return "experts in the place of a feed-forward network"
+    inside = {product.weight for attention in block.attentions for product in attention.products}
+    names = [product.name for product in block.products if product.weight not in inside]
+    parts = sorted({name.removeprefix(f"{block.title}.") for name in names})
+    return f"no plain feed-forward network among what is not attention: {', '.join(parts) or 'no products'}"
 
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, ir.TensorProtocol]:

@@ -13,7 +13,7 @@ each sees what those before it make of the samples by then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -22,15 +22,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.errors import UsageError
+from onnxpress.optimizers.anatomy import Attention, Block, anatomy_of
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.linear import drop_unused, selected
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.structure.head_limits import require_possible
 from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
-from onnxpress.optimizers.structure.head_request import HeadPlan, plan_heads, plan_resampling
+from onnxpress.optimizers.structure.head_request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.structure.head_samples import HeadSamples
 from onnxpress.optimizers.structure.head_sites import (
     Arrays,
@@ -40,9 +41,10 @@ from onnxpress.optimizers.structure.head_sites import (
     pack_output,
     site_of,
     skip_reason,
-    table_width,
 )
+from onnxpress.optimizers.structure.lone_tokens import mixed_sums
 from onnxpress.optimizers.structure.output_refit import error, refit
+from onnxpress.optimizers.structure.packed_heads import unpacked
 from onnxpress.optimizers.structure.resample import matrices_for, resample
 from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.structure.targets import Target
@@ -66,18 +68,24 @@ class ReduceHeads(CalibratedPass):
         heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        ratio: float | None = None,
+        kv_ratio: float | None = None,
         method: Method = "least-squares",
         matrix: str = "average",
         corrected: bool = True,
         seed: int = 0,
         refit: bool | None = None,
         ridge: float = 0.1,
+        first_tokens: float = 0.01,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
         """
         Args:
             heads, kv_heads, head_dim: what each attention is to have; what is left out follows from the others.
+            ratio: or the share of each attention's query heads, such as 0.67, the nearest that can be had. Where they
+                share keys and values, they leave evenly and all key/value heads stay.
+            kv_ratio: or the share of its key/value heads: with their query heads where several share them, else merged.
             method: see the module.
             matrix: for resample: `average`, `random`, or a .npz file with `heads` [heads, new], `head_dim`
                 [head_dim, new] and, unless they are the same as heads, `kv_heads`; columns are scaled to sum to one.
@@ -85,15 +93,18 @@ class ReduceHeads(CalibratedPass):
             seed: of random matrices.
             refit: whether the output is refitted to samples; by default unless the method is slice or resample.
             ridge: how strongly the refit holds on to what it starts from, in parts of each input's second moment.
+            first_tokens: the share of the fit that is given to tokens which attend to nothing but themselves, as the
+                first of a text does; of decoders only.
             include, exclude: patterns of names of query weights; other attentions are left alone.
         """
-        if heads is None and kv_heads is None and head_dim is None:
-            raise UsageError("reduce-heads: say how many heads are to stay", hint="reduce-heads:heads=6")
         if ridge < 0:
             raise UsageError(f"reduce-heads: ridge must not be negative: {ridge}")
-        self.wanted = (heads, kv_heads, head_dim)
+        self.request = HeadRequest(heads, kv_heads, head_dim, ratio, kv_ratio)
         self.method, self.matrix, self.corrected, self.seed, self.ridge = method, matrix, corrected, seed, ridge
         self.refit = method in ("least-squares", "regress") if refit is None else refit
+        if not 0 <= first_tokens < 1:
+            raise UsageError(f"reduce-heads: first_tokens is a share, from 0 and below 1: {first_tokens}")
+        self.first_tokens = first_tokens
         self.include, self.exclude = tuple(include), tuple(exclude)
 
     @property
@@ -101,8 +112,18 @@ class ReduceHeads(CalibratedPass):
         return self.method != "resample" or self.refit
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        sites = self._sites(model, report)
+        chosen = self._chosen(model, report)
+        with unpacked(model, chosen):
+            self._reduce(model, {attention.node for _, attention in chosen}, report)
+
+    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], report: Report) -> None:
+        sites = [
+            site_of(block, one) for block in anatomy_of(model).blocks for one in block.attentions if one.node in chosen
+        ]
         plans = {one.attention.node: self._plan(one) for one in sites}
+        unchanged = [one for one in sites if not plans[one.attention.node].changes]
+        if unchanged:
+            report.skip("no more and no larger heads than wanted", len(unchanged))
         sites = [one for one in sites if plans[one.attention.node].changes]
         if not sites:
             return
@@ -110,7 +131,7 @@ class ReduceHeads(CalibratedPass):
             report.skip(NO_SAMPLES, len(sites))
             return
         for site in sites:
-            self._check(site, plans[site.attention.node])
+            require_possible(site, plans[site.attention.node], self.method, self.calibration.memory_bytes)
         planes = self._planes(model, sites, plans)
         tables = {
             table[0]: cut_tables(model.graph, table, planes[table[0]])
@@ -129,7 +150,7 @@ class ReduceHeads(CalibratedPass):
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
 
-    def _sites(self, model: ir.Model, report: Report) -> list[HeadSite]:
+    def _chosen(self, model: ir.Model, report: Report) -> list[tuple[Block, Attention]]:
         found, left = [], 0
         for block in anatomy_of(model).blocks:
             for attention in block.attentions:
@@ -140,52 +161,14 @@ class ReduceHeads(CalibratedPass):
                     report.skip("excluded by name")
                     left += 1
                 else:
-                    found.append(site_of(block, attention))
+                    found.append((block, attention))
         if found and left:
             report.skip("layers will differ in their heads: only ONNX can express that, no config.json", left)
         return found
 
     def _plan(self, site: HeadSite) -> HeadPlan:
-        return (plan_resampling if self.method == "resample" else plan_heads)(site.sizes, self.wanted, site.block.title)
-
-    def _check(self, site: HeadSite, plan: HeadPlan) -> None:
-        where, operator = site.block.title, site.attention.node.op_type
-        if plan.after[0] != plan.after[1] and operator not in ("GroupQueryAttention", "Attention"):
-            raise UnsupportedModelError(
-                f"{where}: {operator} wants as many key/value heads as heads; {plan.after[1]} and {plan.after[0]} "
-                f"were asked for",
-                hint="leave kv_heads out",
-            )
-        if self.method == "regress" and (plan.merges or (plan.drops and plan.before[0] != plan.before[1])):
-            raise UnsupportedModelError(
-                f"{where}: {plan.before[0]} query heads share {plan.before[1]} values, which regress would have to "
-                f"change for all of them"
-                if not plan.merges
-                else f"{where}: regress cannot merge key/value heads",
-                hint="use method=least-squares",
-            )
-        needed = 8 * (plan.dropped[0] * site.value.features[0]) ** 2
-        if self.method == "regress" and plan.drops and needed > self.calibration.memory_bytes:
-            raise UnsupportedModelError(
-                f"{where}: to regress on what {plan.dropped[0]} heads attend to takes {needed / 1e9:.1f} GB, more than "
-                f"the {self.calibration.memory_bytes / 1e9:.1f} GB that calibration may take",
-                hint="use method=least-squares",
-            )
-        rotary = site.attention.rotary
-        if rotary is None or not (plan.narrows or plan.merges):
-            return
-        if table_width(rotary) != site.sizes[2] // 2:
-            raise UnsupportedModelError(
-                f"{where}: only {table_width(rotary)} of {site.sizes[2] // 2} planes are rotary; keys cannot be "
-                f"merged or narrowed yet where the rest is not",
-                hint="reduce heads, not head_dim",
-            )
-        step = 16 if operator == "GroupQueryAttention" else 2
-        if plan.narrows and plan.after[2] % step:
-            raise UsageError(
-                f"{where}: head_dim must be a multiple of {step} where {operator} has rotary positions, "
-                f"not {plan.after[2]}"
-            )
+        plan = plan_resampling if self.method == "resample" else plan_heads
+        return plan(site.sizes, self.request.wanted(site.sizes), site.block.title)
 
     def _planes(
         self, model: ir.Model, sites: Sequence[HeadSite], plans: Mapping[ir.Node, HeadPlan]
@@ -229,12 +212,12 @@ class ReduceHeads(CalibratedPass):
         tables: Mapping[ir.Value, Tables],
         report: Report,
     ) -> None:
-        options = (self.wanted, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
-        name = f"{self.name} {options} {self.include} {self.exclude}"
+        options = (self.request, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
+        name = f"{self.name} {options} {self.first_tokens} {self.include} {self.exclude}"
         for step in self.calibration.walk(model, method=name):
             inside = set(step.segment.nodes)
             for number, site in enumerate(one for one in sites if one.attention.node in inside):
-                plan = plans[site.attention.node]
+                plan, before = plans[site.attention.node], site.read()
                 seen = HeadSamples(step, site, Target(self.calibration.memory_bytes))
                 try:
                     if not step.finished:
@@ -242,7 +225,7 @@ class ReduceHeads(CalibratedPass):
                     reduced = partial(self._reduced, seen, plan, self._dimensions(site, planes))
                     site.write(step.results(f"heads{number}", reduced))
                     self._finish(site, plan, tables, report)
-                    found = step.results(f"refit{number}", partial(self._refitted, seen, plan))
+                    found = step.results(f"refit{number}", partial(self._refitted, seen, plan, before))
                 finally:
                     seen.target.close()
                 site.write(found)
@@ -261,17 +244,23 @@ class ReduceHeads(CalibratedPass):
             site.attention.rotary is not None,
             site.interleaved,
             dimensions,
+            self._lone(site) if self.method != "slice" else 0.0,
         )
         return pack(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
-    def _refitted(self, seen: HeadSamples, plan: HeadPlan) -> Arrays:
+    def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> Arrays:
         """The output fitted to what the attention makes by now, and what is lost."""
         after = replace(seen.site, sizes=plan.after)
         weights = after.read()
         normal = seen.regress(plan.after[0] * plan.after[2])
         if self.refit:
-            weights = refit(weights, normal, self.ridge, centred=after.biased)
+            share = self._lone(seen.site)
+            fitted = mixed_sums(normal, weights, before, seen.hidden.augmented(), share) if share else normal
+            weights = refit(weights, fitted, self.ridge, centred=after.biased)
         return pack_output(after, weights) | {"error": np.array([error(weights, normal)], np.float32)}
+
+    def _lone(self, site: HeadSite) -> float:
+        return self.first_tokens if site.causal else 0.0
 
     def _resampled(self, weights: AttentionWeights, plan: HeadPlan, dimensions: Indices | None) -> AttentionWeights:
         planes = None if dimensions is None else np.eye(weights.head_dim)[:, dimensions]

@@ -3,10 +3,11 @@
     Reshape(Gemm(Reshape(x, [-1, in]), W, b), [batch, length, out])  =>  Add(MatMul(x, W), b)
     Gather(Transpose(W), ids), MatMul(x, W)                          =>  Gather(W', ids), MatMul(x, Transpose(W'))
     Slice(p, 0, n), Slice(p, n, 2n)                                  =>  Split(p, [n, n])
+    Slice(x, 0, n), Concat(x, Slice(x, n, n))                        =>  x, if x has n features
 
 The first is how torch writes GPT-2's layers, the second how the genai builder writes an embedding that is the head:
 W' [vocabulary, hidden] then is one table under the name of the embedding, as in our exports. The third is a packed
-product that torch's older exporter takes apart.
+product that torch's older exporter takes apart, the fourth what is left of rotating a part of each head if that is all.
 """
 
 from __future__ import annotations
@@ -70,10 +71,44 @@ def join_slices(graph: ir.Graph, report: Report) -> None:
         constant = ir.node("Constant", [], {"value": sizes})
         split = ir.node("Split", [value, constant.outputs[0]], {"axis": -1}, num_outputs=len(nodes))
         split.metadata_props.update(nodes[0].metadata_props)
+        for node, (start, end) in zip(nodes, ends, strict=True):  # a Slice may not have known all of its sizes
+            node.outputs[0].shape = ir.Shape([*list(value.shape)[:-1], end - start])
         graph.insert_before(min(nodes, key=list(graph).index), [constant, split])
         for node, output in zip(nodes, split.outputs, strict=True):
             ir.convenience.replace_nodes_and_values(graph, node, [node], [], [node.outputs[0]], [output])
         report.match("slices as one split")
+
+
+def drop_empty_slices(graph: ir.Graph, report: Report) -> None:
+    """Read a value itself in the place of a Slice that takes all of its last axis, and join nothing to it."""
+    for node in list(graph):
+        if is_op(node, "Slice"):
+            source = node.inputs[0]
+            if source is not None and source.shape is not None and _bounds(node) == (0, source.shape[-1]):
+                _replace(node, source, report)
+        elif is_op(node, "Concat") and not node.outputs[0].is_graph_output():
+            rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else 0
+            full = [value for value in node.inputs if not _is_empty(value)]
+            if rank and len(full) == 1 and node.attributes.get_int("axis", 0) in (-1, rank - 1) and full[0] is not None:
+                _replace(node, full[0], report)
+
+
+def _bounds(node: ir.Node) -> tuple[int, int] | None:
+    source = node.inputs[0]
+    return slice_bounds(node, source) if source is not None and source.shape is not None else None
+
+
+def _is_empty(value: ir.Value | None) -> bool:
+    """Whether it is a Slice of the last axis that takes nothing."""
+    node = producer(value, "Slice")
+    bounds = _bounds(node) if node is not None else None
+    return bounds is not None and 0 <= bounds[1] <= bounds[0]
+
+
+def _replace(node: ir.Node, value: ir.Value, report: Report) -> None:
+    if not node.outputs[0].is_graph_output() and node.outputs[0].uses():
+        node.outputs[0].replace_all_uses_with(value)
+        report.match("empty slices")
 
 
 def _is_product(value: ir.Value) -> bool:

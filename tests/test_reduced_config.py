@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onnxpress.reduced_config import Reduced, reduced_config
+from onnxpress.reduced_config import Reduced, reduced_config, renewed
 from onnxpress.structure import Heads, Layer, Structure
 
 HEADS = Heads(4, 4, 16)
@@ -134,3 +134,11 @@ def test_what_did_not_change_is_left_as_it_is() -> None:
     config = {"model_type": "llama", "intermediate_size": 7, "num_hidden_layers": 5}
     assert follow(config, structure()) == Reduced(config)
     assert reduced_config({}, structure(), structure()) == Reduced({})
+
+
+def test_how_layers_differ_by_now_stands_for_how_they_differed_before() -> None:
+    """A search cuts in several steps: each reason is said once, as it is in the end."""
+    first = ["layers differ in feed-forward width: 48, 96", "layers differ in attention heads: 2, 4", "other: 1"]
+    found = renewed(first, ["layers differ in feed-forward width: 24, 48, 96", "other: 2"])
+    assert found == [*first[1:], "layers differ in feed-forward width: 24, 48, 96", "other: 2"]
+    assert set(renewed(first, first)) == set(first)

@@ -94,7 +94,9 @@ def anatomy_of(model: ir.Model) -> Anatomy:
         )
         products = tuple(find_products(segments[number].nodes))
         attentions = find_attentions(segments[number].nodes, products)
-        rest = [product for product in products if not any(product in one.products for one in attentions)]
+        # By weight: DeBERTa's projections read relative positions as well.
+        used = {product.weight for one in attentions for product in one.products}
+        rest = [product for product in products if product.weight not in used]
         blocks.append(
             Block(
                 segments[number],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.optimizers.anatomy.products import Product
-from onnxpress.optimizers.matching import constant
+from onnxpress.optimizers.sizes import sizes_in
 
 FUSED = {
     "GroupQueryAttention": "num_heads",
@@ -17,6 +17,8 @@ FUSED = {
     "Attention": "q_num_heads",
 }
 """Operators whose inputs 0, 1, 2 are query, key and value, and the attribute with the number of query heads."""
+NOT_FUSED = "onnxpress.not_fused"
+"""Where a Softmax says why fuse-foreign left its attention spelled out."""
 ROTARY_INPUTS = (7, 8)
 """GroupQueryAttention's tables of cosines and sines."""
 ACTIVATIONS = frozenset(
@@ -281,25 +283,12 @@ def _head_size(states: ir.Value, query: Product) -> int | None:
             continue
         seen.add(value)
         for node, index in value.uses():
-            sizes = _sizes(node.inputs[1]) if node.op_type == "Reshape" and index == 0 else []
+            sizes = sizes_in(node.inputs[1]) if node.op_type == "Reshape" and index == 0 else []
             if len(sizes) >= 4:
-                return sizes[-1]
+                return sizes[-1] if isinstance(sizes[-1], int) else None
             if node.op_type not in BOOKKEEPING:
                 queue += node.outputs
     return None
-
-
-def _sizes(value: ir.Value | None) -> list[int | None]:
-    """The sizes that a Reshape is given, through what exporters wrap constants in; None where one is computed."""
-    tensor = constant(value)
-    if tensor is not None:
-        return [int(size) for size in tensor.numpy().ravel()] if tensor.dtype == ir.DataType.INT64 else []
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type not in ("Concat", "Unsqueeze", "Identity"):
-        return []
-    if node.op_type == "Concat":
-        return [size for one in node.inputs for size in _sizes(one) or [None]]
-    return _sizes(node.inputs[0])
 
 
 def _rotary(node: ir.Node, nodes: Sequence[ir.Node]) -> tuple[ir.Value, ir.Value] | None:

@@ -42,7 +42,7 @@ def extract(model: ir.Model, inputs: Mapping[str, ir.DataType], outputs: Sequenc
     part = copy_graph(ir.Model(graph, ir_version=model.ir_version))
     for value in part.graph.inputs:
         value.type, value.shape = ir.TensorType(inputs[str(value.name)]), None
-    read = {value for node in part.graph for value in node.inputs}
+    read = {value for node in ir.traversal.RecursiveGraphIterator(part.graph) for value in node.inputs}
     part.graph.inputs[:] = [value for value in part.graph.inputs if value in read]
     if any(value.type is None for value in part.graph.outputs):
         common_passes.ShapeInferencePass()(part)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.anatomy import Anatomy, Attention, Block, Product
-from onnxpress.optimizers.anatomy.roles import FUSED
+from onnxpress.optimizers.anatomy.roles import FUSED, NOT_FUSED
 from onnxpress.optimizers.linear import add_constant, is_shared, match_linear, read_rows
 from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
@@ -72,6 +72,22 @@ def keep_weight(product: Product, inputs: NDArray[np.int64] | None, outputs: NDA
         _put(product.bias, ir.tensor(np.ascontiguousarray(bias.numpy()[outputs])))
 
 
+def columns_of(product: Product, outputs: NDArray[np.int64] | None) -> tuple[ir.TensorProtocol, Floats | None]:
+    """W [in, these outputs], read when it is needed, and b of them, None where there is none; None takes all."""
+    linear = match_linear(product.node)
+    tensor = product.weight.const_value
+    assert linear is not None
+    assert tensor is not None
+    weight: ir.TensorProtocol = (
+        _transposed(select(tensor, outputs, None)) if linear.transposed else select(tensor, None, outputs)
+    )
+    if product.bias is None:
+        return weight, None
+    assert product.bias.const_value is not None
+    bias = np.asarray(product.bias.const_value.numpy(), np.float32)
+    return weight, bias if outputs is None else bias[outputs]
+
+
 def set_bias(product: Product, bias: NDArray[np.floating]) -> None:
     """Give a product this bias [out]: in its own initializer, or in an Add behind it where it had none."""
     values = np.ascontiguousarray(bias, dtype=np.float32)
@@ -99,10 +115,7 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
     """
     node = attention.node
     if node.op_type not in FUSED:
-        raise UnsupportedModelError(
-            f"attention {node.name!r} is spelled out as {node.op_type}",
-            hint="--pass fuse-foreign fuses what it knows; else export the checkpoint with onnxpress",
-        )
+        raise spelled_out(f"attention {node.name!r}", node)
     if node.op_type == "MultiHeadAttention" and attention.kv_heads not in (None, attention.heads):
         raise UnsupportedModelError(
             f"attention {node.name!r} reads {attention.kv_heads} heads of keys that are repeated for {attention.heads} "
@@ -120,6 +133,19 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
             continue
         if PAST.fullmatch(str(value.name)) or value in node.outputs[1:]:
             value.shape = ir.Shape([value.shape[0], kv_heads, value.shape[2], head_dim])
+
+
+def spelled_out(where: str, node: ir.Node) -> UnsupportedModelError:
+    """Refuses an attention that is no operator of its own, with what kept fuse-foreign from making it one."""
+    reason = node.metadata_props.get(NOT_FUSED)
+    if reason is None:
+        return UnsupportedModelError(
+            f"{where}: attention is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
+        )
+    return UnsupportedModelError(
+        f"{where}: attention is spelled out and could not be fused: {reason}",
+        hint="export the checkpoint with onnxpress",
+    )
 
 
 def forget_shapes(anatomy: Anatomy) -> None:

@@ -14,6 +14,7 @@ from onnxpress.optimizers.structure.head_dim import chosen_dimensions, score_bas
 from onnxpress.optimizers.structure.head_request import HeadPlan
 from onnxpress.optimizers.structure.heads import eliminate_heads, head_blocks, loudest_heads, output_norms
 from onnxpress.optimizers.structure.kv_merge import merge
+from onnxpress.optimizers.structure.lone_tokens import mixed_moments
 from onnxpress.optimizers.structure.moments import Moments
 from onnxpress.optimizers.structure.output_refit import Sums
 from onnxpress.optimizers.structure.ridge import penalties
@@ -59,11 +60,17 @@ class Reduction:
     interleaved: bool = False
     kept_dimensions: Indices | None = None
     """Of queries and keys, where positions are rotary and heads become smaller."""
+    lone: float = 0.0
+    """The share of the moments that tokens have which attend to nothing but themselves, see `lone_tokens`."""
 
     def __call__(self, weights: AttentionWeights, seen: Observed) -> AttentionWeights:
         """The reduced weights; a refit has the last word on the output."""
-        gram = seen.states.covariance() if self.centred else seen.states.second()
-        found, kept = self._drop(weights, gram, np.diagonal(seen.states.second()))
+        states = seen.states.augmented()
+        if self.lone:
+            states = mixed_moments(states, weights, seen.hidden.augmented(), self.lone)
+        second, mean = states[:-1, :-1], states[-1, :-1]
+        gram = second - self.centred * np.outer(mean, mean)
+        found, kept = self._drop(weights, gram, np.diagonal(second))
         if self.method == "regress" and self.plan.drops:
             return self._narrow_scores(self._regress(weights, found, kept, seen), seen)
         if self.plan.merges:
@@ -90,7 +97,7 @@ class Reduction:
     ) -> AttentionWeights:
         attended = seen.attended(kept)
         prior = cluster_sums(weights, kept, successors(attended.products, kept))
-        value, output = regress_values(attended.sums, prior, self.plan.after[2], VALUE_RIDGE)
+        value, output = regress_values(attended.sums, prior, found.kv_heads, self.plan.after[2], VALUE_RIDGE)
         padded = np.concatenate([value, np.zeros((1, *value.shape[1:]))])
         return replace(found, value=padded, output=output)
 

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from onnxpress.errors import UsageError
 
 Sizes = tuple[int, int, int]
 """(heads, kv_heads, head_dim)"""
+Wanted = tuple[int | None, int | None, int | None]
+"""Likewise; None for what follows from the others."""
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What is asked of every attention, in numbers or in shares of what it has."""
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ratio: float | None = None
+    """The share of query heads,"""
+    kv_ratio: float | None = None
+    """or of key/value heads."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            raise UsageError("reduce-heads: say how many heads are to stay", hint="reduce-heads:heads=6")
+        for name in ("ratio", "kv_ratio"):
+            others = sorted(given.keys() - {name, "head_dim"})
+            if name in given and others:
+                raise UsageError(f"reduce-heads: give {name}, a share of the heads, without {' and '.join(others)}")
+            if name in given and not 0 < given[name] <= 1:
+                raise UsageError(f"reduce-heads: {name} is a share of the heads, above 0 and up to 1: {given[name]}")
+
+    def wanted(self, before: Sizes) -> Wanted:
+        """Numbers for an attention of these sizes: of those that can be had the nearest to a share, the larger of two.
+
+        Where several query heads share a key and a value, they leave evenly, so that their number stays a multiple of
+        the key/value heads, which all stay; of key/value heads any number stays, with all of their query heads. Where
+        every head has its own, any number of heads can stay; and the key/value heads merge to a divisor of the heads.
+        """
+        heads, kv_heads, _ = before
+        grouped = heads != kv_heads
+        if self.ratio is not None:
+            counts = range(kv_heads if grouped else 1, heads + 1, kv_heads if grouped else 1)
+            return _nearest(counts, self.ratio * heads), None, self.head_dim
+        if self.kv_ratio is not None:
+            counts_kv = [count for count in range(1, kv_heads + 1) if grouped or heads % count == 0]
+            return None, _nearest(counts_kv, self.kv_ratio * kv_heads), self.head_dim
+        return self.heads, self.kv_heads, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -39,7 +83,7 @@ class HeadPlan:
         return " → ".join(f"{heads}/{kv} heads × {size}" for heads, kv, size in (self.before, self.after))
 
 
-def plan_heads(before: Sizes, wanted: tuple[int | None, int | None, int | None], where: str) -> HeadPlan:
+def plan_heads(before: Sizes, wanted: Wanted, where: str) -> HeadPlan:
     """The plan for one attention.
 
     Args:
@@ -80,7 +124,7 @@ def plan_heads(before: Sizes, wanted: tuple[int | None, int | None, int | None],
     )
 
 
-def plan_resampling(before: Sizes, wanted: tuple[int | None, int | None, int | None], where: str) -> HeadPlan:
+def plan_resampling(before: Sizes, wanted: Wanted, where: str) -> HeadPlan:
     """Likewise where every new head is a mixture: sizes need not divide the old ones."""
     heads, kv_heads, head_dim = before
     new_heads = wanted[0] or (wanted[1] * (heads // kv_heads) if wanted[1] and heads != kv_heads else heads)
@@ -92,3 +136,7 @@ def plan_resampling(before: Sizes, wanted: tuple[int | None, int | None, int | N
     if new_heads % new_kv:
         raise UsageError(f"{where}: {new_heads} query heads cannot share {new_kv} key/value heads evenly")
     return plan
+
+
+def _nearest(counts: Iterable[int], wanted: float) -> int:
+    return min(counts, key=lambda count: (abs(count - wanted), -count))

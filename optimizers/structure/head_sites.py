@@ -16,14 +16,15 @@ from onnxpress.optimizers.anatomy.roles import FUSED, ROTARY_INPUTS
 from onnxpress.optimizers.linear import add_initializers
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.editing import (
+    PAST,
     forget_block_shapes,
     read_weight,
     require_editable,
     set_bias,
     set_heads,
     set_weight,
+    spelled_out,
 )
-from onnxpress.tensors import concrete_shape
 
 Arrays = dict[str, NDArray[np.float32]]
 BIAS_INPUT = {"GroupQueryAttention": 10, "MultiHeadAttention": 5, "DecoderMaskedMultiHeadAttention": 4, "Attention": 3}
@@ -62,6 +63,13 @@ class HeadSite:
     def biased(self) -> bool:
         """Whether the output product has a bias, which can take up what is constant."""
         return self.output.bias is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the first token of a text can attend to nothing but itself."""
+        node = self.attention.node
+        given = (node.attributes.get(name) for name in ("unidirectional", "is_causal"))
+        return node.op_type == "GroupQueryAttention" or any(one is not None and bool(one.value) for one in given)
 
     @property
     def interleaved(self) -> bool:
@@ -146,14 +154,9 @@ def site_of(block: Block, attention: Attention) -> HeadSite:
     """Raise UnsupportedModelError, naming the layer, where heads are no plain runs of columns."""
     node, where = attention.node, block.title
     if node.op_type not in FUSED:
-        raise UnsupportedModelError(
-            f"{where}: attention is spelled out as {node.op_type}", hint="fuse it first: --pass fuse-foreign"
-        )
-    if attention.packed or attention.query is attention.key:
-        raise UnsupportedModelError(
-            f"{where}: query, key and value are packed in {attention.query.name}",
-            hint="put reduce-heads before pack-projections; a checkpoint that packs them cannot be reduced yet",
-        )
+        raise spelled_out(where, node)
+    if attention.query is attention.key:
+        raise UnsupportedModelError(f"{where}: query and key are packed in {attention.query.name}")
     key, value, output = attention.key, attention.value, attention.output
     assert key is not None
     assert value is not None
@@ -196,8 +199,8 @@ def cut_tables(graph: ir.Graph, tables: tuple[ir.Value, ir.Value], planes: Indic
 
 def table_width(tables: tuple[ir.Value, ir.Value]) -> int | None:
     """How many planes are turned."""
-    tensor = tables[0].const_value
-    return None if tensor is None else concrete_shape(tensor)[1]
+    shape = tables[0].shape
+    return shape[1] if shape is not None and isinstance(shape[1], int) else None
 
 
 def _between(value: ir.Value | None, product: Product, where: str) -> list[ir.Node]:
@@ -240,6 +243,11 @@ def _check_inputs(node: ir.Node, where: str) -> None:
     if bias is not None and (bias.shape is None or (len(bias.shape) == 4 and bias.shape[1] != 1)):
         raise UnsupportedModelError(
             f"{where}: what is added to scores, {bias.name} {bias.shape}, is not known to be the same for all heads"
+        )
+    caches = [str(one.name) for one in node.inputs if one is not None and str(one.name).startswith("past_key_values.")]
+    if not all(PAST.fullmatch(name) for name in caches):
+        raise UnsupportedModelError(
+            f"{where}: the cache {caches[0]} is one of several graphs, whose heads cannot be reduced yet"
         )
     if node.op_type == "GroupQueryAttention" and any(given(index) is not None for index in range(11, len(node.inputs))):
         raise UnsupportedModelError(f"{where}: attention has sinks or scales for each head")

@@ -4,6 +4,9 @@ Head h adds a_h · M_h to the output, a_h being the mixture of hidden states tha
 Of the heads that stay, any M of rank head_dim can be had. It is found in three steps: a ridge regression of the
 original output on the a_h of these heads, held where heads take over from the ones that attend most like them
 (M_h + Σ M_removed); its best approximation of rank head_dim as far as the a_h tell; the output refitted to that.
+
+Heads that share a value get one: the best approximation of their M side by side, [M_1 M_2 …] = value · [O_1 O_2 …], as
+far as their a tell on average.
 """
 
 from __future__ import annotations
@@ -47,23 +50,26 @@ def cluster_sums(weights: AttentionWeights, kept: Indices, nearest: Indices) -> 
     return sums
 
 
-def regress_values(sums: Sums, prior: Doubles, size: int, ridge: float) -> tuple[Doubles, Doubles]:
-    """value [hidden, kept, size] and O [kept, size, out] of the heads that stay, the first two steps of the module.
+def regress_values(sums: Sums, prior: Doubles, kv_heads: int, size: int, ridge: float) -> tuple[Doubles, Doubles]:
+    """value [hidden, kv_heads, size] and O [kept, size, out] of the heads that stay, the first two steps of the module.
 
     Args:
         sums: of a of the heads that stay, side by side, [kept · hidden].
         prior: cluster sums, [kept, hidden, out].
+        kv_heads: how many values the heads that stay share, in equal runs.
         ridge: of the regression.
     """
     kept, hidden, out = prior.shape
+    group = kept // kv_heads
     full = sums.solve(prior.reshape(-1, out), ridge).reshape(kept, hidden, out)
-    value, output = np.zeros((hidden, kept, size)), np.zeros((kept, size, out))
-    for head in range(kept):
-        rows = slice(head * hidden, (head + 1) * hidden)
-        root, inverse = roots(sums.gram[rows, rows])
-        left, values, right = np.linalg.svd(root @ full[head], full_matrices=False)
+    value, output = np.zeros((hidden, kv_heads, size)), np.zeros((kept, size, out))
+    for one in range(kv_heads):
+        members = range(one * group, (one + 1) * group)
+        rows = [slice(head * hidden, (head + 1) * hidden) for head in members]
+        root, inverse = roots(sum(sums.gram[part, part] for part in rows) / group)
+        left, values, right = np.linalg.svd(root @ np.concatenate(full[members], axis=1), full_matrices=False)
         rank = min(size, len(values))
         weight = np.sqrt(values[:rank])
-        value[:, head, :rank] = inverse @ left[:, :rank] * weight
-        output[head, :rank] = weight[:, None] * right[:rank]
+        value[:, one, :rank] = inverse @ left[:, :rank] * weight
+        output[members, :rank] = (weight[:, None] * right[:rank]).reshape(rank, group, out).transpose(1, 0, 2)
     return value, output

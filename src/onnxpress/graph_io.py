@@ -8,7 +8,6 @@ bytes on disk depend on the graph alone, and memory on the largest few weights a
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import onnx_ir as ir
 
 from onnxpress import storage
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
+from onnxpress.file_aside import FileAside
 from onnxpress.graph_checks import load_graph
 from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 
@@ -98,10 +98,10 @@ def save_graphs(
     with contextlib.ExitStack() as stack:
         files = []
         if external_data is not None and plan.size:
-            files.append(stack.enter_context(_Temporary(folder / external_data, plan.size)))
+            files.append(stack.enter_context(FileAside(folder / external_data, plan.size)))
             _write_weights(plan, files[0], progress, workers)
         for path, model in stored.items():
-            files.append(stack.enter_context(_Temporary(path, 0)))
+            files.append(stack.enter_context(FileAside(path, 0)))
             files[-1].write(memoryview(_serialize(model)), 0)
         for file in files:
             file.commit()
@@ -175,7 +175,7 @@ def _slab_bytes(tensor: ir.TensorProtocol) -> int:
     return max([SLAB_BYTES, *(tensor.nbytes // max(1, count) for count in rows)])
 
 
-def _write_weights(plan: _Plan, file: _Temporary, progress: Progress | None, workers: int | None) -> None:
+def _write_weights(plan: _Plan, file: FileAside, progress: Progress | None, workers: int | None) -> None:
     """Compute and write all units, a bounded number of bytes at a time; the first error ends it."""
     budget, lock, done = _Budget(IN_FLIGHT_BYTES), threading.Lock(), 0
 
@@ -207,7 +207,7 @@ def _write_weights(plan: _Plan, file: _Temporary, progress: Progress | None, wor
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_tensor(file: _Temporary, offset: int, tensor: ir.TensorProtocol, nbytes: int) -> None:
+def _write_tensor(file: FileAside, offset: int, tensor: ir.TensorProtocol, nbytes: int) -> None:
     """Write one tensor of `nbytes`, a slab at a time where it can be had in slabs."""
     if tensor.dtype.bitwidth < 8:
         _expect(tensor, len(data := tensor.tobytes()), nbytes)
@@ -236,7 +236,7 @@ def _expect(tensor: ir.TensorProtocol, found: int, announced: int) -> None:
         raise VerificationError(f"Weight {tensor.name!r} has {found} bytes; its shape and dtype announce {announced}.")
 
 
-def _write_array(file: _Temporary, offset: int, array: Array) -> None:
+def _write_array(file: FileAside, offset: int, array: Array) -> None:
     """Write an array in C order; a transposed view is made contiguous a slab at a time."""
     if array.dtype.kind == "V":  # numpy copies strided bfloat16 and float8 element by element, integers in blocks
         array = array.view(np.dtype(f"u{array.dtype.itemsize}"))
@@ -295,66 +295,3 @@ class _Budget:
             with self._changed:
                 self._used -= nbytes
                 self._changed.notify_all()
-
-
-class _Temporary:
-    """A file beside its destination, which takes its name on commit and vanishes otherwise."""
-
-    def __init__(self, destination: Path, size: int) -> None:
-        self._destination = destination
-        self._path = destination.with_name(f".{destination.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        self._size = size
-        self._file = -1
-
-    def __enter__(self) -> _Temporary:
-        with self._errors():
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with self._errors():
-                if self._size and hasattr(os, "posix_fallocate"):  # a full disk shows now, not after the computing
-                    os.posix_fallocate(self._file, 0, self._size)
-        except OnnxpressError:
-            self.__exit__()
-            raise
-        return self
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write at an offset; safe from several threads."""
-        with self._errors():
-            while data:
-                written = os.pwrite(self._file, data, offset)
-                data, offset = data[written:], offset + written
-
-    def copy_from(self, source: Path, start: int, offset: int, length: int) -> int:
-        """Let the kernel copy bytes of a file; returns how many it did, which may be none."""
-        done = 0
-        with contextlib.suppress(OSError), source.open("rb", buffering=0) as file:  # what is left is read and written
-            while hasattr(os, "copy_file_range") and done < length:
-                count = os.copy_file_range(file.fileno(), self._file, length - done, start + done, offset + done)
-                if count == 0:
-                    break
-                done += count
-        return done
-
-    def commit(self) -> None:
-        with self._errors():
-            os.close(self._file)
-            self._file = -1
-            self._path.replace(self._destination)
-
-    def __exit__(self, *_: object) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        self._path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            needs = f" ({math.ceil(self._size / 2**20)} MiB needed)" if self._size else ""
-            raise OutputError(
-                f"Cannot write {self._destination}{needs}: {error.strerror}.",
-                hint="Free some space, or write to another folder.",
-            ) from error

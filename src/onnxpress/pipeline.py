@@ -24,6 +24,7 @@ from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.packaging import package
 from onnxpress.progress import Progress
+from onnxpress.recipe_choice import STRUCTURE, budget, check_search, checked, default_recipe, with_our_operators
 from onnxpress.resolving import default_output, load, resolve
 from onnxpress.runtime_profiles import profile as profiles
 from onnxpress.runtime_profiles.profile import Profile
@@ -42,13 +43,6 @@ __all__ = ["BuildResult", "build", "default_output", "export", "kernels", "load"
 
 Logits = Literal["all", "last"]
 
-BUDGET, BUDGET_STORED, STRUCTURE = "budget", "budget-stored", "budget-structure"
-"""The recipes that are searched where limits are given and no recipe: for weights in general, and for those that were
-quantized before."""
-FUSE_FOREIGN = "fuse-foreign"
-"""The pass that brings graphs of others to the form that structural passes take."""
-FEW_BITS = 8.0
-"""A checkpoint with fewer bits a weight was quantized: what its file holds is the best of its own size."""
 ANY_TARGET = Profile(name="any", description="an export is for no target yet", opset=99, ir_version=99, recipes={})
 
 
@@ -95,8 +89,8 @@ def build(
     """
     progress = progress or Progress(enabled=False)
     target = profiles.load(profile)
-    chosen = _checked(recipes.load(recipe), target) if recipe else None
-    _check_search(chosen, gates, search_options)
+    chosen = checked(recipes.load(recipe), target) if recipe else None
+    check_search(chosen, gates, search_options)
     output = output or default_output(model)
     check_target(output)
     _check_checkpoint(checkpoint, output)
@@ -113,7 +107,7 @@ def build(
             task,
             context_length,
         )
-        chosen = chosen or _default_recipe(model, work.artifact, target, gates, search_options)
+        chosen = chosen or default_recipe(model, work.artifact, target, gates, search_options)
         record = _press(
             model,
             work,
@@ -186,8 +180,8 @@ def optimize(
     chosen = recipes.load(recipe) if recipe else None
     if passes:
         chosen = recipes.from_passes([recipes.parse_pass(item) if isinstance(item, str) else item for item in passes])
-    chosen = _checked(chosen, target) if chosen else None
-    _check_search(chosen, gates, search_options)
+    chosen = checked(chosen, target) if chosen else None
+    check_search(chosen, gates, search_options)
     check_target(output)
     _check_checkpoint(checkpoint, output)
     artifact = load(source)
@@ -197,8 +191,8 @@ def optimize(
         work = _begin(
             stage.work, artifact, target, Data(text, pairs, calibration or CalibrationData()), threads, progress
         )
-        chosen = chosen or _default_recipe(source, artifact, target, gates, search_options)
-        chosen = _with_our_operators(chosen, artifact)
+        chosen = chosen or default_recipe(source, artifact, target, gates, search_options)
+        chosen = with_our_operators(chosen, artifact)
         record = _press(
             artifact.source.name,
             work,
@@ -218,6 +212,7 @@ def sensitivity(
     *,
     every: bool = False,
     structure: bool = False,
+    heads: bool = False,
     kernel_table: KernelTable | None = None,
     **options: Any,
 ) -> Survey:
@@ -225,16 +220,22 @@ def sensitivity(
     what each block loses with each of its cuts.
 
     Args:
-        structure: by default, try the cuts of the recipe `budget-structure` and no formats.
+        structure: try the cuts of the recipe `budget-structure` and no formats.
+        heads: take out single attention heads, and try no formats.
         every: measure every loss, rather than infer those of finer formats from the coarsest one's that loses alike.
         options: those of `_prepared`.
     """
     from onnxpress.search.survey import survey
 
-    if structure and options.get("recipe"):
-        raise UsageError("--structure and --recipe exclude each other", hint="a recipe's own cuts are tried anyway")
-    with _prepared(model, default=STRUCTURE if structure else None, **options) as (work, recipe):
-        return survey(work, replace(recipe, formats={}) if structure else recipe, kernel_table, every)
+    mapped = structure or heads
+    if mapped and options.get("recipe"):
+        raise UsageError(
+            "--structure and --heads are without a recipe", hint="the cuts of a recipe of your own are tried anyway"
+        )
+    with _prepared(model, default=STRUCTURE if mapped else None, **options) as (work, recipe):
+        if mapped:
+            recipe = replace(recipe, formats={}, cuts=recipe.cuts if structure else {})
+        return survey(work, recipe, kernel_table, every=every, heads=heads)
 
 
 def kernels(model: str, output: Path, **options: Any) -> KernelTable:
@@ -268,7 +269,7 @@ def _prepared(
     """
     progress = progress or Progress(enabled=False)
     target = profiles.load(profile)
-    given = _checked(recipes.load(recipe), target) if recipe else None
+    given = checked(recipes.load(recipe), target) if recipe else None
     if given is not None and not given.searched:
         raise UsageError(
             f"recipe {given.name} has no formats to choose from, and no cuts", hint="see [[format]] in `budget`"
@@ -278,7 +279,7 @@ def _prepared(
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
         data = Data(calibration=calibration or CalibrationData())
         work = _begin(Path(folder), source, target, data, threads, progress)
-        chosen = given or _checked(recipes.load(default or _budget(work.artifact)), target)
+        chosen = given or checked(recipes.load(default or budget(work.artifact)), target)
         for spec, one in zip(chosen.passes, chosen.build(), strict=True):
             work.apply(spec, one)
         yield work, chosen
@@ -369,53 +370,3 @@ def _check_checkpoint(checkpoint: Path | None, output: Path) -> None:
     check_target(checkpoint, option="--checkpoint")
     if checkpoint.resolve() == output.resolve():
         raise UsageError("--checkpoint and --output are the same folder", hint="give the checkpoint one of its own")
-
-
-def _checked(recipe: Recipe, target: Profile) -> Recipe:
-    """`recipe` with every `auto` resolved; a wrong option shows here, before the long work."""
-    recipe = recipe.resolve(target.auto)
-    recipe.build()
-    return recipe
-
-
-def _check_search(recipe: Recipe | None, gates: Gates | None, options: SearchOptions | None) -> None:
-    """Raise UsageError for a search without limits, and for a search's options without a search."""
-    limited = gates is not None and gates != Gates()
-    if recipe is not None and recipe.searched and not limited:
-        raise UsageError(
-            f"recipe {recipe.name} chooses formats and cuts within limits, and none is given",
-            hint="such as --max-loss 1%",
-        )
-    searched = recipe.searched if recipe is not None else limited
-    if not searched and options is not None and options != SearchOptions():
-        raise UsageError(
-            "--minimize, --kernel-table and --target-size are for a search, and nothing is searched",
-            hint="give a limit, such as --max-loss 1%, and no recipe but one with formats or cuts",
-        )
-
-
-def _default_recipe(
-    model: str, artifact: Artifact, target: Profile, gates: Gates | None, options: SearchOptions | None
-) -> Recipe:
-    """What is run where no recipe is named: with limits, a search for the cuts and formats that meet them."""
-    from onnxpress.models.catalog import load_catalog
-
-    if gates is not None and gates != Gates():
-        structure = gates.max_parameters is not None or (options is not None and options.structure)
-        return recipes.load(STRUCTURE if structure else _budget(artifact)).resolve(target.auto)
-    entry = load_catalog().get(model)
-    name = entry.recipe_for(target.name) if entry else None
-    return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
-
-
-def _with_our_operators(recipe: Recipe, artifact: Artifact) -> Recipe:
-    """`recipe`, begun with `fuse-foreign` where a pass of it edits the transformer in a graph that others made."""
-    foreign = artifact.export.get("method") == "foreign" and not artifact.history
-    wanted = bool(recipe.cuts) or any(one.needs_anatomy for one in recipe.build())
-    if not foreign or not wanted or any(spec.name == FUSE_FOREIGN for spec in recipe.passes):
-        return recipe
-    return replace(recipe, passes=(PassSpec(FUSE_FOREIGN, optional=True), *recipe.passes))
-
-
-def _budget(artifact: Artifact) -> str:
-    return BUDGET_STORED if artifact.export.get("stored_bits", 32.0) < FEW_BITS else BUDGET

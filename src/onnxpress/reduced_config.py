@@ -39,6 +39,8 @@ TITLES: Mapping[str, str] = {
     "hidden": "hidden size",
     "vocabulary": "vocabulary",
 }
+DIFFER = "layers differ in"
+"""What a reason begins with that the next change may make out of date."""
 _GROUPED = frozenset(
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo olmo2 granite "
     "starcoder2 smollm3 cohere glm helium".split()
@@ -106,6 +108,19 @@ def reduced_config(config: Mapping[str, Any], before: Structure, after: Structur
     return result
 
 
+def renewed(earlier: Iterable[str], later: Iterable[str]) -> list[str]:
+    """The reasons of two changes in a row, each once: how layers differ by now stands for how they differed before."""
+    later = list(later)
+    subjects = {_differing(reason) for reason in later} - {None}
+    return list(dict.fromkeys([*(reason for reason in earlier if _differing(reason) not in subjects), *later]))
+
+
+def _differing(reason: str) -> str | None:
+    """What it says that layers differ in, if it does."""
+    subject = reason.partition(":")[0]
+    return subject if subject.startswith(DIFFER) else None
+
+
 def _added(config: dict[str, Any], names: Sequence[str], reasons: list[str]) -> None:
     """Biases and matrices that there were none of. Names of layers that were numbered again are no new ones."""
     known = BIASES.get(str(config.get("model_type")), {})
@@ -144,7 +159,7 @@ def _follow(
             if values == were:
                 continue
             if len(values) != 1:
-                reasons.append(f"layers differ in {TITLES[size]}: {_list(values)}")
+                reasons.append(f"{DIFFER} {TITLES[size]}: {_list(values)}")
             elif size == "kv_heads" and values == new.values("heads", group) and not names:
                 continue  # as many as there are queries, which is what a configuration without a name means
             elif not names:
@@ -156,7 +171,7 @@ def _follow(
         if len(dims) == 1:
             _head_dim(config, next(iter(dims)), stacks[0], reasons)
         elif dims:
-            reasons.append(f"layers differ in {TITLES['head_dim']}: {_list(dims)}")
+            reasons.append(f"{DIFFER} {TITLES['head_dim']}: {_list(dims)}")
     if after.frequencies and (after.frequencies != before.frequencies or dims != was) and len(dims) == 1:
         _rotary(config, before, after, next(iter(dims)), reasons)
 

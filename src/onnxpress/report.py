@@ -210,7 +210,8 @@ def _bar(bar: Bar, most: int) -> str:
 def print_survey(found: Survey) -> None:
     """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
 
-    And a row for each block, a column for each cut: what the model loses, and how much of the block is gone.
+    And a row for each block, a column for each cut: what the model loses, and how much of the block is gone. And a row
+    for each attention, with the order of its heads.
     """
     console = _console()
     if found.formats:
@@ -234,6 +235,14 @@ def print_survey(found: Survey) -> None:
                 row = rows.get((site.name, name))
                 cells.append(_loss(row) + (f" [dim]−{found.removed(row) / site.parameters:.0%}[/]" if row else ""))
             table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
+        console.print(table)
+    if found.attentions:
+        table = _table("loss without one head", "least", "most", "heads, from the least loss to the most")
+        for attention in found.attentions:
+            ranked = sorted((row.loss, head) for head, row in enumerate(found.rows_of_heads(attention)))
+            ends = (f"[{_heat(loss)}]{loss:.1e}[/]" for loss, _ in (ranked[0], ranked[-1]))
+            order = " ".join(f"[{_heat(loss)}]{head}[/]" for loss, head in ranked)
+            table.add_row(escape(attention.name), *ends, order)
         console.print(table)
 
 

@@ -28,7 +28,7 @@ from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
-from onnxpress.reduced_config import reduced_config
+from onnxpress.reduced_config import reduced_config, renewed
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.stems import DECODER, DECODER_WITH_PAST
 from onnxpress.structure import RECORD, Record, Structure, read_structure
@@ -37,6 +37,10 @@ from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
+
+
+ONNX_ONLY = "ONNX only: "
+"""What notes begin with that say why no configuration can tell the structure."""
 
 
 class Mark(NamedTuple):
@@ -167,11 +171,13 @@ class Work:
         changed = reduced_config(self.artifact.config, self.structure, found)
         earlier = Record.of(export)
         before = earlier.before if earlier else self.structure
-        reasons = dict.fromkeys([*(earlier.onnx_only if earlier else ()), *changed.onnx_only])
+        reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
         if reasons or compare(before, found):
             export = {**export, RECORD: Record(before, found, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
-        self.notes += [f"ONNX only: {reason}" for reason in changed.onnx_only]
+        said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
+        others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
+        self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
         self.structure, self.floats = found, self.current
         artifact_folder.write_companions(self.artifact, self.home)
 

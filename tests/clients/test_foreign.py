@@ -51,8 +51,13 @@ def test_anatomy(built: Path) -> None:
 @pytest.mark.client
 @pytest.mark.parametrize(
     "passes",
-    [["prune-ffn:ratio=0.5", "reduce-depth:drop=1"], ["reduce-hidden:width=60"], ["trim-vocabulary:tokens=300"]],
-    ids=["narrower and shallower", "hidden", "vocabulary"],
+    [
+        ["prune-ffn:ratio=0.5", "reduce-depth:drop=1"],
+        ["reduce-hidden:width=60"],
+        ["trim-vocabulary:tokens=300"],
+        ["reduce-heads:ratio=0.5"],
+    ],
+    ids=["narrower and shallower", "hidden", "vocabulary", "heads"],
 )
 def test_a_smaller_model_runs_in_its_runtime(built: Path, tmp_path: Path, passes: list[str]) -> None:
     og: Any = pytest.importorskip("onnxruntime_genai", reason="pip install onnxpress[clients]")

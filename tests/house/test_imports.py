@@ -29,6 +29,7 @@ LAYERS = {
     "tensors": 0,
     "storage": 0,
     "graph_checks": 0,
+    "file_aside": 0,
     "graph_io": 0,
     "session_options": 0,
     "metrics": 0,

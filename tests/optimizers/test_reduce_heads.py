@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,26 @@ def test_regress_does_the_work_of_heads_that_attend_alike(tiny: Tiny, run: Run, 
     assert errors["regress"] < 1e-6 < errors["least-squares"] / 100, errors
 
 
+def test_regress_does_the_work_of_a_group_that_attends_alike(tiny: Tiny, run: Run, rng: np.random.Generator) -> None:
+    """Queries of the second group are copies of the first's, and so are its keys; values of both fit into one."""
+    model = tiny("llama")
+    eye = np.repeat(np.eye(16)[None], 2, axis=0)
+
+    def prepare(weights: AttentionWeights) -> AttentionWeights:
+        weights.query[:, 2:], weights.key[:, 1] = weights.query[:, :2], weights.key[:, 0]
+        return weights.map_values(low_rank(rng, 2, 16, 8), eye)
+
+    change_weights(model, prepare)
+    errors = {}
+    for method in ("least-squares", "regress"):
+        reduced = copy_graph(model)
+        report = reduce(reduced, texts(model, 12, 4), kv_heads=1, method=method, first_tokens=0.0)
+        errors[method] = max(report.errors.values())
+    assert sites(reduced)[0].sizes == (2, 1, 16)
+    assert_same(run, reduced, model, 2e-3)
+    assert errors["regress"] < 1e-5 < errors["least-squares"] / 100, errors
+
+
 def test_each_method_loses_less_than_the_one_before(tiny: Tiny) -> None:
     """Output errors of the first layer of random weights, on the samples that they were fitted to."""
     model = tiny("bert")
@@ -293,6 +314,26 @@ def test_each_method_loses_less_than_the_one_before(tiny: Tiny) -> None:
         report = reduce(copy_graph(model), samples, heads=2, **options)
         errors.append(next(iter(report.errors.values())))
     assert errors[3] < errors[2] <= errors[1] < errors[0]
+
+
+def test_texts_of_one_token_lose_less_where_first_tokens_count(tiny: Tiny, run: Run) -> None:
+    model = tiny("llama")
+    lost = []
+    for share in (0.0, 0.1):
+        reduced = copy_graph(model)
+        reduce(reduced, heads=2, first_tokens=share)
+        given = feeds(model, np.arange(3, 67)[:, None])
+        lost.append(float(np.square(run(reduced, given)[0] - run(model, given)[0]).mean()))
+    assert lost[1] < lost[0] / 1.5, lost
+
+
+def test_an_encoder_has_no_first_tokens(tiny: Tiny) -> None:
+    found = []
+    for share in (0.0, 0.5):
+        model = tiny("bert")
+        reduce(model, heads=2, first_tokens=share)
+        found.append([site.read().output for site in sites(model)])
+    np.testing.assert_array_equal(*found)
 
 
 def test_matrices_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
@@ -339,13 +380,35 @@ def test_an_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.query, two.query)
 
 
+@pytest.mark.parametrize("method", ["least-squares", "resample"])
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [({"ratio": 0.5}, {"heads": 2}), ({"kv_ratio": 0.5}, {"kv_heads": 1})],
+)
+def test_a_share_of_the_heads_is_as_many_heads(tiny: Tiny, options: Any, numbers: Any, method: Any) -> None:
+    found = []
+    for asked in (options, numbers):
+        model = tiny("llama")
+        report = reduce(model, method=method, include=["model.layers.1.*"], **asked)
+        assert sum(report.matched.values()) == 1
+        found.append(sites(model)[1])
+    one, two = found
+    assert one.sizes == two.sizes != (4, 2, 16)
+    np.testing.assert_array_equal(one.read().query, two.read().query)
+    np.testing.assert_array_equal(one.read().output, two.read().output)
+
+
 def test_nothing_to_do(tiny: Tiny) -> None:
-    report = reduce(tiny("llama"), heads=4)
-    assert not report.matched
+    for options in ({"heads": 4}, {"ratio": 0.9}, {"kv_ratio": 1.0}):
+        report = reduce(tiny("llama"), **options)
+        assert not report.matched
+        assert report.skipped["no more and no larger heads than wanted"] > 0
     report = reduce(tiny("llama"), (), heads=2)
     assert report.skipped["no sample inputs for this graph"] > 0
     with pytest.raises(UsageError, match="say how many heads"):
         ReduceHeads()
+    with pytest.raises(UsageError, match="first_tokens is a share"):
+        ReduceHeads(heads=2, first_tokens=1.0)
 
 
 def test_an_encoder_decoder_is_cut_in_its_encoder(exported: Exported, run: Run) -> None:
@@ -364,10 +427,9 @@ def test_an_encoder_decoder_is_cut_in_its_encoder(exported: Exported, run: Run) 
     ("name", "options", "message"),
     [
         ("qwen3", {"heads": 2}, r"QK-norm"),
-        ("gpt2", {"heads": 2}, r"packed in .*c_attn"),
         ("llama", {"head_dim": 8}, r"head_dim must be a multiple of 16 where GroupQueryAttention has rotary"),
         ("llama", {"heads": 3}, r"layers.0: 3 query heads cannot share 2 key/value heads evenly"),
-        ("llama", {"heads": 2, "method": "regress"}, r"share 2 values"),
+        ("llama", {"heads": 4, "kv_heads": 1, "method": "regress"}, r"regress cannot merge"),
         ("bert", {"kv_heads": 2}, r"MultiHeadAttention wants as many key/value heads as heads; 2 and 4"),
     ],
 )
@@ -403,4 +465,13 @@ def test_attention_that_is_spelled_out_is_refused(graph: Callable[..., ir.Model]
     names = [f"h__{layer}__{name}" for layer in range(2) for name in "qkvo"]
     model = graph(text, **{name: rng.standard_normal((8, 8), dtype=np.float32) for name in names})
     with pytest.raises(UnsupportedModelError, match="spelled out as Softmax"):
+        reduce(model, (), heads=2)
+
+
+def test_a_cache_of_several_graphs_is_refused(exported: Callable[..., ir.Model]) -> None:
+    """As optimum writes encoder-decoders: who else reads or writes it would not follow."""
+    model = copy_graph(exported("llama"))
+    for value in model.graph.inputs:
+        value.name = re.sub(r"^(past_key_values\.\d+)\.", r"\1.decoder.", str(value.name))
+    with pytest.raises(UnsupportedModelError, match=r"past_key_values\.0\.decoder\.key is one of several graphs"):
         reduce(model, (), heads=2)

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx_ir.passes import common
 
 from onnxpress.optimizers.base import Report
+from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.unflatten import join_slices, turn_tables, unflatten_products
+from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
 FLAT = """g (float[B, S, 8] x, float[8, 16] w, float[16] b) => (float[B, S, 16] z)
     <int64[2] flat = {-1, 8}, int64[1] last = {16}, float[B, S, 16] y, float[N, 8] xs> {
@@ -108,4 +110,33 @@ def test_slices_that_stay(graph: Any, rng: np.random.Generator, old: str, new: s
     )
     model = graph(text.replace(old, new), w=rng.standard_normal((8, 12), dtype=np.float32))
     join_slices(model.graph, report := Report())
+    assert not report.matched
+
+
+EMPTY = "s1 = Slice(p, first, all, last)  s2 = Slice(p, all, end, last)  c = Concat<axis = -1>(s1, s2)  y = Neg(c)"
+
+
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [(EMPTY, "y = Neg(p)"), (EMPTY.replace("Concat<axis = -1>(s1, s2)", "Concat<axis = 1>(s1, s1)"), None)],
+)
+def test_a_part_that_is_all(graph: Any, listing: Any, body: str, want: str | None) -> None:
+    model = graph(
+        f"""g (float[B, 3, 4] p) => (float[B, N, M] y) <int64[1] first = {{0}}, int64[1] all = {{4}},
+        int64[1] end = {{9223372036854775807}}, int64[1] last = {{2}}> {{ {body} }}"""
+    )
+    common.ShapeInferencePass()(model)
+    drop_empty_slices(model.graph, report := Report())
+    CleanUp()(model)
+    assert report.matched["empty slices"] == (2 if want else 1)
+    assert listing(model) == (want or "c = Concat[axis=1](p, p)\ny = Neg(c)")
+
+
+def test_a_part_that_is_not_all(graph: Any) -> None:
+    model = graph(
+        f"""g (float[B, 3, 6] p) => (float[B, N, M] y) <int64[1] first = {{0}}, int64[1] all = {{4}},
+        int64[1] end = {{9223372036854775807}}, int64[1] last = {{2}}> {{ {EMPTY} }}"""
+    )
+    common.ShapeInferencePass()(model)
+    drop_empty_slices(model.graph, report := Report())
     assert not report.matched

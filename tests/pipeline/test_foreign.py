@@ -59,6 +59,8 @@ def traced(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PASSES = {
     "prune-ffn:ratio=0.5": ("prune-ffn", {"feed-forward 128 -> 64": 3}),
+    "reduce-heads:heads=2": ("reduce-heads", {"4/2 heads × 16 → 2/2 heads × 16": 3}),
+    "reduce-heads:heads=4,kv_heads=1": ("reduce-heads", {"4/2 heads × 16 → 4/1 heads × 16": 3}),
     "reduce-depth:drop=1": ("reduce-depth", None),
     "reduce-hidden:width=32": ("reduce-hidden", None),
     "low-rank:ratio=0.5": ("low-rank", None),

@@ -130,6 +130,14 @@ def test_what_was_cut_is_told_of_the_first_export(run: Run, reduced: Path, tmp_p
     assert "merged into 0" in (tmp_path / "again" / "report.html").read_text(encoding="utf-8")
 
 
+def test_why_it_is_for_onnx_only_is_said_once(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    second = ONE_LAYER.replace("layers.1.", "layers.2.").replace("0.5", "0.25")
+    (tmp_path / "recipe.toml").write_text(ONE_LAYER + second)
+    outcome = run("build", checkpoint, "-r", tmp_path / "recipe.toml", *FAST, "-o", tmp_path / "mixed")
+    assert outcome.stdout.count("ONNX only") == 1
+    assert "ONNX only: layers differ in feed-forward width: 32, 64, 128" in outcome.stdout
+
+
 def test_layers_that_differ_are_for_onnx_only(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(ONE_LAYER)
     arguments = ("build", checkpoint, "-r", tmp_path / "recipe.toml", *FAST, "-o", tmp_path / "mixed")

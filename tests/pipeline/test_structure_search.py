@@ -145,6 +145,19 @@ def test_a_size_can_be_met_by_bits_and_cuts_where_bits_do_not_do(build: Any, cut
     assert step(record, "search")["matched"]["4 bits"] >= 1
 
 
+def test_heads_are_cut_where_channels_do_not_do(build: Any, tmp_path: Path) -> None:
+    """Half of the query heads of two layers and half of all channels: fewer cuts leave too many parameters."""
+    path = tmp_path / "heads.toml"
+    heads = '[[cut]]\nname = "heads"\npass = "reduce-heads"\nratio = 0.5\n'
+    path.write_text(CUTS.split('[[cut]]\nname = "removed"')[0] + heads)
+    record = build("out", path, "--max-parameters", "70%")
+    assert step(record, "search")["matched"] == {"half": 3, "heads": 2}
+    layers = record["export"]["structure"]["after"]["stacks"]["model.layers"]
+    assert sorted(layer["attentions"][0]["heads"] for layer in layers) == [2, 2, 4]
+    assert {layer["width"] for layer in layers} == {64}
+    assert record["export"]["structure"]["onnx_only"] == ["layers differ in attention heads: 2, 4"]
+
+
 def test_importance_keeps_what_it_names_whole(build: Any, cuts: Path, tmp_path: Path) -> None:
     weighed = {}
     for layer in range(3):
@@ -219,6 +232,24 @@ def test_sensitivity_of_structure_is_printed_and_drawn(
     shown = run("sensitivity", checkpoint, *options)
     assert "model.layers.2" in shown.stdout
     assert "three quarters" in shown.stdout
+
+
+def test_heads_have_a_map_of_their_own(run: Run, plain: Path, checkpoint: Path, tmp_path: Path) -> None:
+    options = ["-p", plain, *DATA[:4], "--threads", "1", "--heads"]
+    found = run("sensitivity", checkpoint, *options, "--plot", tmp_path / "map.svg", "--json")
+    assert found.code == 0, found.stderr
+    assert [row["unit"] for row in found.json["heads"]] == [
+        f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)
+    ]
+    assert all(len(row["losses"]) == 4 and min(row["losses"]) > 0 for row in found.json["heads"])
+    assert "blocks" not in found.json
+    assert (tmp_path / "map.svg").read_text().count("<title>") == 12
+    least = np.argsort(found.json["heads"][1]["losses"])
+    shown = run("sensitivity", checkpoint, *options).stdout
+    assert " ".join(map(str, least)) in next(line for line in shown.splitlines() if "layers.1." in line)
+    found = run("sensitivity", checkpoint, *options, "-r", "budget")
+    assert found.code == 2
+    assert "--heads are without a recipe" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,26 @@
-"""A small language model without attention: embedding tied to the head, layers with two products on one input."""
+"""A small language model without attention: embedding tied to the head, layers with two products on one input; and tiny
+graphs of our exporter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.graph_io import copy_graph, load_graph, save_graph
+from onnxpress.metrics import Divergence, cosine
 from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.runtime import pool
 from onnxpress.search.formats import Format
 from onnxpress.search.sensitivity import Samples
 
+Exported = Callable[..., ir.Model]
 WIDTH, INNER, WORDS, LAYERS = 64, 96, 200, 2
 
 
@@ -81,3 +88,67 @@ def formats() -> list[Format]:
         Format("8 bits", (PassSpec("quantize-blocks", {"bits": 8, "block_size": 32}),)),
         Format("4 bits", (PassSpec("quantize-blocks", {"bits": 4, "block_size": 32, "zero_points": "integer"}),)),
     ]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter."""
+    from onnxpress.artifact import Source
+    from onnxpress.exporter import architectures
+    from onnxpress.exporter.checkpoint import load_folder
+    from onnxpress.exporter.export import export
+
+    @cache
+    def graphs(name: str) -> dict[str, ir.Model]:
+        folder = tmp_path_factory.mktemp(name)
+        architectures.tiny_model(name, folder)
+        task = architectures.catalog()[name]["task"]
+        return dict(export(load_folder(folder, Source(name, "huggingface-folder")), task=task, remember=False).graphs)
+
+    return lambda name, stem="model": copy_graph(graphs(name)[stem])
+
+
+def samples_of(model: ir.Model) -> Samples:
+    rng = np.random.default_rng(3)
+    names = {value.name for value in model.graph.inputs}
+
+    def batch(rows: int, length: int) -> dict[str, NDArray[Any]]:
+        ids = rng.integers(3, 60, (rows, length))
+        found = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "decoder_attention_mask": np.ones_like(ids),
+            "position_ids": np.broadcast_to(np.arange(length), ids.shape).copy(),
+            "token_type_ids": np.zeros_like(ids),
+            "encoder_hidden_states": rng.standard_normal((rows, 7, 64)).astype(np.float32),
+            "encoder_attention_mask": np.ones((rows, 7), np.int64),
+        }
+        return {name: array for name, array in found.items() if name in names}
+
+    return Samples([batch(6, 20), batch(6, 16)], [batch(3, 18), batch(2, 12)])
+
+
+def outputs(model: ir.Model, samples: Samples) -> list[dict[str, NDArray[Any]]]:
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_outputs()]
+    found = []
+    for sample in samples.judge:
+        feeds = {}
+        for node in session.get_inputs():
+            empty = [len(sample["input_ids"]), *(size if isinstance(size, int) else 0 for size in node.shape[1:])]
+            feeds[node.name] = sample.get(node.name, np.zeros(empty, np.float32))
+        found.append(dict(zip(names, session.run(names, feeds), strict=True)))
+    return found
+
+
+def lost(model: ir.Model, changed: ir.Model, samples: Samples) -> float:
+    """KL, or 1 − cosine, of the samples that judge."""
+    losses = []
+    for before, after in zip(outputs(model, samples), outputs(changed, samples), strict=True):
+        if "logits" in before:
+            divergence, words = Divergence(), before["logits"].shape[-1]
+            divergence.add(before["logits"].reshape(-1, words), after["logits"].reshape(-1, words))
+            losses.append(divergence.kl)
+        else:
+            losses.append(float(1 - cosine(pool(before), pool(after)).mean()))
+    return float(np.mean(losses))

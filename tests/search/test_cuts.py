@@ -2,85 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
 from onnxpress.graph_io import copy_graph
-from onnxpress.metrics import Divergence, cosine
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.runtime import pool
 from onnxpress.search import sensitivity
 from onnxpress.search.cuts import Cut, Site, check_cuts, find_sites, linked, numbering
 from onnxpress.search.formats import Format, run
 from onnxpress.search.sensitivity import Measurement, Samples, measure
 from onnxpress.search.units import find_units, part_model
 
-Exported = Callable[..., ir.Model]
+from .conftest import Exported, lost, samples_of
+
 NARROW = PassSpec("prune-ffn", {"ratio": 0.75, "multiple_of": 1})
-HEADS = PassSpec("reduce-heads", {"heads": 2})
+HEADS = PassSpec("reduce-heads", {"ratio": 0.5})
 CUTS = [Cut("narrow", (NARROW,)), Cut("removed", (PassSpec("reduce-depth", {"drop": 1}),))]
 GRAPHS = [("llama", "model"), ("gpt2", "model"), ("bert", "model"), ("t5", "encoder_model"), ("t5", "decoder_model")]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter."""
-    from onnxpress.artifact import Source
-    from onnxpress.exporter import architectures
-    from onnxpress.exporter.checkpoint import load_folder
-    from onnxpress.exporter.export import export
-
-    @cache
-    def graphs(name: str) -> dict[str, ir.Model]:
-        folder = tmp_path_factory.mktemp(name)
-        architectures.tiny_model(name, folder)
-        task = architectures.catalog()[name]["task"]
-        return dict(export(load_folder(folder, Source(name, "huggingface-folder")), task=task, remember=False).graphs)
-
-    return lambda name, stem="model": copy_graph(graphs(name)[stem])
-
-
-def samples_of(model: ir.Model) -> Samples:
-    rng = np.random.default_rng(3)
-    names = {value.name for value in model.graph.inputs}
-
-    def batch(rows: int, length: int) -> dict[str, NDArray[Any]]:
-        ids = rng.integers(3, 60, (rows, length))
-        found = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "decoder_attention_mask": np.ones_like(ids),
-            "position_ids": np.broadcast_to(np.arange(length), ids.shape).copy(),
-            "token_type_ids": np.zeros_like(ids),
-            "encoder_hidden_states": rng.standard_normal((rows, 7, 64)).astype(np.float32),
-            "encoder_attention_mask": np.ones((rows, 7), np.int64),
-        }
-        return {name: array for name, array in found.items() if name in names}
-
-    return Samples([batch(6, 20), batch(6, 16)], [batch(3, 18), batch(2, 12)])
-
-
-def outputs(model: ir.Model, samples: Samples) -> list[dict[str, NDArray[Any]]]:
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_outputs()]
-    found = []
-    for sample in samples.judge:
-        feeds = {}
-        for node in session.get_inputs():
-            empty = [len(sample["input_ids"]), *(size if isinstance(size, int) else 0 for size in node.shape[1:])]
-            feeds[node.name] = sample.get(node.name, np.zeros(empty, np.float32))
-        found.append(dict(zip(names, session.run(names, feeds), strict=True)))
-    return found
 
 
 def true_loss(model: ir.Model, site: Site, cut: Cut, samples: Samples) -> float:
@@ -90,15 +35,7 @@ def true_loss(model: ir.Model, site: Site, cut: Cut, samples: Samples) -> float:
         if isinstance(one, CalibratedPass):
             one.calibration = Calibration(samples.fit)
         assert one.call(changed).report.matched
-    losses = []
-    for before, after in zip(outputs(model, samples), outputs(changed, samples), strict=True):
-        if "logits" in before:
-            divergence, words = Divergence(), before["logits"].shape[-1]
-            divergence.add(before["logits"].reshape(-1, words), after["logits"].reshape(-1, words))
-            losses.append(divergence.kl)
-        else:
-            losses.append(float(1 - cosine(pool(before), pool(after)).mean()))
-    return float(np.mean(losses))
+    return lost(model, changed, samples)
 
 
 def by_cut(rows: list[Measurement], sites: list[Site]) -> dict[tuple[str, str], Measurement]:
@@ -120,8 +57,8 @@ def test_losses_are_those_of_the_model_with_that_block_cut(exported: Exported, n
             assert row.loss == pytest.approx(true_loss(model, site, cut, samples), rel=0.02, abs=2e-6), (site, cut)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
+@pytest.mark.parametrize(("name", "width"), [("llama", 32), ("bert", 32), ("gpt2", 3 * 32)])
+def test_heads_are_cut_as_channels_are(exported: Exported, name: str, width: int) -> None:
     """A cut of other units of the block, whose caches and masks go with it."""
     model = exported(name)
     samples, sites = samples_of(model), find_sites(model)[:2]
@@ -132,7 +69,7 @@ def test_heads_are_cut_as_channels_are(exported: Exported, name: str) -> None:
         site = next(site for site in sites if site.name == name)
         expected = true_loss(model, site, next(one for one in cuts if one.name == cut), samples)
         assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), row
-        assert any(shapes[0][1] == 32 for shapes in row.left.values()), "2 of 4 heads × 16"
+        assert any(shapes[0][1] == width for shapes in row.left.values()), "2 of 4 heads × 16"
         assert len(row.left) == (2 if cut == "heads" else 4)
 
 
@@ -190,6 +127,16 @@ def test_a_cut_that_finds_nothing_is_not_offered(exported: Exported) -> None:
     masks = Cut("masks", (PassSpec("prune-weights", {"sparsity": 0.5, "method": "magnitude"}),))
     found = measure(model, [], [], samples_of(model), sites=sites, cuts=[whole, masks], session_options={})
     assert by_cut(found, sites) == {}, "no unit gets smaller"
+
+
+@pytest.mark.parametrize("stem", ["encoder_model", "decoder_model"])
+def test_a_cut_that_is_refused_leaves_the_others(exported: Exported, stem: str) -> None:
+    """reduce-heads takes neither position biases of each head nor keys and values that another graph reads."""
+    model = exported("t5", stem)
+    sites = find_sites(model)
+    cuts = [Cut("heads", (HEADS,)), Cut("narrow", (NARROW,))]
+    found = by_cut(measure(model, [], [], samples_of(model), sites=sites, cuts=cuts, session_options={}), sites)
+    assert set(found) == {(site.name, "narrow") for site in sites}
 
 
 def test_it_goes_on_where_it_was_killed(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
         report.print_benchmark(str(folder), measured)
 
 
-@click.command(short_help="What each product loses, weighs and takes in each format; each block after each cut.")
+@click.command(short_help="What a model loses with one product in one format, one block cut, or without one head.")
 @click.argument("model")
 @profile_option
 @recipe_option
@@ -70,14 +70,15 @@ def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
     "--every", is_flag=True, help="Measure every loss, not only that of the coarsest of formats that lose alike."
 )
 @click.option("--structure", is_flag=True, help="Try the cuts of the recipe budget-structure on every block instead.")
+@click.option("--heads", is_flag=True, help="Take out every attention head, one at a time, instead, or as well.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the map, too.")
 @calibration_options
 @kernel_table_option
 @source_options
 @_common
 def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) -> None:
-    """Try every format of a recipe on every product of MODEL, and every cut on every block, one at a time, and say what
-    the whole model loses.
+    """Try every format of a recipe on every product of MODEL, every cut on every block, or every attention without one
+    of its heads, one at a time, and say what the whole model loses.
 
     What is found is kept: a search (build --max-loss …) goes on from it, and so does one that was interrupted.
     """

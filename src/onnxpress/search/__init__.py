@@ -5,6 +5,7 @@ A part is a unit, which formats are for, or a block, which cuts are for; both ar
 units          the parts that get a format each: products that share an input or a weight
 formats        what they may become: passes of a recipe, tried on one unit alone
 cuts           what blocks may become: structural passes of a recipe, tried on one block alone
+heads          attentions without one head, for the map only
 sensitivity    what the whole model loses when one part takes one format
 kernels        how long one unit takes in one format, on this or on another machine
 assignment     cuts, and a format for each unit, so that limits hold and what is left is least

@@ -105,6 +105,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                         break
                 elif gates.max_loss is None or found["spent"] >= CLOSE * math.log1p(gates.max_loss):
                     break
+    remarks = prediction.remarks() if destroyed is None else []
     expected = prediction.expected(program)
     if best is None and destroyed is not None:
         raise GateFailedError(
@@ -116,7 +117,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     work.restore(state)
     limits = {name: value for name, value in vars(gates).items() if value is not None}
     work.record(Step("search", limits, time.perf_counter() - began, known.count(assignment)))
-    return Found(chosen, quality, [*notes, *_further(expected, prediction, gates, objective, assignment)])
+    return Found(chosen, quality, [*notes, *remarks, *_further(expected, prediction, gates, objective, assignment)])
 
 
 @dataclass

@@ -33,7 +33,8 @@ def best_choice(program: Program, limits: Mapping[str, float], objective: str) -
 def most_alike(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
     """The best choice of those whose deepest cut is least deep, in parameters: blocks are cut as much as each other.
 
-    What cuts of layers in a row lose compounds, so that a sum likes few deep cuts more than it should.
+    What was measured on some text is not quite what other text loses: where sums hardly differ, cuts that are alike are
+    the safer choice.
     """
     depth = _removed(program)
     depths = sorted(set(depth.values()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -57,6 +58,8 @@ class Site:
 @dataclass(frozen=True)
 class Cut(Format):
     """A format of a block."""
+
+    losses_follow: ClassVar[bool] = False
 
     @property
     def removes(self) -> bool:

@@ -7,9 +7,10 @@ by quantizing activations, counts too. What a block may become is a format as we
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,13 @@ class Format:
 
     name: str
     specs: tuple[PassSpec, ...]
+    losses_follow: ClassVar[bool] = True
+    """Whether losses follow from errors, which are small enough; otherwise every one is measured."""
+
+    @property
+    def key(self) -> str:
+        """What it is recognised by: what it does, whatever it is called."""
+        return json.dumps([[spec.name, dict(spec.options)] for spec in self.specs], sort_keys=True)
 
     def passes_for(self, weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
         """The passes for the weights of these names only, as lines of a recipe and built."""
@@ -111,12 +119,18 @@ def run(
 ) -> Trial:
     """Run a part on samples; what it does not read of them is left out."""
     with session_of(model, threads, session_options) as session:
-        names, read = ([value.name for value in values] for values in (session.get_outputs(), session.get_inputs()))
-        outputs = [
-            dict(zip(names, session.run(names, {name: sample[name] for name in read}), strict=True))
-            for sample in samples
-        ]
+        names, read = [value.name for value in session.get_outputs()], session.get_inputs()
+        fed = ({one.name: _fitting(sample[one.name], one.shape) for one in read} for sample in samples)
+        outputs = [dict(zip(names, session.run(names, feeds), strict=True)) for feeds in fed]
     return Trial(constant_bytes(model), outputs)
+
+
+def _fitting(array: NDArray[Any], shape: Sequence[int | str | None]) -> NDArray[Any]:
+    """An input as it is; an empty cache has as many heads as a part that was cut expects."""
+    if array.size:
+        return array
+    sizes = [wanted if isinstance(wanted, int) else found for found, wanted in zip(array.shape, shape, strict=True)]
+    return np.zeros(sizes, array.dtype)
 
 
 def constant_bytes(model: ir.Model) -> int:

@@ -1,4 +1,5 @@
-"""The map of a survey as a picture: a column for each layer, a row for each part in each format, and for each cut."""
+"""The map of a survey as a picture: a column for each layer, a row for each part in each format, for each cut, and for
+each head."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import jinja2
 
 from onnxpress.optimizers.anatomy.layers import layer_of
 from onnxpress.search.formats import FLOAT
+from onnxpress.search.sensitivity import Measurement
 from onnxpress.search.survey import Survey
 from onnxpress.staging import replacing_file
 
@@ -19,11 +21,11 @@ LEAST, MOST = 1e-7, 1.0
 def draw(survey: Survey, path: Path, title: str) -> None:
     """Write an SVG; the colour of a cell is the logarithm of its loss. Raises OutputError."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress"), autoescape=True)
-    cells = [(*place(row.unit), row) for row in survey.rows if row.format != FLOAT]
+    cells = [(*place(row.unit), row) for row in (*survey.rows, *survey.head_rows) if row.format != FLOAT]
     sites = {site.name: site for site in survey.sites}
     cells += [(sites[row.unit].layer, sites[row.unit].stack, row) for row in survey.cut_rows]
     layers = sorted({layer for layer, _, _ in cells})
-    rows = sorted({(part, row.format) for _, part, row in cells})
+    rows = sorted({(part, row.format) for _, part, row in cells}, key=lambda row: (row[0], _by_number(row[1])))
     text = environment.get_template("sensitivity.svg.j2").render(
         title=title,
         layers=layers,
@@ -33,7 +35,7 @@ def draw(survey: Survey, path: Path, title: str) -> None:
                 "x": layers.index(layer),
                 "y": rows.index((part, row.format)),
                 "share": share(row.loss),
-                "text": f"{row.unit}, {row.format}: loss {row.loss:.2g}, error {row.error:.2g}, {row.nbytes:,} bytes",
+                "text": f"{row.unit}, {row.format}: loss {row.loss:.2g}, error {row.error:.2g}{_size(survey, row)}",
             }
             for layer, part, row in cells
         ],
@@ -50,6 +52,17 @@ def place(unit: str) -> tuple[int, str]:
         return -1, unit.rpartition(".")[2]
     _, layer = found
     return layer, unit.partition(f".{layer}.")[2] or unit
+
+
+def _size(survey: Survey, row: Measurement) -> str:
+    """Without a head, a product is as large as it was: it is measured by what the head puts in it."""
+    return "" if row in survey.head_rows else f", {row.nbytes:,} bytes"
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """head 2 comes before head 10."""
+    text, _, number = name.rpartition(" ")
+    return (text, int(number)) if number.isdecimal() else (name, 0)
 
 
 def share(loss: float) -> float:

@@ -21,7 +21,7 @@ class Record:
 
     unit: str
     format: str
-    """Pass and options, as `key` spells them."""
+    """Its `key`: pass and options."""
     nbytes: int
     """Of the part's constants; −1 where the format does not take the part."""
     error: float = 0.0
@@ -47,11 +47,6 @@ class Record:
         return self.nbytes >= 0
 
 
-def key(format: Format) -> str:
-    """What a format is recognised by: what it does, whatever it is called."""
-    return json.dumps([[spec.name, dict(spec.options)] for spec in format.specs], sort_keys=True)
-
-
 class Records:
     """By unit and format; in memory only without a path. The last word on a pair counts."""
 
@@ -70,7 +65,7 @@ class Records:
                 file.write("\n")
 
     def get(self, unit: str, format: Format) -> Record | None:
-        return self._known.get((unit, key(format)))
+        return self._known.get((unit, format.key))
 
     def add(self, record: Record) -> Record:
         self._remember(record)

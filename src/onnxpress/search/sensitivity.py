@@ -1,11 +1,12 @@
 """What a model loses, weighs and computes wrongly with one part in one format: each unit in each format, each block
-after each cut.
+after each cut, each attention without each head.
 
 Every format of every unit is run by its real kernels on what the unit reads in the float model; its relative error is
 cheap to know. What an error does to the model's outputs is measured (see `injection`) for the coarsest of the formats
 that lose alike (see `Record.alike`). Errors of one unit add to the loss in proportion to their power, so that the other
-formats follow from the one with the nearest error; the errors of cuts are no small ones, and each is measured. Errors
-of different parts are taken to be independent: their losses add up. `budget` measures how far that is off.
+formats follow from the one with the nearest error; the errors of cuts and heads are no small ones, and each is
+measured. Errors of different parts are taken to be independent: their losses add up. `budget` measures how far that is
+off.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from onnxpress.optimizers.calibration import Calibration, Feeds, Step, Walk
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.coarseness import TINY
-from onnxpress.search.cuts import Cut, Site
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
 from onnxpress.search.injection import Errors, inject
-from onnxpress.search.records import Record, Records, key
+from onnxpress.search.records import Record, Records
 from onnxpress.search.units import Part, Unit, part_model
 
 Lost = Callable[[int, Errors], float]
@@ -35,7 +35,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A unit in a format, or a block after a cut."""
+    """A unit in a format, a block after a cut, or an attention without a head."""
 
     unit: str
     format: str
@@ -67,8 +67,8 @@ def measure(
     formats: Sequence[Format],
     samples: Samples,
     *,
-    sites: Sequence[Site] = (),
-    cuts: Sequence[Cut] = (),
+    sites: Sequence[Part] = (),
+    cuts: Sequence[Format] = (),
     session_options: Mapping[str, str],
     every: bool = False,
     folder: Path | None = None,
@@ -81,7 +81,7 @@ def measure(
 
     Args:
         units: see `units.find_units`.
-        sites: see `cuts.find_sites`.
+        sites: blocks, see `cuts.find_sites`, or `heads.find_attention_outputs`; `cuts` are tried on them.
         every: measure the loss of every format, not only of the coarsest of those that lose alike.
         folder: where results are kept, by model and samples; a measurement that was killed, or asks for more formats,
             goes on from there.
@@ -123,7 +123,7 @@ def _unmeasured(part: Part, formats: Sequence[Format], records: Records, every: 
     known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
     chosen: list[tuple[Format, Record]] = []
     for one, record in sorted(known, key=lambda pair: -pair[1].error):
-        if every or isinstance(one, Cut) or not any(record.alike(coarser) for _, coarser in chosen):
+        if every or not one.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
             chosen.append((one, record))
     return [one for one, record in chosen if record.loss is None]
 
@@ -159,11 +159,11 @@ class _Lab:
             if records.get(self.part.name, one) is None:
                 after = trial(one)
                 if after is None:
-                    records.add(Record(self.part.name, key(one), -1))
+                    records.add(Record(self.part.name, one.key, -1))
                 else:
                     errors = relative_errors(before.outputs, after.outputs)
                     mean, peak = float(errors.mean()), float(errors.max())
-                    records.add(Record(self.part.name, key(one), after.nbytes, mean, peak, left=after.left))
+                    records.add(Record(self.part.name, one.key, after.nbytes, mean, peak, left=after.left))
         for one in _unmeasured(self.part, formats, records, every):
             after, record = trial(one), records.get(self.part.name, one)
             assert after is not None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from onnxpress.errors import UnsupportedModelError
@@ -16,6 +17,7 @@ from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Choice, CutChoice, Program
 from onnxpress.search.cuts import Cut, Site, check_cuts, find_sites, linked
 from onnxpress.search.formats import FLOAT, Format
+from onnxpress.search.heads import AttentionOutput, find_attention_outputs, without_heads
 from onnxpress.search.judging import samples_for
 from onnxpress.search.sensitivity import Measurement, measure
 from onnxpress.search.units import Unit, find_units
@@ -41,6 +43,9 @@ class Survey:
     """Of blocks."""
     cut_units: Mapping[str, Mapping[str, Unit]] = field(default_factory=dict)
     """By a cut of a block, as `cut_name` calls it, the units that it changes, by name, as it leaves them."""
+    attentions: Sequence[AttentionOutput] = ()
+    head_rows: Sequence[Measurement] = ()
+    """Of attentions without one head."""
 
     def program(self, importance: Mapping[str, float], tokens: int) -> Program:
         """Every unit in every format, whole and after every cut, with what it costs: loss in nats (or 1 − cosine),
@@ -108,7 +113,15 @@ class Survey:
                 for row in self.cut_rows
             ]
             found |= {"cuts": [one.name for one in self.cuts], "blocks": blocks}
+        if self.attentions:
+            found["heads"] = [
+                {"unit": one.name, "losses": [row.loss for row in self.rows_of_heads(one)]} for one in self.attentions
+            ]
         return found
+
+    def rows_of_heads(self, attention: AttentionOutput) -> list[Measurement]:
+        """By head."""
+        return [row for row in self.head_rows if row.unit == attention.name]
 
     def removed(self, row: Measurement) -> int:
         """How many parameters a cut of a block takes away."""
@@ -120,8 +133,17 @@ def cut_name(site: str, cut: str) -> str:
     return f"{site}: {cut}"
 
 
-def survey(work: Work, recipe: Recipe, kernel_table: kernels.KernelTable | None = None, every: bool = False) -> Survey:
+def survey(
+    work: Work,
+    recipe: Recipe,
+    kernel_table: kernels.KernelTable | None = None,
+    *,
+    every: bool = False,
+    heads: bool = False,
+) -> Survey:
     """Measure what a recipe's formats and cuts do to the graphs as they are, and how long they take.
+
+    heads: what it does to take single heads out, too.
 
     Of an encoder-decoder, the two decoders share their weights: the first stands for both.
     """
@@ -131,27 +153,30 @@ def survey(work: Work, recipe: Recipe, kernel_table: kernels.KernelTable | None 
     formats, options = _formats(recipe), dict(work.profile.session_options)
     units: dict[str, Unit] = {}
     sites: dict[str, Site] = {}
+    attentions: dict[str, AttentionOutput] = {}
     rows: list[Measurement] = []
+    for_heads: list[Measurement] = []
     for stem, path in work.current.items():
         model = load_graph(path)
         found = [unit for unit in find_units(model.graph) if unit.name not in units]
         blocks = [site for site in find_sites(model) if site.name not in sites] if cuts else []
         if not found or not samples.get(stem):
             continue
+        common = partial(
+            measure,
+            model,
+            samples=samples[stem],
+            session_options=options,
+            folder=cache_folder() / "sensitivity",
+            threads=work.threads,
+        )
         with work.progress.stage("measuring what each part loses in each format") as update:
-            rows += measure(
-                model,
-                found,
-                formats,
-                samples[stem],
-                sites=blocks,
-                cuts=cuts,
-                session_options=options,
-                every=every,
-                folder=cache_folder() / "sensitivity",
-                threads=work.threads,
-                progress=update,
-            )
+            rows += common(found, formats, sites=blocks, cuts=cuts, every=every, progress=update)
+        if heads:
+            outputs = [one for one in find_attention_outputs(model) if one.name not in attentions]
+            with work.progress.stage("measuring what is lost without each head") as update:
+                for_heads += common([], [], sites=outputs, cuts=without_heads(outputs), progress=update)
+            attentions |= {one.name: one for one in outputs}
         units |= {unit.name: unit for unit in found}
         sites |= {site.name: site for site in blocks}
     if not rows:
@@ -172,6 +197,8 @@ def survey(work: Work, recipe: Recipe, kernel_table: kernels.KernelTable | None 
         cuts,
         of_blocks,
         left,
+        list(attentions.values()),
+        [row for row in for_heads if row.format != FLOAT],
     )
 
 

@@ -27,3 +27,21 @@ def test_a_value_of_undeclared_type_gets_its_own(graph: Graph) -> None:
         hidden, wide = session.run(["h", "wide"], {"x": x})
     np.testing.assert_array_equal(hidden, x)
     assert wide.tolist() == [3, 8]
+
+
+def test_what_only_a_branch_reads_stays_an_input(graph: Graph) -> None:
+    """DeBERTa's layers choose a size by a condition; what the branches read comes from before the part."""
+    model = graph(
+        """g (float[B] x, bool flag) => (float[B] y) {
+        a = Neg(x)
+        b = Abs(x)
+        c = Identity(flag)
+        y = If (c) <then_branch = t () => (float[B] then) { then = Identity(a) },
+                    else_branch = e () => (float[B] other) { other = Identity(b) }>
+        }"""
+    )
+    part = extract(model, {"a": ir.DataType.FLOAT, "b": ir.DataType.FLOAT, "c": ir.DataType.BOOL}, ["y"])
+    x = np.array([1, -2], np.float32)
+    with session_of(part) as session:
+        (found,) = session.run(None, {"a": -x, "b": abs(x), "c": np.array(False)})
+    np.testing.assert_array_equal(found, abs(x))
