@@ -92,9 +92,9 @@ def by_onnxsim(subject: Subject, find_links: str | None, what: str, folder: Path
     return common.measured([python, PEERS / "onnxsim_cut.py", source, folder / "artifact", *given])
 
 
-def cuts(subject: Subject) -> list[dict[str, Any]]:
+def cuts(subject: str) -> list[dict[str, Any]]:
     with (HERE / "structure.toml").open("rb") as file:
-        return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject.name]
+        return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject]
 
 
 def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, Row]:
@@ -104,7 +104,7 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
     base = contenders.export(subject)
     found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
     text = fitting_text(subject, arguments)
-    for cut in cuts(subject):
+    for cut in cuts(subject.name):
         for section in ("plain", "onnxsim", "onnxpress", "on_text"):
             family = "onnxpress" if section == "on_text" else section
             for method, how in cut.get(section, {}).items():
@@ -195,7 +195,8 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
                 f"{column} {whole[column]:.4g}" for column in ("perplexity", "Spearman", *SPEED) if column in whole
             ]
             parts.append(", ".join(words) + ".")
-        for cut in dict.fromkeys(row["cut"] for row in rows.values() if "cut" in row):
+        done = {row["cut"] for row in rows.values() if "cut" in row}
+        for cut in (cut["name"] for cut in cuts(subject) if cut["name"] in done):
             parts.append(f"**{cut}**\n\n{table(subject, rows, cut)}")
         if failed := [f"{name}: {row['failed']}" for name, row in rows.items() if row.get("failed")]:
             parts.append("Not run: " + "; ".join(failed))
