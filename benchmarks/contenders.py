@@ -57,6 +57,8 @@ class Subject:
     """What calibrating peers look at (decoders)."""
     calibration: Path | None = None
     """The same as token ids: a JSON list of lists."""
+    sentences: Path | None = None
+    """Pairs whose sentences an encoder's cosines are judged on; without, those that onnxpress brings along."""
 
     @property
     def folder(self) -> Path:

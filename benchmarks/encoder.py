@@ -55,7 +55,7 @@ def torch_worker(model: str, threads: int) -> Worker:
 
 
 def encoded(model: str, *what: str) -> Sentences:
-    """Token ids: of onnxpress's own sentences, or of the two columns of a file with pairs, one behind the other."""
+    """Token ids: of onnxpress's own sentences, of a file's lines, or of its two columns, one behind the other."""
     file = CACHE / f"sentences-{common.slug(model)}.json"
     common.measured([sys.executable, PEERS / "encode_sentences.py", common.checkpoint_folder(model), file, *what])
     sentences: Sentences = json.loads(file.read_text(encoding="utf-8"))

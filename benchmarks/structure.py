@@ -5,18 +5,20 @@
 
 Subjects and parts are those of quantization.py; what is cut and how is in structure.toml. Passes run with as many
 samples as they want, of text that the decoder writes itself; "on text" they and onnxsim get the text behind the windows
-that are judged (of the GPT: what it was trained on). Encoders are calibrated with lines of --text where there is one,
-as the sentences that they would take otherwise are those that they are judged on. Figures go to DIR/figures.json as
-they come, tables to DIR/structure.md.
+that are judged (of the GPT: what it was trained on). Encoders, and their cosines and ranks, are judged on every other
+line of --pairs; what is fitted is fitted to sentences of the other lines. Figures go to DIR/figures.json as they come,
+tables to DIR/structure.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import sys
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from figures import Figures, measure
 from subjects import prepared
 
 ONNXSIM = ["onnxsim==0.8.1", "onnx==1.23.2", "onnxruntime==1.31.1"]
-SAMPLES = {"decoder": ("14", "512"), "gpt": ("32", "512"), "encoder": ("400", "128")}
+SAMPLES = {"decoder": ("14", "512"), "gpt": ("32", "512"), "encoder": ("1500", "64")}
 """Rows of text and tokens in each; behind the windows of WikiText-2's usual excerpt there are not many more."""
 WINDOWS = 36
 """Of text to fit to, at most: a few more than SAMPLES, as tokens change where windows begin."""
@@ -50,7 +52,7 @@ def by_passes(subject: Subject, text: Path | None, passes: list[Any], folder: Pa
 def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path | None:
     """What passes are calibrated with on text: none of it is judged."""
     if subject.name == "encoder":
-        return Path(arguments.text) if arguments.text else None
+        return subject.text
     source, first = arguments.train_text[0] if subject.name == "gpt" else arguments.text, 0
     if subject.name == "decoder":
         first = decoder.WINDOWS
@@ -60,6 +62,22 @@ def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path | None
         [sys.executable, PEERS / "quality.py", "tokens", common.checkpoint_folder(subject.model), source, *window, file]
     )
     return file.with_suffix(".txt")
+
+
+def halved(subject: Subject, pairs: Path) -> Subject:
+    """An encoder judged on every other line of `pairs`, and what to fit to: sentences of the other lines alone."""
+    with pairs.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    judged, others = rows[::2], rows[1::2]
+    seen = {sentence for row in judged for sentence in row[:2]}
+    lines = [line for line in dict.fromkeys(line for row in others for line in row[:2]) if line not in seen]
+    text, sentences = subject.folder / "fitting.txt", subject.folder / "judged.csv"
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with sentences.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(judged)
+    calibration = subject.folder / "fitting.json"
+    calibration.write_text(json.dumps(encoder.encoded(subject.model, str(text))[:128]), encoding="utf-8")
+    return replace(subject, text=text, calibration=calibration, sentences=sentences)
 
 
 def plainly(subject: Subject, what: str, folder: Path) -> Measured:
@@ -74,9 +92,9 @@ def by_onnxsim(subject: Subject, find_links: str | None, what: str, folder: Path
     return common.measured([python, PEERS / "onnxsim_cut.py", source, folder / "artifact", *given])
 
 
-def cuts(subject: Subject) -> list[dict[str, Any]]:
+def cuts(subject: str) -> list[dict[str, Any]]:
     with (HERE / "structure.toml").open("rb") as file:
-        return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject.name]
+        return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject]
 
 
 def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, Row]:
@@ -86,7 +104,7 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
     base = contenders.export(subject)
     found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
     text = fitting_text(subject, arguments)
-    for cut in cuts(subject):
+    for cut in cuts(subject.name):
         for section in ("plain", "onnxsim", "onnxpress", "on_text"):
             family = "onnxpress" if section == "on_text" else section
             for method, how in cut.get(section, {}).items():
@@ -177,7 +195,8 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
                 f"{column} {whole[column]:.4g}" for column in ("perplexity", "Spearman", *SPEED) if column in whole
             ]
             parts.append(", ".join(words) + ".")
-        for cut in dict.fromkeys(row["cut"] for row in rows.values() if "cut" in row):
+        done = {row["cut"] for row in rows.values() if "cut" in row}
+        for cut in (cut["name"] for cut in cuts(subject) if cut["name"] in done):
             parts.append(f"**{cut}**\n\n{table(subject, rows, cut)}")
         if failed := [f"{name}: {row['failed']}" for name, row in rows.items() if row.get("failed")]:
             parts.append("Not run: " + "; ".join(failed))
@@ -189,7 +208,13 @@ def main() -> None:
     parser = subjects.parser(__doc__ or "")
     arguments = parser.parse_args()
     for name in subjects.wanted(arguments, parser):
-        compare(prepared(name, arguments), arguments)
+        subject = prepared(name, arguments)
+        if name == "encoder":
+            if arguments.pairs is None:
+                parser.error("encoder needs --pairs")
+            subject = halved(subject, arguments.pairs)
+            arguments.pairs = subject.sentences
+        compare(subject, arguments)
     show(arguments, "structure", tables(Figures(arguments.out).content))
 
 

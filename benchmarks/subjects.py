@@ -105,7 +105,7 @@ def judges(
     """
     if subject.name == "encoder":
         torch = encoder.torch_worker(subject.model, arguments.threads)
-        sentences = encoder.encoded(subject.model)
+        sentences = encoder.encoded(subject.model, *([str(subject.sentences)] if subject.sentences else []))
         reference = encoder.embed(torch, sentences)
         pairs = encoder.read_pairs(subject.model, arguments.pairs) if arguments.pairs else None
         row: Row = {"family": "torch", "cosine mean": 1.0, "cosine min": 1.0}

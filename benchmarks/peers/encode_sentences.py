@@ -1,7 +1,7 @@
-"""Sentences as token ids without padding. usage: encode_sentences.py CHECKPOINT FILE [PAIRS]
+"""Sentences as token ids without padding. usage: encode_sentences.py CHECKPOINT FILE [SENTENCES]
 
-FILE gets JSON, a list each: onnxpress's own sentences, or all first sentences of PAIRS (CSV: first, second, score) and
-then all second ones. Runs in onnxpress's environment.
+FILE gets JSON, a list each: onnxpress's own sentences, the lines of SENTENCES, or, of a .csv (first, second, score),
+all first sentences and then all second ones. Runs in onnxpress's environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(Path(sys.argv[1]) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
-    if len(sys.argv) > 3:
+    if len(sys.argv) > 3 and not sys.argv[3].endswith(".csv"):
+        lines = Path(sys.argv[3]).read_text(encoding="utf-8").splitlines()
+    elif len(sys.argv) > 3:
         with Path(sys.argv[3]).open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
         lines = [row[0] for row in rows] + [row[1] for row in rows]
