@@ -195,8 +195,9 @@ def tables(figures: dict[str, Any]) -> dict[str, str]:
                 f"{column} {whole[column]:.4g}" for column in ("perplexity", "Spearman", *SPEED) if column in whole
             ]
             parts.append(", ".join(words) + ".")
-        done = {row["cut"] for row in rows.values() if "cut" in row}
-        for cut in (cut["name"] for cut in cuts(subject) if cut["name"] in done):
+        order = [cut["name"] for cut in cuts(subject)]
+        found = dict.fromkeys(row["cut"] for row in rows.values() if "cut" in row)
+        for cut in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
             parts.append(f"**{cut}**\n\n{table(subject, rows, cut)}")
         if failed := [f"{name}: {row['failed']}" for name, row in rows.items() if row.get("failed")]:
             parts.append("Not run: " + "; ".join(failed))

@@ -106,9 +106,19 @@ def test_damage_is_held_against_slicing_at_its_best(module: Any) -> None:
     assert [float(row[-2]) for row in rows[2:]] == pytest.approx([np.log(1.99) / np.log(10), 1, expected], abs=0.06)
 
 
+def test_cuts_come_in_the_order_of_the_list(module: Any) -> None:
+    structure = module("structure")
+    names = [cut["name"] for cut in structure.cuts("gpt")]
+    rows = structured(**dict.fromkeys(reversed(names), ("plain", "slice", 9.0)))
+    for name in names:
+        rows[name]["cut"] = name
+    text = structure.tables({"subjects": {"gpt": rows}})["A small GPT, never in 4 bits"]
+    assert [line.strip("*") for line in text.splitlines() if line.startswith("**")] == names
+
+
 def test_every_cut_of_the_list_is_of_a_subject_and_has_one_slice_or_a_reason(module: Any) -> None:
     structure, subjects = module("structure"), module("subjects")
-    found = [cut for name in subjects.SUBJECTS for cut in structure.cuts(module("contenders").Subject(name, "model"))]
+    found = [cut for name in subjects.SUBJECTS for cut in structure.cuts(name)]
     assert found
     for cut in found:
         assert any("slice" in method for family in ("plain", "onnxpress") for method in cut.get(family, {})), cut[
