@@ -5,8 +5,8 @@
 
 Subjects and parts are those of quantization.py; what is cut and how is in structure.toml. Passes run with as many
 samples as they want, of text that the decoder writes itself; "on text" they and onnxsim get the text behind the windows
-that are judged (of the GPT: what it was trained on). Encoders, and their cosines and ranks, are judged on every other
-line of --pairs; what is fitted is fitted to sentences of the other lines. Figures go to DIR/figures.json as they come,
+that are judged (of the GPT: what it was trained on), and so do searches, which cut what they like. Encoders, and their
+cosines and ranks, are judged on every other line of --pairs; what is fitted is fitted to sentences of the other lines. Figures go to DIR/figures.json as they come,
 tables to DIR/structure.md.
 """
 
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,9 +50,19 @@ def by_passes(subject: Subject, text: Path | None, passes: list[Any], folder: Pa
     return common.measured([sys.executable, PEERS / "apply_passes.py", source, folder / "artifact", *given])
 
 
-def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path | None:
+def by_search(subject: Subject, text: Path, like: Contender, folder: Path) -> Measured:
+    """Cuts of any kind, block by block, to as many parameters as another contender has."""
+    source = contenders.export(subject).built(subject).path
+    most = str(parameters(like.built(subject).path))
+    samples = ["--calibration-samples", SAMPLES[subject.name][0], "--calibration-length", SAMPLES[subject.name][1]]
+    given = ["--recipe", "budget-structure", "--max-parameters", most, "--calibration", text, *samples]
+    command = [sys.executable, "-m", "onnxpress.cli", "optimize", source, "--output", folder / "artifact"]
+    return common.measured([*command, *given, "--no-benchmark"])
+
+
+def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path:
     """What passes are calibrated with on text: none of it is judged."""
-    if subject.name == "encoder":
+    if subject.name == "encoder" and subject.text is not None:
         return subject.text
     source, first = arguments.train_text[0] if subject.name == "gpt" else arguments.text, 0
     if subject.name == "decoder":
@@ -105,28 +116,30 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
     found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
     text = fitting_text(subject, arguments)
     for cut in cuts(subject.name):
+
+        def add(family: str, method: str, build: Callable[[Path], Measured], how: Any, cut: Row = cut) -> Contender:
+            variant = f"{cut['name']}, {method}"
+            one = Contender(
+                family, variant, build, worker, opens="artifact", ships="artifact/onnx/*", key=json.dumps(how)
+            )
+            found[one] = {"cut": cut["name"], "method": method}
+            return one
+
+        added: list[Contender] = []
         for section in ("plain", "onnxsim", "onnxpress", "on_text"):
-            family = "onnxpress" if section == "on_text" else section
             for method, how in cut.get(section, {}).items():
                 fitted = text if section == "on_text" or subject.name == "encoder" else None
-                if section == "on_text":
-                    method += ", on text"
                 if isinstance(how, list):
                     build = partial(by_passes, subject, fitted, how)
-                elif family == "plain":
+                elif section == "plain":
                     build = partial(plainly, subject, how)
                 else:
                     build = partial(by_onnxsim, subject, arguments.find_links, how)
-                one = Contender(
-                    family,
-                    f"{cut['name']}, {method}",
-                    build,
-                    worker,
-                    opens="artifact",
-                    ships="artifact/onnx/*",
-                    key=json.dumps([how, str(fitted or "")]),
-                )
-                found[one] = {"cut": cut["name"], "method": method}
+                family, ending = ("onnxpress", ", on text") if section == "on_text" else (section, "")
+                added.append(add(family, method + ending, build, [how, str(fitted or "")]))
+        if cut.get("search"):
+            ending = "" if subject.name == "encoder" else ", on text"
+            add("onnxpress", "search" + ending, partial(by_search, subject, text, added[0]), ["search", str(text)])
     return {one: row for one, row in found.items() if common.wanted(one.name, arguments.only)}
 
 
