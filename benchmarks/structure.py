@@ -6,8 +6,8 @@
 Subjects and parts are those of quantization.py; what is cut and how is in structure.toml. Passes run with as many
 samples as they want, of text that the decoder writes itself; "on text" they and onnxsim get the text behind the windows
 that are judged (of the GPT: what it was trained on), and so do searches, which cut what they like. Encoders, and their
-cosines and ranks, are judged on every other line of --pairs; what is fitted is fitted to sentences of the other lines. Figures go to DIR/figures.json as they come,
-tables to DIR/structure.md.
+cosines and ranks, are judged on every other line of --pairs; what is fitted is fitted to sentences of the other lines.
+Figures go to DIR/figures.json as they come, tables to DIR/structure.md.
 """
 
 from __future__ import annotations
