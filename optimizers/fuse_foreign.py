@@ -31,10 +31,12 @@ from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
+from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
 from onnxpress.optimizers.name_weights import name_weights
 from onnxpress.optimizers.sizes import forget_unnamed
+from onnxpress.optimizers.spelled_out.packed import split_packed_heads
 from onnxpress.optimizers.split_skip_norm import split_skip_norms
 from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
@@ -54,6 +56,7 @@ _RULES: list[Callable[[ir.Model], object]] = [
 
 _REWRITTEN = (
     "empty slices",
+    "heads packed side by side",
     "names of weights",
     "products of flat matrices",
     "slices as one split",
@@ -92,11 +95,13 @@ class FuseForeign(Pass):
             join_slices(model.graph, found)
         CleanUp()(model)
         _infer_shapes(model)
+        split_packed_heads(model.graph, found)
         fuse_norms(model, found)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         fuse_rotary(model, found)
+        fuse_partial_rotary(model.graph, found)
         fuse_attention(model, found)
         unflatten_products(model.graph, found)
         FuseGelu().apply(model, found)
