@@ -59,6 +59,7 @@ _REWRITTEN = (
     "heads packed side by side",
     "names of weights",
     "products of flat matrices",
+    "rotations of a part of each head",
     "slices as one split",
     "sum and normalisation",
     "tables",

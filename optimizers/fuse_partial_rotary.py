@@ -15,11 +15,13 @@ from onnxpress.optimizers.sizes import size_of
 
 
 def fuse_partial_rotary(graph: ir.Graph, report: Report) -> None:
-    """Replace what matches, which adds no operator; leaves dead nodes behind. Wants shapes to be known."""
+    """Replace what matches; leaves dead nodes behind. Wants shapes to be known."""
     for node in list(graph):
         if is_op(node, "Concat") and _joins_features(node) and any(map(_rotation, node.inputs)):
             reason = _fuse(graph, node)
-            if reason is not None:
+            if reason is None:
+                report.match("rotations of a part of each head")
+            else:
                 report.skip(f"rotary embedding of a part of each head: {reason}")
 
 
@@ -60,5 +62,5 @@ def _fuse(graph: ir.Graph, concat: ir.Node) -> str | None:
     fused.metadata_props.update(concat.metadata_props)
     old, new = concat.outputs[0], fused.outputs[0]
     ir.convenience.replace_nodes_and_values(graph, concat, [concat], [fused], [old], [new])
-    new.shape = x.shape
+    new.shape = ir.Shape(x.shape.dims)
     return None

@@ -1,8 +1,7 @@
 """Queries, keys and values that are packed head by head, taken apart before heads are moved in front of tokens.
 
-    Transpose(Reshape(p, [batch, length, heads, 3 · size]))  ->  Slice of [0, size), of [size, 2 · size), of the rest
-    =>  Split(Reshape(p, …), 3)  ->  for each Reshape [batch, length, heads · size], Reshape [batch, length, heads, size],
-        Transpose
+    Slice(Transpose(Reshape(p, [batch, length, heads, 3 · size])), thirds of the last axis)
+    =>  Split(Reshape(p, …)), and for each third Reshape to [batch, length, heads · size], Reshape, Transpose
 
 p [batch, length, heads · 3 · size] is a product in which the query, the key and the value of a head stand side by side,
 as in GPT-NeoX. Afterwards each of the three is split into heads as it is where it has a product of its own.
@@ -45,7 +44,7 @@ def _split(graph: ir.Graph, reshape: ir.Node, transpose: ir.Node) -> bool:
     pieces = _pieces(transpose.outputs[0], inner)
     if pieces is None:
         return False
-    nodes, made = _taken_apart(packed, heads, width // inner, inner // PACKED)
+    nodes, made = _taken_apart(packed, width // inner, inner // PACKED)
     for node in nodes:
         node.metadata_props.update(transpose.metadata_props)
     old = list(dict.fromkeys(piece.producer() for piece in pieces))
@@ -65,11 +64,9 @@ def _pieces(value: ir.Value, inner: int) -> list[ir.Value] | None:
     return [bounds[one] for one in wanted] if set(bounds) == set(wanted) else None
 
 
-def _taken_apart(
-    packed: ir.Value, heads: ir.Value, count: int, size: int
-) -> tuple[list[ir.Node], Sequence[ir.Value]]:
-    """Nodes, not in the graph yet, and queries, keys and values [batch, count, length, size] of [batch, length, count,
-    3 · size]."""
+def _taken_apart(packed: ir.Value, count: int, size: int) -> tuple[list[ir.Node], Sequence[ir.Value]]:
+    """Nodes, not in the graph yet, and queries, keys and values [batch, count, length, size] of [batch, length, count ·
+    3 · size]. No size is computed, so that whoever edits weights can follow their columns."""
     assert packed.shape is not None
     batch, length = packed.shape.dims[:2]
 
@@ -82,9 +79,12 @@ def _taken_apart(
         return nodes[-1].outputs[0]
 
     nodes: list[ir.Node] = []
-    sizes, flat, split = integers([size] * PACKED), integers([0, 0, count * size]), integers([0, 0, count, size])
-    parts = ir.node("Split", [heads, sizes], {"axis": 3}, num_outputs=PACKED)
-    nodes.append(parts)
+    by_head, sizes = integers([0, 0, count, PACKED * size]), integers([size] * PACKED)
+    flat, split = integers([0, 0, count * size]), integers([0, 0, count, size])
+    heads = ir.node("Reshape", [packed, by_head])
+    shaped(heads.outputs[0], batch, length, count, PACKED * size)
+    parts = ir.node("Split", [heads.outputs[0], sizes], {"axis": 3}, num_outputs=PACKED)
+    nodes += [heads, parts]
     made = []
     for part in parts.outputs:
         together = ir.node("Reshape", [shaped(part, batch, length, count, size), flat])
