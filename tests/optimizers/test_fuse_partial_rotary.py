@@ -9,9 +9,13 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
+from onnxpress.errors import UnsupportedModelError
+from onnxpress.graph_io import copy_graph
 from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
+from onnxpress.optimizers.reduce_heads import ReduceHeads
 
 HEADS, SIZE, ROTATED = 2, 12, 8
 BODY = """
@@ -103,3 +107,25 @@ def test_a_cache_is_no_part_of_a_head(graph: Any) -> None:
     fuse_partial_rotary(rotary_graph(graph, body).graph, report := Report())
     assert not report.matched
     assert not report.skipped
+
+
+def test_our_own_stablelm(exported: Any, run: Any) -> None:
+    """Its rotation of a part is two operators and two slices: the heads can become fewer once it is one."""
+    model = copy_graph(exported("stablelm"))
+    given = {
+        str(value.name): np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)  # type: ignore[arg-type, index]
+        for value in model.graph.inputs
+        if str(value.name).startswith("past")
+    } | {name: np.arange(7)[None] for name in ("input_ids", "position_ids")}
+    given |= {"attention_mask": np.ones((1, 7), np.int64)}
+    given = {name: array for name, array in given.items() if name in {value.name for value in model.graph.inputs}}
+    want = run(model, given)[0]
+    reduction = ReduceHeads(heads=2, method="resample")
+    with pytest.raises(UnsupportedModelError, match="Concat stands between") as raised:
+        reduction(copy_graph(model))
+    assert "--pass fuse-foreign" in str(raised.value.hint)
+    assert FuseForeign()(model).report.matched["rotations of a part of each head"] == 8
+    np.testing.assert_allclose(run(model, given)[0], want, atol=1e-5)
+    assert reduction(model).report.matched == {"4/2 heads × 32 → 2/2 heads × 32": 4}
+    less = {name: array[:, :2] if name.startswith("past") else array for name, array in given.items()}
+    assert np.isfinite(run(model, less)[0]).all()
