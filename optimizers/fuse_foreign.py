@@ -26,6 +26,7 @@ from onnxscript.rewriter.ort_fusions import (
     shape_optimization,
 )
 
+from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
@@ -98,12 +99,15 @@ class FuseForeign(Pass):
         _infer_shapes(model)
         split_packed_heads(model.graph, found)
         fuse_norms(model, found)
+        if not _by_current_exporter(model.graph):  # onnxscript's would split and merge heads around what they find
+            _fuse_heads(model, early := Report())
+            found.matched.update(early.matched)
+            common.TopologicalSortPass()(model)
+            common.RemoveUnusedNodesPass()(model)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
-        fuse_rotary(model, found)
-        fuse_partial_rotary(model.graph, found)
-        fuse_attention(model, found)
+        _fuse_heads(model, found)
         unflatten_products(model.graph, found)
         FuseGelu().apply(model, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
@@ -112,6 +116,18 @@ class FuseForeign(Pass):
         report.matched.update(_fused_operators(model) - before)
         report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
+
+
+def _by_current_exporter(graph: ir.Graph) -> bool:
+    """Whether torch's current exporter wrote a graph, which onnxscript's rules know."""
+    return any(TORCH_SCOPES in node.metadata_props for node in graph)
+
+
+def _fuse_heads(model: ir.Model, report: Report) -> None:
+    """Rotary embeddings and attention as torch's older exporter writes them."""
+    fuse_rotary(model, report)
+    fuse_partial_rotary(model.graph, report)
+    fuse_attention(model, report)
 
 
 def _infer_shapes(model: ir.Model) -> None:

@@ -14,6 +14,7 @@ from onnxpress.optimizers.anatomy import Attention, Block, Product
 from onnxpress.optimizers.anatomy.layers import NORMS
 from onnxpress.optimizers.anatomy.roles import FUSED, ROTARY_INPUTS
 from onnxpress.optimizers.linear import add_initializers
+from onnxpress.optimizers.sizes import size_of
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.editing import (
     PAST,
@@ -245,7 +246,7 @@ def _check_inputs(node: ir.Node, where: str) -> None:
         return node.inputs[index] if len(node.inputs) > index else None
 
     bias = given(BIAS_INPUT.get(node.op_type, len(node.inputs)))
-    if bias is not None and (bias.shape is None or (len(bias.shape) == 4 and bias.shape[1] != 1)):
+    if bias is not None and (bias.shape is None or (len(bias.shape) == 4 and size_of(bias, -3) != 1)):
         raise UnsupportedModelError(
             f"{where}: what is added to scores, {bias.name} {bias.shape}, is not known to be the same for all heads"
         )

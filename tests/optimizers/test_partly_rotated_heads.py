@@ -67,9 +67,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ir.Model]:
             return (found.logits, *present)
 
     @cache
-    def graph(name: str, more: tuple[tuple[str, Any], ...]) -> ir.Model:
+    def graph(name: str, attention: str, more: tuple[tuple[str, Any], ...]) -> ir.Model:
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES | dict(more), attn_implementation="sdpa")
+        config = getattr(transformers, f"{name}Config")(**SIZES | dict(more), attn_implementation=attention)
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         for parameter in model.parameters():  # far from uniform; biases and gains that a graph must not lose
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -100,12 +100,12 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ir.Model]:
             )
         return load_graph(path)
 
-    return lambda name, **more: copy_graph(graph(name, tuple(more.items())))
+    return lambda name, attention="sdpa", **more: copy_graph(graph(name, attention, tuple(more.items())))
 
 
 @pytest.fixture
-def family(traced: Callable[..., ir.Model]) -> Callable[[str], ir.Model]:
-    return lambda name: traced(FAMILIES[name][0], **FAMILIES[name][1])
+def family(traced: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
+    return lambda name, attention="sdpa": traced(FAMILIES[name][0], attention, **FAMILIES[name][1])
 
 
 def feeds(model: ir.Model, visible: Any, past: int, seed: int = 0) -> Feeds:
@@ -129,10 +129,11 @@ def fused(model: ir.Model) -> Mapping[str, int]:
     return report.matched
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_is_one_operator(family: Any, run: Any, listing: Any, name: str) -> None:
+def test_attention_is_one_operator(family: Any, run: Any, listing: Any, name: str, attention: str) -> None:
     _, _, operator, rotated = FAMILIES[name]
-    model = family(name)
+    model = family(name, attention)
     cases = {case: feeds(model, *given) for case, given in CASES.items()}
     want = {case: run(model, given) for case, given in cases.items()}
     matched = fused(model)
@@ -152,6 +153,10 @@ def test_attention_is_one_operator(family: Any, run: Any, listing: Any, name: st
     before = listing(model)
     assert not FuseForeign()(model).modified
     assert listing(model) == before
+    block = anatomy_of(model).blocks[0]
+    with unpacked(model, [(block, block.attentions[0])]):
+        block = anatomy_of(model).blocks[0]
+        assert site_of(block, block.attentions[0]).sizes[0] == HEADS  # nothing but a rotation around the operator
 
 
 @pytest.mark.parametrize("name", FAMILIES)
