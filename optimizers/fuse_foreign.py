@@ -1,9 +1,9 @@
 """Fused operators in graphs that others exported.
 
 onnxscript's fusions for onnxruntime know what torch's current exporter writes; rules of our own find normalisations,
-rotary embeddings, activations, and attention as torch's older exporter writes it. Nothing here packs or folds a large
-weight. Fusions that slow a CPU down are left out: biases in Gelu, skip normalisations (a pass of their own), and the
-packed Attention operator, whose products could not be quantized.
+rotary embeddings, activations, and attention as torch's older exporter writes it, and go first on its graphs. Nothing
+here packs or folds a large weight. Fusions that slow a CPU down are left out: biases in Gelu, skip normalisations (a
+pass of their own), and the packed Attention operator, whose products could not be quantized.
 """
 
 from __future__ import annotations
