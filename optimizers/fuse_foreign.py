@@ -1,9 +1,9 @@
 """Fused operators in graphs that others exported.
 
 onnxscript's fusions for onnxruntime know what torch's current exporter writes; rules of our own find normalisations,
-rotary embeddings, activations, and attention as torch's older exporter writes it. Nothing here packs or folds a large
-weight. Fusions that slow a CPU down are left out: biases in Gelu, skip normalisations (a pass of their own), and the
-packed Attention operator, whose products could not be quantized.
+rotary embeddings, activations, and attention as torch's older exporter writes it, and go first on its graphs. Nothing
+here packs or folds a large weight. Fusions that slow a CPU down are left out: biases in Gelu, skip normalisations (a
+pass of their own), and the packed Attention operator, whose products could not be quantized.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from onnxscript.rewriter.ort_fusions import (
     shape_optimization,
 )
 
+from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
 from onnxpress.optimizers.base import Pass, Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
+from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
 from onnxpress.optimizers.matching import MICROSOFT
 from onnxpress.optimizers.name_weights import name_weights
 from onnxpress.optimizers.sizes import forget_unnamed
+from onnxpress.optimizers.spelled_out.packed import split_packed_heads
 from onnxpress.optimizers.split_skip_norm import split_skip_norms
 from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
@@ -54,8 +57,10 @@ _RULES: list[Callable[[ir.Model], object]] = [
 
 _REWRITTEN = (
     "empty slices",
+    "heads packed side by side",
     "names of weights",
     "products of flat matrices",
+    "rotations of a part of each head",
     "slices as one split",
     "sum and normalisation",
     "tables",
@@ -92,12 +97,17 @@ class FuseForeign(Pass):
             join_slices(model.graph, found)
         CleanUp()(model)
         _infer_shapes(model)
+        split_packed_heads(model.graph, found)
         fuse_norms(model, found)
+        if not _by_current_exporter(model.graph):  # onnxscript's would split and merge heads around what they find
+            _fuse_heads(model, early := Report())
+            found.matched.update(early.matched)
+            common.TopologicalSortPass()(model)
+            common.RemoveUnusedNodesPass()(model)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
-        fuse_rotary(model, found)
-        fuse_attention(model, found)
+        _fuse_heads(model, found)
         unflatten_products(model.graph, found)
         FuseGelu().apply(model, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
@@ -106,6 +116,18 @@ class FuseForeign(Pass):
         report.matched.update(_fused_operators(model) - before)
         report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
         _report_leftovers(model, report)
+
+
+def _by_current_exporter(graph: ir.Graph) -> bool:
+    """Whether torch's current exporter wrote a graph, which onnxscript's rules know."""
+    return any(TORCH_SCOPES in node.metadata_props for node in graph)
+
+
+def _fuse_heads(model: ir.Model, report: Report) -> None:
+    """Rotary embeddings and attention as torch's older exporter writes them."""
+    fuse_rotary(model, report)
+    fuse_partial_rotary(model.graph, report)
+    fuse_attention(model, report)
 
 
 def _infer_shapes(model: ir.Model) -> None:

@@ -294,7 +294,8 @@ def _head_size(states: ir.Value, query: Product) -> int | None:
 def _rotary(node: ir.Node, nodes: Sequence[ir.Node]) -> tuple[ir.Value, ir.Value] | None:
     if node.op_type == "GroupQueryAttention" and len(node.inputs) > ROTARY_INPUTS[1]:
         cos, sin = (node.inputs[i] for i in ROTARY_INPUTS)
-        return (cos, sin) if cos is not None and sin is not None else None
+        if cos is not None and sin is not None:
+            return cos, sin
     rotation = next((one for one in nodes if one.op_type == "RotaryEmbedding"), None)
     if rotation is None:
         return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from onnxpress.optimizers.anatomy.layers import NORMS
 from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, producer, scalar, slice_bounds
 from onnxpress.optimizers.sizes import size_of, sizes_in
 
@@ -130,6 +131,9 @@ def _whole(value: ir.Value | None) -> ir.Value | None:
 def _split(value: ir.Value | None, order: tuple[int, ...], what: str) -> Heads:
     transpose = producer(value, "Transpose")
     reshape = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
+    norm = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
+    if norm is not None and norm.op_type in NORMS and producer(norm.inputs[0], "Reshape") is not None:
+        raise NotFused(f"{norm.op_type} of each head (QK-norm) stands between {what} and attention")
     if transpose is None or reshape is None or _order(transpose) != order:
         raise NotFused(f"{what} are not split by Reshape and Transpose, but made by {_made_by(value, transpose)}")
     source, split = reshape.inputs[0], reshape.outputs[0].shape

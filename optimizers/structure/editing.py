@@ -17,6 +17,9 @@ from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 Floats = NDArray[np.float32]
 Tensor = ir.TensorProtocol | NDArray[np.floating]
 
+QK_NORM = "QK-norm"
+"""What errors call a norm of queries and keys, across which heads cannot be mixed, whoever exported the graph."""
+QK_NORM_HINT = "prune-ffn, reduce-depth and low-rank take models with QK-norm"
 PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
 
@@ -144,7 +147,7 @@ def spelled_out(where: str, node: ir.Node) -> UnsupportedModelError:
         )
     return UnsupportedModelError(
         f"{where}: attention is spelled out and could not be fused: {reason}",
-        hint="export the checkpoint with onnxpress",
+        hint=QK_NORM_HINT if QK_NORM in reason else "export the checkpoint with onnxpress",
     )
 
 

@@ -14,9 +14,12 @@ from onnxpress.optimizers.anatomy import Attention, Block, Product
 from onnxpress.optimizers.anatomy.layers import NORMS
 from onnxpress.optimizers.anatomy.roles import FUSED, ROTARY_INPUTS
 from onnxpress.optimizers.linear import add_initializers
+from onnxpress.optimizers.sizes import size_of
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.editing import (
     PAST,
+    QK_NORM,
+    QK_NORM_HINT,
     forget_block_shapes,
     read_weight,
     require_editable,
@@ -216,11 +219,13 @@ def _between(value: ir.Value | None, product: Product, where: str) -> list[ir.No
         if node is not None and node.op_type == "Mul" and len(others) == 1 and others[0].const_value.size == 1:  # type: ignore[union-attr]
             value = next(one for one in node.inputs if one is not others[0])
             continue
-        raise UnsupportedModelError(f"{where}: {_obstacle(value, product)}")
+        reason, hint = _obstacle(value, product)
+        raise UnsupportedModelError(f"{where}: {reason}", hint=hint)
     return rotations
 
 
-def _obstacle(value: ir.Value | None, product: Product) -> str:
+def _obstacle(value: ir.Value | None, product: Product) -> tuple[str, str | None]:
+    """What is between a product and attention, and what to do about it."""
     names: list[str] = []
     queue = [value]
     while queue and len(names) < 20:
@@ -230,9 +235,10 @@ def _obstacle(value: ir.Value | None, product: Product) -> str:
             continue
         names.append(node.op_type)
         if node.op_type in NORMS:
-            return f"{node.op_type} of each head (QK-norm) stands between {product.name} and attention"
+            return f"{node.op_type} of each head ({QK_NORM}) stands between {product.name} and attention", QK_NORM_HINT
         queue.extend(node.inputs)
-    return f"{', '.join(dict.fromkeys(names[:3]))} stands between {product.name} and attention"
+    hint = "fuse the rotation of a part of each head first: --pass fuse-foreign" if "RotaryEmbedding" in names else None
+    return f"{', '.join(dict.fromkeys(names[:3]))} stands between {product.name} and attention", hint
 
 
 def _check_inputs(node: ir.Node, where: str) -> None:
@@ -240,7 +246,7 @@ def _check_inputs(node: ir.Node, where: str) -> None:
         return node.inputs[index] if len(node.inputs) > index else None
 
     bias = given(BIAS_INPUT.get(node.op_type, len(node.inputs)))
-    if bias is not None and (bias.shape is None or (len(bias.shape) == 4 and bias.shape[1] != 1)):
+    if bias is not None and (bias.shape is None or (len(bias.shape) == 4 and size_of(bias, -3) != 1)):
         raise UnsupportedModelError(
             f"{where}: what is added to scores, {bias.name} {bias.shape}, is not known to be the same for all heads"
         )

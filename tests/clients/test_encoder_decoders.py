@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 
 from onnxpress import pipeline
+
+from .in_optimum import in_optimum
 
 HERE = Path(__file__).parent
 PAGE = (Path(__file__).parents[2] / "docs" / "encoder-decoders.md").read_text(encoding="utf-8")
@@ -125,20 +126,9 @@ def test_text(node: Callable[..., str], checkpoints: Checkpoints, tmp_path: Path
 def test_text_in_optimum(checkpoints: Checkpoints, merged: bool, tmp_path: Path) -> None:
     artifact = built(checkpoints("t5"), tmp_path / "artifact", "fp32")
     request = {"ids": ROWS, "mask": MASK, "steps": STEPS, "merged": merged}
-    command = [optimum_python(), HERE / "optimum_generate.py", artifact, json.dumps(request)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = in_optimum("optimum_generate.py", artifact, json.dumps(request))
     feeds = {"input_ids": np.array(ROWS[:1]), "attention_mask": np.array(MASK[:1])}
-    assert json.loads(done.stdout.splitlines()[-1])[0] == our_tokens(artifact, feeds, 0)[0]
-
-
-def optimum_python() -> str:
-    """The Python of the environment that the benchmarks measure optimum in; made on first use."""
-    program = "import common, export_cost; print(common.environment('optimum-onnx', export_cost.OPTIMUM))"
-    benchmarks = HERE.parents[1] / "benchmarks"
-    done = subprocess.run([sys.executable, "-c", program], cwd=benchmarks, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+    assert json.loads(printed.splitlines()[-1])[0] == our_tokens(artifact, feeds, 0)[0]
 
 
 @pytest.mark.client

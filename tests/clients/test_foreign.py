@@ -1,4 +1,4 @@
-"""A graph of onnxruntime-genai's model builder, made smaller here, in the runtime that it was made for."""
+"""Graphs made smaller here: of the genai model builder, in the runtime that it was made for, and of optimum."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import pytest
 from onnxpress import manifest, pipeline
 from onnxpress.calibration import CalibrationData
 from onnxpress.decoder_session import DecoderSession
+from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph_io import load_graph
 from onnxpress.optimizers.anatomy import anatomy_of
+
+from .in_optimum import in_optimum
 
 PROMPT = [1, 40, 77, 130, 5]
 
@@ -80,3 +83,51 @@ def test_a_smaller_model_runs_in_its_runtime(built: Path, tmp_path: Path, passes
         found.append(int(generator.get_next_tokens()[0]))
     assert found == wanted[: len(found)]
     assert found
+
+
+DECODER = {
+    "vocab_size": 120,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+PARTLY_ROTATED = {
+    "gpt_neox": ({"rotary_pct": 0.25}, "MultiHeadAttention", 4),
+    "stablelm": ({"num_key_value_heads": 2, "partial_rotary_factor": 0.5}, "GroupQueryAttention", 2),
+    "phi": ({"partial_rotary_factor": 0.5}, "MultiHeadAttention", 4),
+}
+
+
+def exported_by_optimum(folder: Path, config: dict[str, Any]) -> str:
+    in_optimum("optimum_export.py", folder, json.dumps(config))
+    return str(folder / "onnx")
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("name", PARTLY_ROTATED)
+def test_heads_of_which_a_part_is_rotated(tmp_path: Path, name: str) -> None:
+    """optimum's graphs are fused, verified with a prompt, a cache and padding, and have fewer heads then."""
+    changes, operator, kv_heads = PARTLY_ROTATED[name]
+    folder = exported_by_optimum(tmp_path, DECODER | {"model_type": name} | changes)
+    samples = CalibrationData(samples=4, length=32)
+    passes = ["reduce-heads:heads=2"]
+    pipeline.optimize(folder, output=tmp_path / "smaller", passes=passes, benchmark=False, calibration=samples)
+    fused, reduced = manifest.read(tmp_path / "smaller").steps
+    assert fused.matched[operator] == 2
+    assert fused.matched["rotations of a part of each head"] == 4
+    assert fused.matched.get("heads packed side by side", 0) == (2 if name == "gpt_neox" else 0)
+    assert not fused.skipped
+    assert reduced.matched == {f"4/{kv_heads} heads × 32 → 2/2 heads × 32": 2}
+
+
+@pytest.mark.client
+def test_a_norm_of_each_head_is_named(tmp_path: Path) -> None:
+    folder = exported_by_optimum(tmp_path, DECODER | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32})
+    with pytest.raises(UnsupportedModelError, match="QK-norm") as raised:
+        pipeline.optimize(folder, output=tmp_path / "smaller", passes=["reduce-heads:heads=2"], benchmark=False)
+    assert "prune-ffn" in str(raised.value.hint)
