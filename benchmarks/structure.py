@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,8 @@ def by_search(subject: Subject, text: Path, like: Contender, folder: Path) -> Me
 
 def fitting_text(subject: Subject, arguments: argparse.Namespace) -> Path:
     """What passes are calibrated with on text: none of it is judged."""
-    if subject.name == "encoder" and subject.text is not None:
+    if subject.name == "encoder":
+        assert subject.text is not None  # see halved
         return subject.text
     source, first = arguments.train_text[0] if subject.name == "gpt" else arguments.text, 0
     if subject.name == "decoder":
@@ -108,6 +109,14 @@ def cuts(subject: str) -> list[dict[str, Any]]:
         return [cut for cut in tomllib.load(file)["cut"] if cut["subject"] == subject]
 
 
+def contender(
+    family: str, variant: str, build: Callable[[Path], Measured], worker: Sequence[str], how: list[Any]
+) -> Contender:
+    """What leaves an artifact; `how` is what else than the name decides what is built."""
+    key = json.dumps(how)
+    return Contender(family, variant, build, worker, opens="artifact", ships="artifact/onnx/*", key=key)
+
+
 def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, Row]:
     """Contenders, and what the table says of each before anything is measured."""
     worker = encoder.WORKER if subject.name == "encoder" else decoder.WORKER
@@ -116,30 +125,25 @@ def chosen(subject: Subject, arguments: argparse.Namespace) -> dict[Contender, R
     found[Contender(base.family, base.variant, base.build, worker, opens=base.opens, ships=base.ships)] = {}
     text = fitting_text(subject, arguments)
     for cut in cuts(subject.name):
-
-        def add(family: str, method: str, build: Callable[[Path], Measured], how: Any, cut: Row = cut) -> Contender:
-            variant = f"{cut['name']}, {method}"
-            one = Contender(
-                family, variant, build, worker, opens="artifact", ships="artifact/onnx/*", key=json.dumps(how)
-            )
-            found[one] = {"cut": cut["name"], "method": method}
-            return one
-
-        added: list[Contender] = []
+        name, methods = cut["name"], dict[Contender, str]()
         for section in ("plain", "onnxsim", "onnxpress", "on_text"):
+            family = "onnxpress" if section == "on_text" else section
             for method, how in cut.get(section, {}).items():
                 fitted = text if section == "on_text" or subject.name == "encoder" else None
+                if section == "on_text":
+                    method += ", on text"
                 if isinstance(how, list):
                     build = partial(by_passes, subject, fitted, how)
-                elif section == "plain":
+                elif family == "plain":
                     build = partial(plainly, subject, how)
                 else:
                     build = partial(by_onnxsim, subject, arguments.find_links, how)
-                family, ending = ("onnxpress", ", on text") if section == "on_text" else (section, "")
-                added.append(add(family, method + ending, build, [how, str(fitted or "")]))
+                methods[contender(family, f"{name}, {method}", build, worker, [how, str(fitted or "")])] = method
         if cut.get("search"):
-            ending = "" if subject.name == "encoder" else ", on text"
-            add("onnxpress", "search" + ending, partial(by_search, subject, text, added[0]), ["search", str(text)])
+            method = "search" if subject.name == "encoder" else "search, on text"
+            build = partial(by_search, subject, text, next(iter(methods)))
+            methods[contender("onnxpress", f"{name}, {method}", build, worker, ["search", str(text)])] = method
+        found |= {one: {"cut": name, "method": method} for one, method in methods.items()}
     return {one: row for one, row in found.items() if common.wanted(one.name, arguments.only)}
 
 

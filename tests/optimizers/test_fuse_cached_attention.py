@@ -75,6 +75,7 @@ CASES = {
     "a token": ([[0, 1, 1, 1], [1] * 4], 3),
     "tokens": ([[1] * 6], 3),
 }
+"""Which tokens are there, and how many of them are in the cache."""
 
 
 @pytest.mark.parametrize(("kv_heads", "operator"), [(2, "GroupQueryAttention"), (4, "MultiHeadAttention")])

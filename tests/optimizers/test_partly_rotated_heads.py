@@ -21,6 +21,8 @@ from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.structure.head_sites import pack, site_of, table_width
 from onnxpress.optimizers.structure.packed_heads import unpacked
 
+from .test_fuse_cached_attention import CASES
+
 Feeds = dict[str, NDArray[Any]]
 HEADS, SIZE, LAYERS = 4, 16, 2
 SIZES = {
@@ -38,14 +40,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "phi": ("Phi", HALF, "MultiHeadAttention", 8),
 }
 """What transformers calls it, its configuration, what its attention becomes, and how many features are rotated."""
-CASES = {
-    "a prompt": ([[1] * 5] * 2, 0),
-    "padding on the left": ([[0, 0, 1, 1, 1], [1] * 5], 0),
-    "padding on the right": ([[1, 1, 1, 0, 0], [1] * 5], 0),
-    "a token": ([[0, 1, 1, 1], [1] * 4], 3),
-    "tokens": ([[1] * 6], 3),
-}
-"""Which tokens are there, and how many of them are in the cache."""
 
 
 @pytest.fixture(scope="module")
