@@ -21,10 +21,10 @@ from gguf import GGML_QUANT_SIZES, dequantize
 
 from onnxpress.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.cache import cache_folder, new_folder
 from onnxpress.exporter.checkpoint import Checkpoint, find_companions, read_json
 from onnxpress.exporter.gguf_header import Header, TensorInfo, read_header
 from onnxpress.exporter.weights import TensorSource
+from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.tensors import map_file
 
 Say = Callable[[str], None]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UnsafeInputError
-from onnxpress.exporter.cache import cache_folder, new_folder
+from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.models.catalog import PypiSource
 
 Say = Callable[[str], None]

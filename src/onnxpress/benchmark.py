@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OnnxpressError, SourceNotFoundError
-from .opening import find_graphs, main_graph, open_model, random_feeds
-from .operator_profile import OperatorTime, operator_times
-from .runtime import EncoderDecoderSession, EncoderSession
-from .session_options import check_session_options
+from onnxpress.errors import OnnxpressError, SourceNotFoundError
+from onnxpress.opening import find_graphs, main_graph, open_model, random_feeds
+from onnxpress.operator_profile import OperatorTime, operator_times
+from onnxpress.runtime import EncoderDecoderSession, EncoderSession
+from onnxpress.session_options import check_session_options
 
 ENCODER_TOKENS = 128
 DECODE_STEPS = 32
@@ -94,7 +94,7 @@ def benchmark(
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise OnnxpressError(f"the benchmark of {path} ended early: {reason}") from error
     if "error" in answer:
-        from . import errors
+        from onnxpress import errors
 
         raise getattr(errors, answer["error"])(answer["message"], hint=answer["hint"])
     answer["operators"] = [OperatorTime(**row) for row in answer["operators"]]

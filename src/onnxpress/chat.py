@@ -18,8 +18,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import BadInputError
-from .opening import read_json
+from onnxpress.errors import BadInputError
+from onnxpress.opening import read_json
 
 LONGEST = 1_000_000
 """Characters that a template may render; a loop over a huge range is an attack, not a prompt."""

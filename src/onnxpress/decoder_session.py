@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .errors import BadInputError, UnsupportedModelError
-from .runtime import NUMPY_TYPES, Feeds, Floats, Ids, open_session, position_ids
+from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.runtime import NUMPY_TYPES, Feeds, Floats, Ids, open_session, position_ids
 
 
 def _present_name(past: str, outputs: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.benchmark import benchmark as measure_speed
 from onnxpress.errors import UsageError
 from onnxpress.evaluation import evaluate as measure_quality
+from onnxpress.files.layout import is_artifact
 from onnxpress.golden import replay_golden
 from onnxpress.opening import find_graphs
 from onnxpress.progress import Progress
@@ -33,7 +34,7 @@ def evaluate(
     """Compare two of {artifact, ONNX, checkpoint}; the default reference is the source that the artifact names."""
     progress = progress or Progress(enabled=False)
     if reference is None:
-        if not manifest.is_artifact(Path(model)):
+        if not is_artifact(Path(model)):
             raise UsageError(f"{model} is not an artifact: it names no source", hint="give one with --reference")
         reference = manifest.read(Path(model)).source.name
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -82,7 +83,7 @@ def verify(folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
 def _measurable(model: str, flags: Mapping[str, bool], progress: Progress) -> Any:
     """What `onnxpress.evaluation` can open: a path to ONNX or an artifact, or a Checkpoint."""
     path = Path(model)
-    if path.suffix == ".onnx" or manifest.is_artifact(path):
+    if path.suffix == ".onnx" or is_artifact(path):
         return path
     found = resolve(model, progress=progress, **flags)
     return path if isinstance(found, Artifact) else found

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import probes
-from .errors import CorruptFileError, SourceNotFoundError, VerificationError
-from .metrics import cosine, log_softmax, require_finite
-from .opening import Opened, open_model, random_feeds, read_json
-from .runtime import pool
-from .texts import Ids
+from onnxpress import probes
+from onnxpress.errors import CorruptFileError, SourceNotFoundError, VerificationError
+from onnxpress.metrics import cosine, log_softmax, require_finite
+from onnxpress.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.runtime import pool
+from onnxpress.texts import Ids
 
 FOLDER, RECORD, ARRAYS = "golden", "golden.json", "golden.npz"
 SCHEMA_VERSION = 1

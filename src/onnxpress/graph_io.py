@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxpress import storage
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
-from onnxpress.file_aside import FileAside
+from onnxpress.files.aside import FileAside
 from onnxpress.graph_checks import load_graph
 from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 

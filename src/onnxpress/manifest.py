@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxpress._version import __version__
 from onnxpress.artifact import Source, Step
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, VerificationError
+from onnxpress.files.layout import MANIFEST
 
-MANIFEST = "artifact.json"
 _VERSIONS = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "torch", "transformers")
 
 
@@ -120,10 +120,6 @@ def read(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise CorruptFileError(f"{path}: {where}: {first['msg']}") from error
-
-
-def is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
 
 
 def source_record(source: Source) -> SourceRecord:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxpress import artifact_folder, manifest
+from onnxpress import artifact_folder
 from onnxpress.errors import BadInputError, SourceNotFoundError
+from onnxpress.files.layout import is_artifact
 from onnxpress.graph_io import load_graph
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.structure.mask_files import write_masks
@@ -20,7 +21,7 @@ def extract(model: str, output: Path) -> dict[str, int | float]:
     Raises SourceNotFoundError where there is no graph, BadInputError where no weight has zeros or two graphs disagree.
     """
     path = Path(model)
-    if manifest.is_artifact(path):
+    if is_artifact(path):
         files = list(artifact_folder.graph_paths(path).values())
     else:
         files = [path] if path.is_file() else sorted(path.rglob("*.onnx"))

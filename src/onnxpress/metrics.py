@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadInputError, VerificationError
+from onnxpress.errors import BadInputError, VerificationError
 
 ROWS = 32
 """Rows whose log-probabilities are held at once."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoder_session import DecoderSession
-from .errors import BadInputError, CorruptFileError, SourceNotFoundError
-from .runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
-from .stems import DECODER, DECODER_WITH_PAST, ENCODER
+from onnxpress.decoder_session import DecoderSession
+from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError
+from onnxpress.runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
+from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def _with_all_logits(path: Path) -> bytes | None:
     """The graph as it was before `last-logits`, without its external weights; None where that pass was not run."""
     import onnx_ir as ir  # here, since the benchmark's process measures its own memory
 
-    from .graph_io import load_graph
-    from .optimizers.last_logits import restore_logits
+    from onnxpress.graph_io import load_graph
+    from onnxpress.optimizers.last_logits import restore_logits
 
     model = load_graph(path)
     return ir.to_proto(model).SerializeToString() if restore_logits(model) else None
@@ -159,7 +159,7 @@ def _with_all_logits(path: Path) -> bytes | None:
 
 def _torch(checkpoint: Any, task: str | None) -> Opened:
     try:
-        from .exporter.reference import TorchReference
+        from onnxpress.exporter.reference import TorchReference
     except ImportError as error:
         raise BadInputError(
             f"{checkpoint} is a checkpoint, and running one needs torch ({error})",

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CorruptFileError
+from onnxpress.errors import CorruptFileError
 
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxpress import artifact_folder, manifest
 from onnxpress.errors import SourceNotFoundError
+from onnxpress.files.layout import is_artifact
 from onnxpress.graph_io import load_graph
 from onnxpress.inspection import Inspection, inspect_graph
 from onnxpress.runtime_profiles.profile import Profile
@@ -47,7 +48,7 @@ def inspect(model: str, profile: Profile) -> Overview:
     """
     path = Path(model)
     structure = None
-    if manifest.is_artifact(path):
+    if is_artifact(path):
         structure = Record.of(manifest.read(path).export)
         files = list(artifact_folder.graph_paths(path).values())
     else:

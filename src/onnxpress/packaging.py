@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxpress import artifact_folder, manifest, measuring, overview
 from onnxpress.evaluation import Evaluation
+from onnxpress.files.layout import MANIFEST
 from onnxpress.gates import Gates, require
 from onnxpress.genai_config import write_genai_config
 from onnxpress.golden import write_golden
@@ -79,12 +80,12 @@ def package(
     )
     _write_configs(result, work, graphs, paths)
     write_report(result, record, before_after(record.before, record.metrics))
-    (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
+    (result / MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
     with progress.stage("recording golden outputs"):
         write_golden(result, threads=work.threads)
     with progress.stage("hashing"):
         record = record.model_copy(update={"files": manifest.hash_files(result)})
-    (result / manifest.MANIFEST).write_text(record.to_json(), encoding="utf-8")
+    (result / MANIFEST).write_text(record.to_json(), encoding="utf-8")
     return record
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxpress.artifact import Artifact, Step
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import UsageError
+from onnxpress.files.staging import Staging, check_target, replacing, replacing_file
 from onnxpress.gates import Gates
 from onnxpress.manifest import Manifest
 from onnxpress.measuring import Data
@@ -29,7 +30,6 @@ from onnxpress.resolving import default_output, load, resolve
 from onnxpress.runtime_profiles import profile as profiles
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.search.options import SearchOptions
-from onnxpress.staging import Staging, check_target, replacing, replacing_file
 from onnxpress.work import Work, graph_bytes
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadInputError
-from .metrics import Divergence, require_finite
-from .texts import pad
+from onnxpress.errors import BadInputError
+from onnxpress.metrics import Divergence, require_finite
+from onnxpress.texts import pad
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder, manifest
+from onnxpress import artifact_folder
 from onnxpress.artifact import Artifact
+from onnxpress.files.layout import is_artifact
 from onnxpress.graph_io import load_graph
 from onnxpress.progress import Progress
 from onnxpress.stems import DECODER, DECODER_MERGED
@@ -28,7 +29,7 @@ def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> A
     """
     from onnxpress.exporter import source as sources
 
-    if manifest.is_artifact(Path(model)):
+    if is_artifact(Path(model)):
         return artifact_folder.load(Path(model))
     progress = progress or Progress(enabled=False)
     with progress.stage(f"resolving {model}"):

@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
-from .session_options import make_session_options
-from .stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST, ENCODER
+from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
+from onnxpress.session_options import make_session_options
+from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST, ENCODER
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -8,9 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BadInputError
-from .opening import Opened, random_feeds
-from .texts import Ids, Progress, Tokenizer, file_windows, load_tokenizer, pad, read_text, sentences, written_windows
+from onnxpress.errors import BadInputError
+from onnxpress.opening import Opened, random_feeds
+from onnxpress.texts import (
+    Ids,
+    Progress,
+    Tokenizer,
+    file_windows,
+    load_tokenizer,
+    pad,
+    read_text,
+    sentences,
+    written_windows,
+)
 
 FEWEST_TOKENS = 16
 """Of a text to measure on: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""

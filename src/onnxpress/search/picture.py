@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jinja2
 
+from onnxpress.files.staging import replacing_file
 from onnxpress.optimizers.anatomy.layers import layer_of
 from onnxpress.search.formats import FLOAT
 from onnxpress.search.sensitivity import Measurement
 from onnxpress.search.survey import Survey
-from onnxpress.staging import replacing_file
 
 LEAST, MOST = 1e-7, 1.0
 """Losses at the ends of the scale."""

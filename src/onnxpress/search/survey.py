@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter.cache import cache_folder
+from onnxpress.files.cache import cache_folder
+from onnxpress.files.staging import replacing_file
 from onnxpress.graph_io import load_graph
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search import kernels
@@ -21,7 +22,6 @@ from onnxpress.search.heads import AttentionOutput, find_attention_outputs, with
 from onnxpress.search.judging import samples_for
 from onnxpress.search.sensitivity import Measurement, measure
 from onnxpress.search.units import Unit, find_units
-from onnxpress.staging import replacing_file
 from onnxpress.work import Work
 
 WHOLE = FLOAT

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxpress.errors import OutputError, UsageError
-from onnxpress.manifest import is_artifact
+from onnxpress.files.layout import is_artifact
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

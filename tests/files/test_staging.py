@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress import staging
 from onnxpress.errors import OutputError, UsageError
-from onnxpress.staging import replacing
+from onnxpress.files import staging
+from onnxpress.files.staging import replacing
 
 _fork = multiprocessing.get_context("fork")
 
