@@ -24,7 +24,7 @@ from onnxpress.exporter.checkpoint import Checkpoint
 from onnxpress.exporter.lowering import unbound
 from onnxpress.exporter.weights import TensorSource
 from onnxpress.files.cache import cache_folder, new_folder
-from onnxpress.graph_io import copy_graph, load_graph, save_graph
+from onnxpress.graph.io import copy_graph, load_graph, save_graph
 
 logger = logging.getLogger(__name__)
 

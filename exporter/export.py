@@ -12,7 +12,7 @@ from onnxpress.exporter import blueprint, lowering
 from onnxpress.exporter.checkpoint import Checkpoint
 from onnxpress.exporter.lowering import WeightType
 from onnxpress.exporter.weights import TensorSource
-from onnxpress.storage import HALVES
+from onnxpress.graph.storage import HALVES
 
 
 def export(

@@ -15,7 +15,7 @@ from onnxpress.exporter import binding
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
 from onnxpress.exporter.trace import IR_VERSION, OPSET, first_line, quiet
 from onnxpress.exporter.weights import TensorSource
-from onnxpress.floats import require_finite
+from onnxpress.graph.floats import require_finite
 
 
 def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[str, TensorSource], why: str) -> ir.Model:

@@ -25,7 +25,7 @@ from onnxpress.exporter.checkpoint import Checkpoint, find_companions, read_json
 from onnxpress.exporter.gguf_header import Header, TensorInfo, read_header
 from onnxpress.exporter.weights import TensorSource
 from onnxpress.files.cache import cache_folder, new_folder
-from onnxpress.tensors import map_file
+from onnxpress.graph.tensors import map_file
 
 Say = Callable[[str], None]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
 from onnxpress.exporter.gguf_header import Header
-from onnxpress.tensors import map_file
+from onnxpress.graph.tensors import map_file
 
 _LOCAL_SETTINGS = ("name_or_path", "is_local", "local_files_only")
 """Of tokenizer_config.json: where this machine found the file."""

@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.weights import TensorSource
-from onnxpress.floats import narrow, widen
-from onnxpress.storage import HALVES, StoredTensor, WideTensor
-from onnxpress.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.floats import narrow, widen
+from onnxpress.graph.storage import HALVES, StoredTensor, WideTensor
+from onnxpress.graph.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
 
 LINEAR_DOMAIN = "onnxpress"
 """Domain of the placeholders for products with parameters; see `operators.linear` and `operators.experts`."""

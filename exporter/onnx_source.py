@@ -2,7 +2,7 @@
 
 Recognised are a single file, the Hugging Face layout (`model.onnx`, or the triple of an encoder-decoder, in the folder
 or in its `onnx/`), and onnxruntime-genai's (genai_config.json names the files). The graphs themselves are read and
-checked by `onnxpress.graph_io`.
+checked by `onnxpress.graph.io`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from onnxpress.artifact import Artifact
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
 
 Arrays = dict[str, NDArray[Any]]
 PROMPT, STEPS, PADDING = 12, 3, 5

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress import tensors
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.floats import require_finite
-from onnxpress.tensors import RowTensor
+from onnxpress.graph import tensors
+from onnxpress.graph.floats import require_finite
+from onnxpress.graph.tensors import RowTensor
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""

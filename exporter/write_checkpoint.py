@@ -28,7 +28,7 @@ from onnxpress.exporter.placed_weights import PlacedWeight
 from onnxpress.exporter.saved_names import Entry, as_saved
 from onnxpress.exporter.template import on_meta
 from onnxpress.exporter.weights import TensorSource
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.tensors import concrete_shape
 
 Floats = NDArray[np.float32]
 SHARD_BYTES = 5 * 10**9

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.graph.linear import Linear
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.coarseness import Coarseness
-from onnxpress.optimizers.linear import Linear
 from onnxpress.optimizers.quantization import ranges
 from onnxpress.optimizers.quantization.histogram import Histogram
 from onnxpress.optimizers.quantization.statistics import AverageRange

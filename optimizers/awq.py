@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.linear import selected
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.block_operands import METHODS, DataFree
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
 from onnxpress.optimizers.folding import FREE, FoldingSite, Kind, find_sites, read_weight
-from onnxpress.optimizers.linear import selected
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.channel_scaling import Awq as Found
 from onnxpress.optimizers.quantization.channel_scaling import awq

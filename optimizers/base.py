@@ -8,30 +8,12 @@ file here, a test, one line in `registry.py`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
 
-
-@dataclass
-class Report:
-    """What a pass did and what it looked at but left alone; both are counts by operator or by reason."""
-
-    matched: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    errors: dict[str, float] = field(default_factory=dict)
-    """What was lost where, by weight: |x·Ŵ − x·W|² / |x·W|² on the samples, for passes that know it."""
-
-    def match(self, what: str, count: int = 1) -> None:
-        self.matched[what] += count
-
-    def measure(self, weight: str, error: float) -> None:
-        self.errors[weight] = error
-
-    def skip(self, reason: str, count: int = 1) -> None:
-        self.skipped[reason] += count
+from onnxpress.graph.report import Report
 
 
 @dataclass

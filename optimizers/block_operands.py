@@ -17,13 +17,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.linear import OFFSETS, add_constant, add_initializers, read_matrix
+from onnxpress.graph.linear import OFFSETS, add_constant, add_initializers, read_matrix
+from onnxpress.graph.storage import StoredTensor
+from onnxpress.graph.tensors import LazyGroup, ViewTensor
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks, Floats, mask
 from onnxpress.optimizers.quantization.hqq import hqq
 from onnxpress.optimizers.quantization.lattice import lattice
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares, round_to_nearest
-from onnxpress.storage import StoredTensor
-from onnxpress.tensors import LazyGroup, ViewTensor
 
 DataFree = Literal["nearest", "least-squares", "hqq"]
 AnyMethod = Literal[DataFree, "lattice"]

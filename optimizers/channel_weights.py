@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.linear import Linear, add_initializers, read_matrix
+from onnxpress.graph.linear import Linear, add_initializers, read_matrix
+from onnxpress.graph.tensors import LazyGroup
 from onnxpress.optimizers.quantization.channels import (
     WeightType,
     least_weight_scales,
@@ -17,7 +18,6 @@ from onnxpress.optimizers.quantization.channels import (
     quantize_channels,
     quantize_tensor,
 )
-from onnxpress.tensors import LazyGroup
 
 
 class IntegerWeight(NamedTuple):

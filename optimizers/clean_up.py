@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding
 
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import (
+from onnxpress.graph.matching import (
     add_weight,
     constant,
     drop_unused_weights,
@@ -27,7 +26,9 @@ from onnxpress.optimizers.matching import (
     scalar,
     weight,
 )
-from onnxpress.tensors import FileTensor, concrete_shape
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import FileTensor, concrete_shape
+from onnxpress.optimizers.base import Pass
 
 SMALL = 1024
 """Elements up to which a constant is read or computed here."""

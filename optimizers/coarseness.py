@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.linear import Linear, read_rows
+from onnxpress.graph.linear import Linear, read_rows
 
 TINY = 1e-30
 """Smallest magnitude that is divided by: a row of zeros loses nothing."""

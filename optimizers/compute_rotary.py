@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import drop_unused_weights, weight
+from onnxpress.graph.linear import add_constant
+from onnxpress.graph.matching import drop_unused_weights, weight
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 
 SMALLEST = 1 << 16
 """Bytes of a pair of tables that is worth a few nodes."""

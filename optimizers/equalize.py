@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.folding import FoldingSite, find_sites
 from onnxpress.optimizers.quantization.channel_scaling import equalizing_factors
 

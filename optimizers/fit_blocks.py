@@ -17,9 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.linear import Linear, find_linears, read_rows
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration, Step, token_count
-from onnxpress.optimizers.linear import Linear, find_linears, read_rows
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares

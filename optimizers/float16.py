@@ -20,10 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UsageError
-from onnxpress.floats import narrow
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import add_weight, drop_unused_weights
-from onnxpress.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.floats import narrow
+from onnxpress.graph.matching import add_weight, drop_unused_weights
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.optimizers.base import Pass
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0

@@ -20,9 +20,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxpress.optimizers.anatomy.roles import NOT_FUSED
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import (
+from onnxpress.graph.anatomy.roles import NOT_FUSED
+from onnxpress.graph.matching import (
     MICROSOFT,
     constant,
     is_op,
@@ -32,6 +31,7 @@ from onnxpress.optimizers.matching import (
     scalar,
     use_microsoft_operators,
 )
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.spelled_out.bias import attention_bias, require_causal
 from onnxpress.optimizers.spelled_out.heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
 from onnxpress.optimizers.spelled_out.lengths import Lengths

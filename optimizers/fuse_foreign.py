@@ -26,17 +26,18 @@ from onnxscript.rewriter.ort_fusions import (
     shape_optimization,
 )
 
-from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.anatomy.layers import TORCH_SCOPES
+from onnxpress.graph.matching import MICROSOFT
+from onnxpress.graph.report import Report
+from onnxpress.graph.sizes import forget_unnamed
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_norm import fuse_norms
 from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
-from onnxpress.optimizers.matching import MICROSOFT
 from onnxpress.optimizers.name_weights import name_weights
-from onnxpress.optimizers.sizes import forget_unnamed
 from onnxpress.optimizers.spelled_out.packed import split_packed_heads
 from onnxpress.optimizers.split_skip_norm import split_skip_norms
 from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products

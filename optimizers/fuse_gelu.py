@@ -28,8 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import (
+from onnxpress.graph.matching import (
     MICROSOFT,
     drop_unused_weights,
     only_reader,
@@ -37,6 +36,8 @@ from onnxpress.optimizers.matching import (
     scalar,
     use_microsoft_operators,
 )
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 
 Curve = NDArray[np.float64]
 POINTS: Curve = np.linspace(-4, 4, 17)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import constant, is_close, is_op, only_reader, other_input, producer, scalar, weight
+from onnxpress.graph.matching import constant, is_close, is_op, only_reader, other_input, producer, scalar, weight
+from onnxpress.graph.report import Report
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import MICROSOFT, is_op, only_reader, producer, slice_bounds
-from onnxpress.optimizers.sizes import size_of
+from onnxpress.graph.matching import MICROSOFT, is_op, only_reader, producer, slice_bounds
+from onnxpress.graph.report import Report
+from onnxpress.graph.sizes import size_of
 
 
 def fuse_partial_rotary(graph: ir.Graph, report: Report) -> None:

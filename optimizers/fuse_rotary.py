@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import (
+from onnxpress.graph.matching import (
     MICROSOFT,
     constant,
     is_op,
@@ -26,7 +25,8 @@ from onnxpress.optimizers.matching import (
     slice_bounds,
     use_microsoft_operators,
 )
-from onnxpress.optimizers.sizes import size_of
+from onnxpress.graph.report import Report
+from onnxpress.graph.sizes import size_of
 
 Tables = tuple[ir.Value, ir.Value, ir.Value]
 """positions, cosines, sines"""

@@ -25,8 +25,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.matching import (
+from onnxpress.graph.matching import (
     MICROSOFT,
     only_reader,
     other_input,
@@ -35,6 +34,8 @@ from onnxpress.optimizers.matching import (
     use_microsoft_operators,
     weight,
 )
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 
 _FUSED = {
     "LayerNormalization": "SkipLayerNormalization",

@@ -23,8 +23,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.linear import MICROSOFT, add_constant
+from onnxpress.graph.linear import MICROSOFT, add_constant
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantize_dynamic import quantize_rows
 
 POINTWISE = frozenset("Add Div Erf Gelu HardSwish Identity Mul Relu Sigmoid Silu Softplus Split Sub Swish Tanh".split())

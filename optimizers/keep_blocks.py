@@ -17,15 +17,16 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.linear import MICROSOFT, find_linears, read_matrix, selected, shape_of
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import FileTensor, rows_of
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.block_operands import AnyMethod
-from onnxpress.optimizers.linear import MICROSOFT, find_linears, read_matrix, selected, shape_of
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Floats, split_columns
 from onnxpress.optimizers.quantization.lattice import find_lattice
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import obstacle, quantize_linear
 from onnxpress.optimizers.quantize_embedding import quantize_table, tables
-from onnxpress.tensors import FileTensor, rows_of
 
 
 class StoredGrid(NamedTuple):

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 
 _HEADS = {"MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul"}
 _POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip"}

@@ -9,11 +9,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.optimizers.anatomy import Product, anatomy_of, find_products
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.linear import Linear, match_linear, read_rows, selected
+from onnxpress.graph.anatomy import Product, anatomy_of, find_products
+from onnxpress.graph.linear import Linear, match_linear, read_rows, selected
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.structure.mask_files import PackedMask
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 
 def maskable(

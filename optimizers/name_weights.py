@@ -13,9 +13,9 @@ from copy import copy
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import layer_of, module_of
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.linear import match_linear
+from onnxpress.graph.anatomy.layers import layer_of, module_of
+from onnxpress.graph.linear import match_linear
+from onnxpress.graph.report import Report
 
 
 def name_weights(graph: ir.Graph, report: Report) -> None:

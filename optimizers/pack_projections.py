@@ -32,18 +32,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.matching import MICROSOFT, add_weight, drop_unused_weights, is_op, only_reader, other_input, weight
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import concatenate, concrete_shape
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.keep_blocks import likely_grid
-from onnxpress.optimizers.matching import (
-    MICROSOFT,
-    add_weight,
-    drop_unused_weights,
-    is_op,
-    only_reader,
-    other_input,
-    weight,
-)
-from onnxpress.tensors import concatenate, concrete_shape
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.anatomy import Block, anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Block, anatomy_of
+from onnxpress.graph.editing import read_weight, set_bias, set_weight
+from onnxpress.graph.linear import selected
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
-from onnxpress.optimizers.linear import selected
 from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
-from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
 from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients

@@ -17,10 +17,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.linear import Linear, read_matrix, read_rows, selected
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step, token_count
 from onnxpress.optimizers.fit_blocks import FEWEST_TOKENS
-from onnxpress.optimizers.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
 from onnxpress.optimizers.quantization.gptq import relative_error
 from onnxpress.optimizers.quantization.statistics import Gram

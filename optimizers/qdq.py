@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.linear import Linear, add_constant, drop_unused
+from onnxpress.graph.matching import add_weight
 from onnxpress.optimizers.activation_ranges import Grid
 from onnxpress.optimizers.channel_weights import IntegerBias, IntegerWeight, whole_names
-from onnxpress.optimizers.linear import Linear, add_constant, drop_unused
-from onnxpress.optimizers.matching import add_weight
 from onnxpress.optimizers.quantization.channels import WeightType, quantize_tensor
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.block_operands import AnyMethod, block_operands, flat_codes
-from onnxpress.optimizers.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType
 from onnxpress.optimizers.quantize_blocks import quantize_linear
 

@@ -9,13 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.floats import require_finite
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.graph.floats import require_finite
+from onnxpress.graph.linear import MICROSOFT, add_initializers, drop_unused, replace, selected
+from onnxpress.graph.report import Report
+from onnxpress.graph.storage import StoredTensor
+from onnxpress.graph.tensors import LazyGroup, concrete_shape, rows_of
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.block_operands import METHODS, DataFree
-from onnxpress.optimizers.linear import MICROSOFT, add_initializers, drop_unused, replace, selected
 from onnxpress.optimizers.quantization.block_format import BlockFormat
-from onnxpress.storage import StoredTensor
-from onnxpress.tensors import LazyGroup, concrete_shape, rows_of
 
 PRODUCTS = {2: (2, 3), 4: (5, 6)}
 """Where MoE reads the weights of the two products, and where QMoE reads weights and scales; biases follow both."""

@@ -15,12 +15,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxpress.errors import BadInputError
+from onnxpress.graph.linear import Linear, by_activation, chosen_linears, find_linears
+from onnxpress.graph.matching import weight
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.activation_ranges import METHODS, ActivationType, Grid, RangeMethod, find_grids
-from onnxpress.optimizers.base import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, token_count
 from onnxpress.optimizers.channel_weights import integer_weight, integer_weight_and_bias
-from onnxpress.optimizers.linear import Linear, by_activation, chosen_linears, find_linears
-from onnxpress.optimizers.matching import weight
 from onnxpress.optimizers.qdq import put_constant, put_weight, through_codes
 from onnxpress.optimizers.quantization.channels import WeightType
 

@@ -19,18 +19,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import Anatomy, Block, anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
+from onnxpress.graph.editing import require_editable
+from onnxpress.graph.io import copy_graph
+from onnxpress.graph.linear import find_linears
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.depth.choice import Select, choose
 from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
 from onnxpress.optimizers.depth.kinds import kind_of, layer_weights, require_same_kind
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
-from onnxpress.optimizers.linear import find_linears
 from onnxpress.optimizers.structure.depth import Merge, combine, merge_coefficients, runs
-from onnxpress.optimizers.structure.editing import require_editable
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 Method = Literal["drop", "merge", "average", "linear"]
 

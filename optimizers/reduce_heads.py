@@ -23,10 +23,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.anatomy import Attention, Block, anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Attention, Block, anatomy_of
+from onnxpress.graph.linear import drop_unused, selected
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
-from onnxpress.optimizers.linear import drop_unused, selected
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.head_limits import require_possible

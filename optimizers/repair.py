@@ -24,12 +24,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Anatomy, Block, Product, anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Anatomy, Block, Product, anatomy_of
+from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
+from onnxpress.graph.linear import selected
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
-from onnxpress.optimizers.linear import selected
-from onnxpress.optimizers.structure.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.residual import Addition, addition_of
 from onnxpress.optimizers.structure.ridge import fit

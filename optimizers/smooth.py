@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.folding import Kind, find_sites
 from onnxpress.optimizers.quantization.channel_scaling import smoothing_factors

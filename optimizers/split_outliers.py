@@ -15,9 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
-from onnxpress.optimizers.linear import (
+from onnxpress.graph.linear import (
     OUTLIERS,
     Linear,
     add_constant,
@@ -28,9 +26,11 @@ from onnxpress.optimizers.linear import (
     read_rows,
     replace,
 )
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
+from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.quantization.outliers import Columns, fewest_outliers
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
 
 Floats = NDArray[np.float32]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import MICROSOFT
+from onnxpress.graph.matching import MICROSOFT
+from onnxpress.graph.report import Report
 
 _PARTS = {
     "SkipLayerNormalization": ("LayerNormalization", 4),

@@ -15,13 +15,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.anatomy import Anatomy, Product, anatomy_of
-from onnxpress.optimizers.anatomy.map import Embedding
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.linear import add_constant, match_linear
-from onnxpress.optimizers.matching import scalar
-from onnxpress.optimizers.structure.editing import keep_weight, require_editable, select
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.anatomy import Anatomy, Product, anatomy_of
+from onnxpress.graph.anatomy.map import Embedding
+from onnxpress.graph.editing import keep_weight, require_editable, select
+from onnxpress.graph.linear import add_constant, match_linear
+from onnxpress.graph.matching import scalar
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import concrete_shape
+from onnxpress.optimizers.base import Pass
 
 Ids = NDArray[np.int64]
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import module_of
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.linear import match_linear
-from onnxpress.optimizers.matching import is_op, only_reader, producer, slice_bounds, weight
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.anatomy.layers import module_of
+from onnxpress.graph.linear import match_linear
+from onnxpress.graph.matching import is_op, only_reader, producer, slice_bounds, weight
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import concrete_shape
 
 
 def unflatten_products(graph: ir.Graph, report: Report) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxpress.graph.anatomy import Attention, anatomy_of
+from onnxpress.graph.editing import forget_shapes, keep_weight, set_heads
+from onnxpress.graph.report import Report
 from onnxpress.optimizers import registry
-from onnxpress.optimizers.anatomy import Attention, anatomy_of
-from onnxpress.optimizers.base import Pass, Report
-from onnxpress.optimizers.structure.editing import forget_shapes, keep_weight, set_heads
+from onnxpress.optimizers.base import Pass
 
 
 def cut(model: ir.Model, *, kv_heads: int = 0, width: int = 0, only: int | None = None) -> None:

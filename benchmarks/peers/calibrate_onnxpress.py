@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxpress.graph_io import load_graph
-from onnxpress.optimizers.anatomy import find_products
+from onnxpress.graph.anatomy import find_products
+from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.calibration import Walk
 from onnxpress.optimizers.quantization.statistics import Gram
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.io import load_graph
 
 
 def main() -> None:

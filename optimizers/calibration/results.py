@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import OutputError
-from onnxpress.tensors import FileTensor
+from onnxpress.graph.tensors import FileTensor
 
 Array = NDArray[Any]
 ALIGNMENT = 64

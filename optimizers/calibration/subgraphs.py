@@ -14,8 +14,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from numpy.typing import NDArray
 
-from onnxpress.graph_io import copy_graph, save_graph
-from onnxpress.tensors import FileTensor
+from onnxpress.graph.io import copy_graph, save_graph
+from onnxpress.graph.tensors import FileTensor
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.anatomy import Block
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Block
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.losses import greedy
 from onnxpress.optimizers.depth.rows import Each

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Anatomy, Block, anatomy_of
-from onnxpress.optimizers.anatomy.layers import MODULE, layer_of
+from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
+from onnxpress.graph.anatomy.layers import MODULE, layer_of
 
 LAYERS = "onnxpress.layers"
 """Key of the graph's metadata: JSON, for each stack that was cut the original index of every layer that

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block
-from onnxpress.optimizers.anatomy.layers import layer_of
+from onnxpress.graph.anatomy import Block
+from onnxpress.graph.anatomy.layers import layer_of
+from onnxpress.graph.tensors import concrete_shape
 from onnxpress.optimizers.depth.cuts import renumbered
-from onnxpress.tensors import concrete_shape
 
 
 def layer_weights(block: Block) -> dict[str, ir.Value]:

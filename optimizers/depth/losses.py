@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block, Segment, split_layers
+from onnxpress.graph.anatomy import Block, Segment, split_layers
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.optimizers.calibration.subgraphs import extract, session_of, values_by_name

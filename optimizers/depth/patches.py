@@ -25,14 +25,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block, Product, anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import Block, Product, anatomy_of
+from onnxpress.graph.editing import read_weight, set_bias, set_weight
+from onnxpress.graph.linear import add_constant
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration, Step
 from onnxpress.optimizers.depth.cuts import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
-from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.structure.depth import Regression, before_norm
-from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 
 PatchForm = Literal["fold", "product"]
 LEAST = 1e-6

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.linear import Linear, read_matrix
-from onnxpress.optimizers.matching import add_weight
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
+from onnxpress.graph.linear import Linear, read_matrix
+from onnxpress.graph.matching import add_weight
+from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -28,11 +28,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.linear import Linear, find_linears
+from onnxpress.graph.matching import MICROSOFT, constant, is_op, scalar, weight
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import concrete_shape
 from onnxpress.optimizers.folding.site import FREE, FoldingSite, Integers, Kind, Slot
-from onnxpress.optimizers.linear import Linear, find_linears
-from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, scalar, weight
-from onnxpress.tensors import concrete_shape
 
 NORMS = {
     ("", "LayerNormalization"): (1, 2),

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.optimizers.matching import MICROSOFT, constant, is_op, producer, scalar, slice_bounds
-from onnxpress.optimizers.sizes import size_of, sizes_in
+from onnxpress.graph.anatomy.layers import NORMS
+from onnxpress.graph.matching import MICROSOFT, constant, is_op, producer, scalar, slice_bounds
+from onnxpress.graph.sizes import size_of, sizes_in
 
 SPLIT = (0, 2, 1, 3)
 KEYS = (0, 2, 3, 1)

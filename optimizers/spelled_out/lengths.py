@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.optimizers.matching import is_op, scalar
-from onnxpress.optimizers.sizes import Size, size_of
+from onnxpress.graph.anatomy.layers import NORMS
+from onnxpress.graph.matching import is_op, scalar
+from onnxpress.graph.sizes import Size, size_of
 from onnxpress.optimizers.spelled_out.heads import Heads
 
 

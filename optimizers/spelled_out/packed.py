@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Report
-from onnxpress.optimizers.matching import is_op, producer, slice_bounds
-from onnxpress.optimizers.sizes import size_of
+from onnxpress.graph.matching import is_op, producer, slice_bounds
+from onnxpress.graph.report import Report
+from onnxpress.graph.sizes import size_of
 from onnxpress.optimizers.spelled_out.heads import SPLIT, is_order
 
 PACKED = 3

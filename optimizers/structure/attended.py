@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.linear import add_initializers
+from onnxpress.graph.editing import PAST
+from onnxpress.graph.linear import add_initializers
 from onnxpress.optimizers.structure.attention_weights import Indices
-from onnxpress.optimizers.structure.editing import PAST
 from onnxpress.optimizers.structure.head_sites import HeadSite
 from onnxpress.optimizers.structure.targets import Regression
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.matching import constant
+from onnxpress.graph.matching import constant
 
 Indices = NDArray[np.int64]
 PLACES = (2, 3)

@@ -10,11 +10,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Block, FeedForward, Product
-from onnxpress.optimizers.anatomy.roles import ACTIVATIONS
-from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.structure.editing import keep_weight, read_weight, require_editable
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.anatomy import Block, FeedForward, Product
+from onnxpress.graph.anatomy.roles import ACTIVATIONS
+from onnxpress.graph.editing import keep_weight, read_weight, require_editable
+from onnxpress.graph.linear import add_constant
+from onnxpress.graph.tensors import concrete_shape
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy import Product
-from onnxpress.optimizers.structure.editing import read_weight
+from onnxpress.graph.anatomy import Product
+from onnxpress.graph.editing import read_weight
 
 Found = Mapping[str, ir.TensorProtocol]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.anatomy import Product
+from onnxpress.graph.anatomy import Product
 
 
 def read_gradients(path: Path, products: Iterable[Product]) -> Mapping[str, Any]:

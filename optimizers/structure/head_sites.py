@@ -10,13 +10,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Attention, Block, Product
-from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.optimizers.anatomy.roles import FUSED, ROTARY_INPUTS
-from onnxpress.optimizers.linear import add_initializers
-from onnxpress.optimizers.sizes import size_of
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.editing import (
+from onnxpress.graph.anatomy import Attention, Block, Product
+from onnxpress.graph.anatomy.layers import NORMS
+from onnxpress.graph.anatomy.roles import FUSED, ROTARY_INPUTS
+from onnxpress.graph.editing import (
     PAST,
     QK_NORM,
     QK_NORM_HINT,
@@ -28,6 +25,9 @@ from onnxpress.optimizers.structure.editing import (
     set_weight,
     spelled_out,
 )
+from onnxpress.graph.linear import add_initializers
+from onnxpress.graph.sizes import size_of
+from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 
 Arrays = dict[str, NDArray[np.float32]]
 BIAS_INPUT = {"GroupQueryAttention": 10, "MultiHeadAttention": 5, "DecoderMaskedMultiHeadAttention": 4, "Attention": 3}

@@ -20,13 +20,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Attention, Block, Product, anatomy_of
-from onnxpress.optimizers.anatomy.roles import FUSED
-from onnxpress.optimizers.linear import add_constant, add_initializers, drop_unused
+from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
+from onnxpress.graph.anatomy.roles import FUSED
+from onnxpress.graph.editing import columns_of, select
+from onnxpress.graph.linear import add_constant, add_initializers, drop_unused
+from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.structure.column_moves import Columns, Indices, columns_at
-from onnxpress.optimizers.structure.editing import columns_of, select
 from onnxpress.optimizers.structure.head_request import Sizes
-from onnxpress.tensors import concatenate, concrete_shape
 
 Floats = NDArray[np.float32]
 NAMES = ("query", "key", "value")

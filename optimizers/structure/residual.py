@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.anatomy import Block, Product
-from onnxpress.optimizers.matching import only_reader, other_input
+from onnxpress.graph.anatomy import Block, Product
+from onnxpress.graph.matching import only_reader, other_input
 
 BIASES = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Norms that add two streams first, and a bias: its input."""

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Product, anatomy_of, find_products
-from onnxpress.optimizers.anatomy.layers import NORMS
-from onnxpress.tensors import RowTensor, concrete_shape, rows_of
+from onnxpress.graph.anatomy import Product, anatomy_of, find_products
+from onnxpress.graph.anatomy.layers import NORMS
+from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Doubles = NDArray[np.float64]
 ROWS = 4096

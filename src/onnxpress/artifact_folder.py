@@ -24,11 +24,11 @@ import onnx_ir as ir
 from onnxpress import manifest
 from onnxpress.artifact import Artifact, Source, Step
 from onnxpress.errors import CorruptFileError, VerificationError
-from onnxpress.graph_io import load_graph, save_graph, save_graphs
-from onnxpress.merged_decoder import merge_decoders, share_weights
-from onnxpress.stems import DECODER, DECODER_MERGED, DECODER_WITH_PAST
-from onnxpress.storage import stored
-from onnxpress.tensors import FileTensor, concrete_shape
+from onnxpress.graph.conventions import DECODER, DECODER_MERGED, DECODER_WITH_PAST
+from onnxpress.graph.io import load_graph, save_graph, save_graphs
+from onnxpress.graph.merged_decoder import merge_decoders, share_weights
+from onnxpress.graph.storage import stored
+from onnxpress.graph.tensors import FileTensor, concrete_shape
 
 GRAPHS = "onnx"
 CARD, REPORT = "README.md", "report.html"

@@ -19,12 +19,12 @@ from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_r
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
-from onnxpress.graph_checks import load_graph
+from onnxpress.graph.checks import load_graph
+from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.runtime import EncoderSession
 from onnxpress.samples import encoder_rows, first_token, longest
-from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
 from onnxpress.vocabulary.restriction import restricted
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.weights import TensorSource
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.conventions import DECODER_MERGED
+from onnxpress.graph.io import load_graph
 from onnxpress.measuring import Meter, available_memory
 from onnxpress.placing import place_weights
-from onnxpress.stems import DECODER_MERGED
 from onnxpress.structure import Record
 from onnxpress.work import Work
 

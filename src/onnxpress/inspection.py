@@ -14,9 +14,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.linear import OFFSETS
-from onnxpress.optimizers.matching import layer_of
-from onnxpress.storage import stored
+from onnxpress.graph.linear import OFFSETS
+from onnxpress.graph.matching import layer_of
+from onnxpress.graph.storage import stored
 
 _NAMES = {
     ir.DataType.FLOAT: "fp32",

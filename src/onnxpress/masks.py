@@ -7,7 +7,7 @@ from pathlib import Path
 from onnxpress import artifact_folder
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.files.layout import is_artifact
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.structure.mask_files import write_masks
 

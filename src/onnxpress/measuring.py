@@ -15,12 +15,12 @@ from onnxpress.benchmark import benchmark
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
+from onnxpress.graph.conventions import ENCODER
 from onnxpress.memory import give_back
 from onnxpress.metrics import log_softmax, require_finite
 from onnxpress.opening import Opened, companions, open_model, random_feeds
 from onnxpress.remembered import RememberedDecoder
 from onnxpress.samples import decoder_windows
-from onnxpress.stems import ENCODER
 from onnxpress.texts import Ids
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 from onnxpress.vocabulary.restriction import restricted

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError
+from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
-from onnxpress.stems import DECODER, DECODER_WITH_PAST, ENCODER
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _with_all_logits(path: Path) -> bytes | None:
     """The graph as it was before `last-logits`, without its external weights; None where that pass was not run."""
     import onnx_ir as ir  # here, since the benchmark's process measures its own memory
 
-    from onnxpress.graph_io import load_graph
+    from onnxpress.graph.io import load_graph
     from onnxpress.optimizers.last_logits import restore_logits
 
     model = load_graph(path)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxpress import artifact_folder, manifest
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.files.layout import is_artifact
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.io import load_graph
 from onnxpress.inspection import Inspection, inspect_graph
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.structure import Record

@@ -13,12 +13,12 @@ from onnxpress.files.layout import MANIFEST
 from onnxpress.gates import Gates, require
 from onnxpress.genai_config import write_genai_config
 from onnxpress.golden import write_golden
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.conventions import DECODER_MERGED
+from onnxpress.graph.io import load_graph
 from onnxpress.manifest import Manifest, StepRecord
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import before_after
 from onnxpress.report_files import write_report
-from onnxpress.stems import DECODER_MERGED
 from onnxpress.work import Work, graph_bytes
 
 

@@ -8,11 +8,11 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.placed_weights import PlacedWeight, Role
-from onnxpress.optimizers.anatomy import Anatomy, anatomy_of
-from onnxpress.optimizers.anatomy.layers import NORMS, scope_of
-from onnxpress.optimizers.anatomy.products import find_products
-from onnxpress.optimizers.linear import match_linear
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.anatomy import Anatomy, anatomy_of
+from onnxpress.graph.anatomy.layers import NORMS, scope_of
+from onnxpress.graph.anatomy.products import find_products
+from onnxpress.graph.linear import match_linear
+from onnxpress.graph.tensors import concrete_shape
 
 _TABLES = ("cos_cache", "sin_cache")
 _QUERIES = ("GroupQueryAttention", "MultiHeadAttention", "Attention")

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from onnxpress import artifact_folder
 from onnxpress.artifact import Artifact
 from onnxpress.files.layout import is_artifact
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.conventions import DECODER, DECODER_MERGED
+from onnxpress.graph.io import load_graph
 from onnxpress.progress import Progress
-from onnxpress.stems import DECODER, DECODER_MERGED
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint

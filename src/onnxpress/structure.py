@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import Anatomy, Attention, Block, anatomy_of
-from onnxpress.optimizers.anatomy.products import find_products
+from onnxpress.graph.anatomy import Anatomy, Attention, Block, anatomy_of
+from onnxpress.graph.anatomy.products import find_products
+from onnxpress.graph.tensors import concrete_shape, rows_of
 from onnxpress.optimizers.depth.cuts import LAYERS, MERGED
-from onnxpress.tensors import concrete_shape, rows_of
 
 RECORD = "structure"
 """Key under which an artifact's `export` holds what was cut: `Record.to_dict`."""

@@ -20,17 +20,18 @@ from onnxpress.artifact import Artifact, Step
 from onnxpress.calibration import calibration_folder
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation import Evaluation
-from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
+from onnxpress.graph.io import load_graph, save_graph
+from onnxpress.graph.report import Report
 from onnxpress.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.memory import give_back
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.reduced_config import reduced_config, renewed
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.stems import DECODER, DECODER_WITH_PAST
 from onnxpress.structure import RECORD, Record, Structure, read_structure
 from onnxpress.structure_changes import compare
 from onnxpress.vocabulary.trimming import trimming

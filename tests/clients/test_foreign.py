@@ -15,8 +15,8 @@ from onnxpress import manifest, pipeline
 from onnxpress.calibration import CalibrationData
 from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import load_graph
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.io import load_graph
 
 from .in_optimum import in_optimum
 

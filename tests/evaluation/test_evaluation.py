@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from onnxpress.errors import BadInputError, SourceNotFoundError, VerificationError
 from onnxpress.evaluation import evaluate
-from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.opening import open_model
 from onnxpress.optimizers.last_logits import LastLogits
 

@@ -14,7 +14,7 @@ from onnxpress.artifact import Source
 from onnxpress.exporter import architectures, blueprint, parity, tracing
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ from pathlib import Path
 from onnxpress.artifact import Source
 from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
 export(load_folder(Path({str(tmp_path / "first")!r}), Source("llama", "huggingface-folder")))
 print("torch" in sys.modules)
 """

@@ -19,7 +19,7 @@ from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.lowering import WeightType
 from onnxpress.exporter.parity import differences
-from onnxpress.graph_io import load_graph, save_graph
+from onnxpress.graph.io import load_graph, save_graph
 
 FLOAT, HALF, BRAIN = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 HEAD = "model.embed_tokens.weight"

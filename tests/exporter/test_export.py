@@ -15,7 +15,7 @@ from onnxpress.errors import CorruptFileError, UsageError
 from onnxpress.exporter import architectures, decoder, fuse, lowering, template
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
 
 
 def checkpoint(architecture: str, folder: Path) -> Checkpoint:

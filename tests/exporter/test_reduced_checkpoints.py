@@ -24,7 +24,7 @@ from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
 from onnxpress.exporter.write_checkpoint import write_checkpoint
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.clean_up import CleanUp

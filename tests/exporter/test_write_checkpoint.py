@@ -21,10 +21,10 @@ from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
 from onnxpress.exporter.write_checkpoint import write_checkpoint
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.editing import set_bias, set_weight
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.structure.editing import set_bias, set_weight
 from onnxpress.placing import place_weights
 from onnxpress.reduced_config import reduced_config
 from onnxpress.structure import read_structure

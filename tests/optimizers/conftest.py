@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.artifact import Source
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass, PassResult
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_blocks import Method, QuantizeBlocks
 

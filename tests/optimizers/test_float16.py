@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
+from onnxpress.graph.tensors import RowTensor
 from onnxpress.optimizers.float16 import Float16
-from onnxpress.tensors import RowTensor
 
 BLOCK = """g (int64[B, S] ids, float[B, S, 8] past, float[50, 8] embed, float[8, 16] up, float[16, 8] down, float[8] g)
     => (float[B, S, 8] logits, float[B, S, 8] present)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.equalize import Equalize

@@ -10,11 +10,11 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy.roles import NOT_FUSED
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy.roles import NOT_FUSED
+from onnxpress.graph.editing import spelled_out
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
-from onnxpress.optimizers.structure.editing import spelled_out
 
 HEADS, SIZE = 4, 8
 SPLIT = """

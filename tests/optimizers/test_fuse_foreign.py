@@ -11,14 +11,14 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from onnxpress.graph_io import load_graph, save_graph
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.io import load_graph, save_graph
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import FileTensor
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_attention import fuse_attention
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_norm import fuse_norms
 from onnxpress.optimizers.fuse_rotary import fuse_rotary
-from onnxpress.tensors import FileTensor
 
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 FEEDS = {"input_ids": np.arange(14).reshape(2, 7), "attention_mask": MASK}

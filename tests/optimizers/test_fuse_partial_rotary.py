@@ -10,8 +10,8 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.io import copy_graph
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary

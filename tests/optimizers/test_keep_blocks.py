@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
 from onnxpress.optimizers.keep_blocks import GRIDS, ROUNDING, KeepBlocks, grid_of, lies_on
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 

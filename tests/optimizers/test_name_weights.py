@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy.layers import TORCH_SCOPES
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.name_weights import name_weights
 
 TEXT = """g (float[B, 4] x, float[4, 4] u, float[4, 4] v) => (float[B, 4] z) <float[B, 4] y> {

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx_ir.passes import common
 
 from onnxpress.errors import UsageError
+from onnxpress.graph.tensors import RowTensor, concatenate
 from onnxpress.optimizers.pack_projections import PackProjections
-from onnxpress.tensors import RowTensor, concatenate
 
 LAYER = "model__layers__0__"
 

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph, load_graph
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.io import copy_graph, load_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.reduce_heads import ReduceHeads

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.io import copy_graph
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.prune_weights import PruneWeights
@@ -47,7 +47,7 @@ def prune(model: ir.Model, **options: Any) -> tuple[ir.Model, Report]:
 
 def weights(model: ir.Model) -> dict[str, NDArray[np.float32]]:
     """Of the products of all blocks, [in, out]."""
-    from onnxpress.optimizers.structure.editing import read_weight
+    from onnxpress.graph.editing import read_weight
 
     return {p.name: read_weight(p) for block in anatomy_of(model).blocks for p in block.products}
 

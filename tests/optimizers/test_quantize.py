@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
-from onnxpress.graph_io import save_graph
+from onnxpress.graph.io import save_graph
+from onnxpress.graph.storage import encode
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantization.block_format import BlockFormat
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
@@ -21,7 +22,6 @@ from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.runtime_profiles import profile
-from onnxpress.storage import encode
 
 Graph = Callable[..., ir.Model]
 Check = Callable[..., Any]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError
+from onnxpress.graph.anatomy import find_products
 from onnxpress.optimizers.activation_ranges import METHODS
-from onnxpress.optimizers.anatomy import find_products
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_static import QuantizeStatic
 

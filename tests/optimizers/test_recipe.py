@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress.errors import UsageError
+from onnxpress.graph.report import Report
 from onnxpress.optimizers import recipe, registry
-from onnxpress.optimizers.base import Pass, Report
+from onnxpress.optimizers.base import Pass
 
 
 class Shrink(Pass):

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from onnxpress.artifact import Source
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import anatomy_of
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.io import copy_graph
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights

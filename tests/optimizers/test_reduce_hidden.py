@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.reduce_hidden import ReduceHidden

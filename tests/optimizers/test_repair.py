@@ -13,13 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.editing import read_weight, set_bias, set_weight
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.repair import LAYERS, Repair, match_blocks
-from onnxpress.optimizers.structure.editing import read_weight, set_bias, set_weight
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

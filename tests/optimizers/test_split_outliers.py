@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.anatomy.products import find_products
+from onnxpress.graph.anatomy.products import find_products
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic

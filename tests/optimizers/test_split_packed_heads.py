@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.spelled_out.packed import split_packed_heads
 from onnxpress.optimizers.structure.column_moves import columns_at

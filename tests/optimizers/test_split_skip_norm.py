@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.split_skip_norm import split_skip_norms

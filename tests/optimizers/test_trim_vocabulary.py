@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx_ir.passes import common
 
-from onnxpress.optimizers.base import Report
+from onnxpress.graph.report import Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products

@@ -10,7 +10,7 @@ from onnxpress import finished, pipeline
 from onnxpress.artifact_folder import graph_paths
 from onnxpress.benchmark import benchmark
 from onnxpress.exporter import architectures
-from onnxpress.graph_io import FileTensor, load_graph
+from onnxpress.graph.io import FileTensor, load_graph
 
 
 @pytest.mark.parametrize("architecture", ["t5", "whisper", "vit", "wav2vec2", "clip", "deberta-v2"])

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.graph_io import copy_graph, load_graph, save_graph
+from onnxpress.graph.io import copy_graph, load_graph, save_graph
 from onnxpress.metrics import Divergence, cosine
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.runtime import pool

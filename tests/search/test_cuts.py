@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity

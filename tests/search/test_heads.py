@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.search.heads import AttentionOutput, find_attention_outputs, without_heads
 from onnxpress.search.sensitivity import Measurement, Samples, measure
 

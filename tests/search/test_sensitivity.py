@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.metrics import Divergence
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.recipe import PassSpec

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.tensors import ViewTensor
 from onnxpress.search.formats import constant_bytes, run
 from onnxpress.search.units import find_units, part_model
-from onnxpress.tensors import ViewTensor
 
 
 def test_products_of_one_input_and_a_tied_head_are_one_unit(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ from onnxpress.artifact import Step
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation import Evaluation
 from onnxpress.gates import Gates
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.io import load_graph
 from onnxpress.measuring import speed
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import Calibration

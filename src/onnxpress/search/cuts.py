@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxpress.errors import UsageError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import Block, anatomy_of
+from onnxpress.graph.anatomy import Block, anatomy_of
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.cuts import renumbered, stacks_of

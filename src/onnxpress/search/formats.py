@@ -17,15 +17,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
+from onnxpress.graph.storage import stored
+from onnxpress.graph.tensors import ViewTensor
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.calibration.subgraphs import session_of
 from onnxpress.optimizers.coarseness import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.units import Part
-from onnxpress.storage import stored
-from onnxpress.tensors import ViewTensor
 
 Arrays = Mapping[str, NDArray[Any]]
 Shapes = Mapping[str, Sequence[Sequence[int]]]

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.io import copy_graph
 from onnxpress.metrics import cosine
 from onnxpress.optimizers.calibration.samples import Feeds, feed_of
 from onnxpress.optimizers.calibration.subgraphs import session_of

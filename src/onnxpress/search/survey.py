@@ -12,7 +12,7 @@ from typing import Any
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
-from onnxpress.graph_io import load_graph
+from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Choice, CutChoice, Program

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.anatomy import Product, find_products
+from onnxpress.graph.anatomy import Product, find_products
 from onnxpress.optimizers.calibration import Step, Walk
 
 WIDTH, INNER, WORDS = 8, 16, 20

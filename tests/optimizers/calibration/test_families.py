@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import find_products
+from onnxpress.graph.anatomy import find_products
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Walk
 from onnxpress.optimizers.calibration.samples import feed_of
 

@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import find_products
+from onnxpress.graph.anatomy import find_products
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Feeds, Walk
 
 PROGRAM = Path(__file__).with_name("layered.py")

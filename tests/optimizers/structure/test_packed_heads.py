@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from onnxpress.artifact import Source
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
-from onnxpress.optimizers.anatomy import anatomy_of
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.reduce_heads import ReduceHeads

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.linear import PARTS
+from onnxpress.graph.linear import PARTS
 
 MODULE = "onnxpress.module"
 """Where our exporter records the module that a node comes from."""

@@ -1,8 +1,8 @@
 """Read and write ONNX files without ever holding the weights in memory.
 
 `load_graph` takes nothing for granted: a file may be truncated, and external data may point anywhere. `save_graph`
-evaluates lazy weights (see `onnxpress.tensors`) on all cores and writes each at an offset known beforehand, so that the
-bytes on disk depend on the graph alone, and memory on the largest few weights alone.
+evaluates lazy weights (see `onnxpress.graph.tensors`) on all cores and writes each at an offset known beforehand, so
+that the bytes on disk depend on the graph alone, and memory on the largest few weights alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxpress import storage
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
 from onnxpress.files.aside import FileAside
-from onnxpress.graph_checks import load_graph
-from onnxpress.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
+from onnxpress.graph import storage
+from onnxpress.graph.checks import load_graph
+from onnxpress.graph.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 
 __all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph", "save_graphs"]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.floats import BLOCK, is_finite, narrow, require_finite, widen
+from onnxpress.graph.floats import BLOCK, is_finite, narrow, require_finite, widen
 
 FORMATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.anatomy import anatomy_of
-from onnxpress.optimizers.structure.editing import (
+from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.editing import (
     forget_shapes,
     keep_weight,
     read_weight,
@@ -77,7 +77,7 @@ def test_a_bias_where_there_was_none_and_where_there_was(graph: Callable[..., ir
         b__weight=np.eye(4, dtype=np.float32),
         b__bias=np.ones(4, np.float32),
     )
-    from onnxpress.optimizers.anatomy import find_products
+    from onnxpress.graph.anatomy import find_products
 
     first, second = find_products(model.graph)
     set_bias(first, np.arange(4))

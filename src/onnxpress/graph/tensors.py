@@ -22,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.errors import CorruptFileError, VerificationError
-from onnxpress.floats import require_finite
+from onnxpress.graph.floats import require_finite
 
 Array = NDArray[Any]
 

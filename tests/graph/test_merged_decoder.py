@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import FileTensor, load_graph, save_graph, save_graphs
-from onnxpress.merged_decoder import merge_decoders, share_weights
+from onnxpress.graph.io import FileTensor, load_graph, save_graph, save_graphs
+from onnxpress.graph.merged_decoder import merge_decoders, share_weights
 
 WORDS, WIDTH = 40, 32
 FIRST = """

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.tensors import concrete_shape
 
 MICROSOFT = "com.microsoft"
 _LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress import storage
 from onnxpress.errors import CorruptFileError
-from onnxpress.graph_io import load_graph, save_graph
-from onnxpress.storage import StoredTensor
-from onnxpress.tensors import FileTensor
+from onnxpress.graph import storage
+from onnxpress.graph.io import load_graph, save_graph
+from onnxpress.graph.storage import StoredTensor
+from onnxpress.graph.tensors import FileTensor
 
 HEADER = '<ir_version: 10, opset_import: ["": 21]>\n'
 TIED = """

@@ -29,7 +29,7 @@ from onnxpress.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from onnxpress.graph_io import FileTensor, LazyGroup, RowTensor, copy_graph, load_graph, save_graph
+from onnxpress.graph.io import FileTensor, LazyGroup, RowTensor, copy_graph, load_graph, save_graph
 
 
 def graph_of(**tensors: ir.TensorProtocol) -> ir.Model:

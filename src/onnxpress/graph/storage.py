@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.floats import widen
-from onnxpress.tensors import FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.floats import widen
+from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

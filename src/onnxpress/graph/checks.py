@@ -12,15 +12,15 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from onnxpress import storage
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UnsafeInputError, UnsupportedModelError
-from onnxpress.tensors import FileTensor, concrete_shape
+from onnxpress.graph import storage
+from onnxpress.graph.tensors import FileTensor, concrete_shape
 
 
 def load_graph(path: Path | str) -> ir.Model:
     """Read an ONNX file; its external weights stay on disk as FileTensors until they are used.
 
-    Weights that the graph only casts to float32 are float32 in the result (see `onnxpress.storage`).
+    Weights that the graph only casts to float32 are float32 in the result (see `onnxpress.graph.storage`).
 
     Raises:
         SourceNotFoundError: there is no such file.

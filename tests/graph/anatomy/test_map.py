@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import copy_graph
+from onnxpress.graph.anatomy import Product, anatomy_of, split_layers
+from onnxpress.graph.anatomy.layers import TORCH_SCOPES
+from onnxpress.graph.anatomy.products import find_products
+from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers import recipe
-from onnxpress.optimizers.anatomy import Product, anatomy_of, split_layers
-from onnxpress.optimizers.anatomy.layers import TORCH_SCOPES
-from onnxpress.optimizers.anatomy.products import find_products
 
 
 def leaf(product: Product | None) -> str | None:

@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph_io import INLINE_BYTES, SLAB_BYTES
-from onnxpress.tensors import FileTensor, concrete_shape
+from onnxpress.graph.io import INLINE_BYTES, SLAB_BYTES
+from onnxpress.graph.tensors import FileTensor, concrete_shape
 
 USE_CACHE = "use_cache_branch"
 ENCODER_LENGTH = "encoder_sequence_length_out"

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from onnxpress.optimizers.sizes import forget_unnamed, size_of, sizes_in
+from onnxpress.graph.sizes import forget_unnamed, size_of, sizes_in
 
 EXPAND = """g (int64[B, S] mask, float[B, S, 8] x) => (float[N, M, L, K] y)
     <int64 zero = {0}, int64[1] first = {0}, int64[2] middle = {1, 2}, int64[1] minus = {-1}, int64[1] one = {1}> {

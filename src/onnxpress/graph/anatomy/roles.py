@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.products import Product
-from onnxpress.optimizers.sizes import sizes_in
+from onnxpress.graph.anatomy.products import Product
+from onnxpress.graph.sizes import sizes_in
 
 FUSED = {
     "GroupQueryAttention": "num_heads",

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from onnxpress.optimizers.anatomy.layers import Segment, split_layers
-from onnxpress.optimizers.anatomy.map import Anatomy, Attention, Block, FeedForward, anatomy_of
-from onnxpress.optimizers.anatomy.products import Product, find_products
+from onnxpress.graph.anatomy.layers import Segment, split_layers
+from onnxpress.graph.anatomy.map import Anatomy, Attention, Block, FeedForward, anatomy_of
+from onnxpress.graph.anatomy.products import Product, find_products
 
 __all__ = [
     "Anatomy",

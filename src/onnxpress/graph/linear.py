@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.floats import require_finite
-from onnxpress.optimizers.base import Report
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.floats import require_finite
+from onnxpress.graph.report import Report
+from onnxpress.graph.tensors import concrete_shape
 
 MICROSOFT = "com.microsoft"
 OFFSETS, OUTLIERS, ROTATION = ".offsets", ".outliers", ".rotation"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.anatomy.layers import NORMS, Segment, split_layers
-from onnxpress.optimizers.anatomy.products import Product, find_products
-from onnxpress.optimizers.anatomy.roles import Attention, FeedForward, find_attentions, find_feed_forward
-from onnxpress.tensors import concrete_shape
+from onnxpress.graph.anatomy.layers import NORMS, Segment, split_layers
+from onnxpress.graph.anatomy.products import Product, find_products
+from onnxpress.graph.anatomy.roles import Attention, FeedForward, find_attentions, find_feed_forward
+from onnxpress.graph.tensors import concrete_shape
 
 __all__ = ["Anatomy", "Attention", "Block", "Embedding", "FeedForward", "anatomy_of"]
 
