@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 class TorchReference:
-    """A model with the interface of the sessions in `onnxpress.runtime`: `prefill`, `decode`, `encode`, `run`.
+    """A model with the interface of the sessions in `onnxpress.runtime.sessions`: `prefill`, `decode`, `encode`, `run`.
 
     `checkpoint` is a Hugging Face folder or an `exporter.checkpoint.Checkpoint`. Weights are memory-mapped by
     safetensors and held in float32. `kind` is `decoder`, `encoder`, `encoder-decoder` or `graph`.
@@ -72,7 +72,7 @@ class TorchReference:
         self._mask: Ids = np.zeros((0, 0), np.int64)
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
-        """See `onnxpress.decoder_session.DecoderSession.prefill`."""
+        """See `onnxpress.runtime.decoder.DecoderSession.prefill`."""
         self.reset()
         return self._step(ids, np.ones_like(ids) if mask is None else mask)
 

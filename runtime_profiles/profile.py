@@ -77,7 +77,7 @@ class Profile(BaseModel):
     @field_validator("session_options")
     @classmethod
     def _known_session_options(cls, options: dict[str, str]) -> dict[str, str]:
-        from onnxpress.session_options import check_session_options
+        from onnxpress.runtime.session_options import check_session_options
 
         check_session_options(options)
         return options

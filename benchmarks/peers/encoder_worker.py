@@ -36,7 +36,7 @@ def torch_model(path: str, threads: int) -> Embed:
 
 def onnx_model(path: str, threads: int) -> Embed:
     from onnxpress.opening import open_model
-    from onnxpress.runtime import EncoderSession
+    from onnxpress.runtime.sessions import EncoderSession
 
     session = open_model(path, threads=threads).model
     assert isinstance(session, EncoderSession)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from protocol import Handler, decoder_handlers, serve
 
-from onnxpress.decoder_session import DecoderSession
 from onnxpress.opening import open_model
+from onnxpress.runtime.decoder import DecoderSession
 
 
 class Model:

@@ -57,7 +57,7 @@ def session_of(
     part: ir.Model, threads: int | None = None, session_options: Mapping[str, str] | None = None
 ) -> Iterator[onnxruntime.InferenceSession]:
     """A session for a graph; weights that lie in files are mapped where they are, if their folder can be written."""
-    from onnxpress.runtime import open_session
+    from onnxpress.runtime.sessions import open_session
 
     weights = [value.const_value for value in part.graph.initializers.values()]
     folders = Counter[Path]()

@@ -21,9 +21,9 @@ import numpy as np
 
 from onnxpress.errors import OnnxpressError, SourceNotFoundError
 from onnxpress.opening import find_graphs, main_graph, open_model, random_feeds
-from onnxpress.operator_profile import OperatorTime, operator_times
-from onnxpress.runtime import EncoderDecoderSession, EncoderSession
-from onnxpress.session_options import check_session_options
+from onnxpress.runtime.operator_profile import OperatorTime, operator_times
+from onnxpress.runtime.session_options import check_session_options
+from onnxpress.runtime.sessions import EncoderDecoderSession, EncoderSession
 
 ENCODER_TOKENS = 128
 DECODE_STEPS = 32

@@ -23,7 +23,7 @@ from onnxpress.graph.checks import load_graph
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
-from onnxpress.runtime import EncoderSession
+from onnxpress.runtime.sessions import EncoderSession
 from onnxpress.samples import encoder_rows, first_token, longest
 from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
 from onnxpress.vocabulary.restriction import restricted

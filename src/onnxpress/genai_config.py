@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress.session_options import NUMBERS
+from onnxpress.runtime.session_options import NUMBERS
 
 FILE = "genai_config.json"
 

@@ -22,7 +22,7 @@ from onnxpress import probes
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, VerificationError
 from onnxpress.metrics import cosine, log_softmax, require_finite
 from onnxpress.opening import Opened, open_model, random_feeds, read_json
-from onnxpress.runtime import pool
+from onnxpress.runtime.sessions import pool
 from onnxpress.texts import Ids
 
 FOLDER, RECORD, ARRAYS = "golden", "golden.json", "golden.npz"

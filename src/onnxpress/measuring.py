@@ -16,10 +16,10 @@ from onnxpress.calibration import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import Evaluation, evaluate
 from onnxpress.graph.conventions import ENCODER
-from onnxpress.memory import give_back
 from onnxpress.metrics import log_softmax, require_finite
 from onnxpress.opening import Opened, companions, open_model, random_feeds
 from onnxpress.remembered import RememberedDecoder
+from onnxpress.runtime.memory import give_back
 from onnxpress.samples import decoder_windows
 from onnxpress.texts import Ids
 from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by

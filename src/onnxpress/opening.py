@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
-from onnxpress.runtime import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
+from onnxpress.runtime.decoder import DecoderSession
+from onnxpress.runtime.sessions import NUMPY_TYPES, EncoderDecoderSession, EncoderSession, open_session
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ PADDING_KL = 0.1
 
 
 class LanguageModel(Protocol):
-    """A decoder: see `onnxpress.decoder_session.DecoderSession` for shapes."""
+    """A decoder: see `onnxpress.runtime.decoder.DecoderSession` for shapes."""
 
     @property
     def last_only(self) -> bool: ...

@@ -13,7 +13,7 @@ from onnxpress.errors import BadInputError
 from onnxpress.metrics import cosine, require_finite, spearman
 from onnxpress.opening import Opened, random_feeds
 from onnxpress.quality import Evaluation
-from onnxpress.runtime import EncoderSession, pool
+from onnxpress.runtime.sessions import EncoderSession, pool
 from onnxpress.samples import encoder_rows
 from onnxpress.texts import Ids, Progress, load_tokenizer, pad, read_pairs
 from onnxpress.vocabulary.restriction import restricted

@@ -17,7 +17,7 @@ from onnxpress import probes
 from onnxpress.errors import BadInputError, DestroyedError, VerificationError
 from onnxpress.metrics import Divergence, cosine, require_finite
 from onnxpress.opening import Opened, open_model, random_feeds
-from onnxpress.runtime import EncoderSession
+from onnxpress.runtime.sessions import EncoderSession
 from onnxpress.samples import encoder_feeds, encoder_rows, padded_rows
 from onnxpress.texts import Ids, pad, written_windows
 

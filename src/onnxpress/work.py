@@ -24,13 +24,13 @@ from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
 from onnxpress.measuring import Data, Meter, available_memory, main_graph
-from onnxpress.memory import give_back
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.reduced_config import reduced_config, renewed
+from onnxpress.runtime.memory import give_back
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.structure import RECORD, Record, Structure, read_structure
 from onnxpress.structure_changes import compare

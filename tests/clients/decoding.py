@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.decoder_session import DecoderSession
+from onnxpress.runtime.decoder import DecoderSession
 
 HERE = Path(__file__).parent
 STEPS = 16

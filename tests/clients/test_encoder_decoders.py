@@ -189,7 +189,7 @@ def test_speech(node: Callable[..., str], checkpoints: Checkpoints, kind: str, t
 def test_pixels_and_samples(
     node: Callable[..., str], checkpoints: Checkpoints, architecture: str, tmp_path: Path
 ) -> None:
-    from onnxpress.runtime import EncoderSession
+    from onnxpress.runtime.sessions import EncoderSession
 
     artifact = built(checkpoints(architecture), tmp_path / "artifact", "fp32")
     generator = np.random.default_rng(0)

@@ -18,7 +18,7 @@ TEXTS = ["A man is playing a guitar.", "The stock market fell by three percent o
 def test_minilm_in_transformers_js(node: Callable[..., str], minilm: Path) -> None:
     from tokenizers import Tokenizer
 
-    from onnxpress.runtime import EncoderSession
+    from onnxpress.runtime.sessions import EncoderSession
 
     tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     session = EncoderSession(next((minilm / "onnx").glob("*.onnx")))

@@ -13,10 +13,10 @@ import pytest
 
 from onnxpress import manifest, pipeline
 from onnxpress.calibration import CalibrationData
-from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import load_graph
+from onnxpress.runtime.decoder import DecoderSession
 
 from .in_optimum import in_optimum
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from onnxpress import pipeline
-from onnxpress.runtime import EncoderSession
+from onnxpress.runtime.sessions import EncoderSession
 
 from .decoding import CLIENTS, HERE, PROMPTS, STEPS, Clients, check, golden_tokens, until_end
 

@@ -10,7 +10,7 @@ import pytest
 
 from onnxpress.benchmark import benchmark, peak_rss_bytes, size_bytes
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UsageError
-from onnxpress.operator_profile import operator_times
+from onnxpress.runtime.operator_profile import operator_times
 
 Make = Callable[..., Path]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import BadInputError, SourceNotFoundError
+from onnxpress.runtime.decoder import DecoderSession
 from onnxpress.texts import file_windows, pad, read_pairs, sentences, written_windows
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnxpress.graph.io import copy_graph, load_graph, save_graph
 from onnxpress.metrics import Divergence, cosine
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.runtime import pool
+from onnxpress.runtime.sessions import pool
 from onnxpress.search.formats import Format
 from onnxpress.search.sensitivity import Samples
 

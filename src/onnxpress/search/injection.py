@@ -19,7 +19,7 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.metrics import cosine
 from onnxpress.optimizers.calibration.samples import Feeds, feed_of
 from onnxpress.optimizers.calibration.subgraphs import session_of
-from onnxpress.runtime import pool
+from onnxpress.runtime.sessions import pool
 
 Floats = NDArray[np.float32]
 Errors = Mapping[str, Floats]
@@ -83,7 +83,7 @@ def inject(
 
 
 def _vectors(outputs: Mapping[str, Floats]) -> Floats:
-    """What two encoders are compared by, see `onnxpress.runtime.pool`."""
+    """What two encoders are compared by, see `onnxpress.runtime.sessions.pool`."""
     return pool(outputs)
 
 

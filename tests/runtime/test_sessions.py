@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onnxpress.decoder_session import DecoderSession
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
-from onnxpress.runtime import EncoderSession, open_session, position_ids
-from onnxpress.session_options import make_session_options
+from onnxpress.runtime.decoder import DecoderSession
+from onnxpress.runtime.session_options import make_session_options
+from onnxpress.runtime.sessions import EncoderSession, open_session, position_ids
 
 TOKENS = np.random.default_rng(3).integers(0, 64, (1, 12))
 Make = Callable[..., Path]

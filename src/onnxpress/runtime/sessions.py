@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED, DECODER_WITH_PAST, ENCODER
-from onnxpress.session_options import make_session_options
+from onnxpress.runtime.session_options import make_session_options
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.runtime import NUMPY_TYPES, Feeds, Floats, Ids, open_session, position_ids
+from onnxpress.runtime.sessions import NUMPY_TYPES, Feeds, Floats, Ids, open_session, position_ids
 
 
 def _present_name(past: str, outputs: Sequence[str]) -> str:
