@@ -8,12 +8,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.logits import PREFIX, forget_shapes, head_of
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
-
-_HEADS = {"MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul"}
-_POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip"}
-"""What may stand between the head and the output: biases, scales, soft-capping, casts."""
 
 
 class LastLogits(Pass):
@@ -23,7 +20,7 @@ class LastLogits(Pass):
     an input it is the last one. Changes the signature: the sequence dimension of `logits` is 1.
     """
 
-    name: ClassVar[str] = "last-logits"
+    name: ClassVar[str] = PREFIX
 
     def __init__(self, output: str = "logits") -> None:
         """`output`: the graph output to cut."""
@@ -38,7 +35,7 @@ class LastLogits(Pass):
             return report.skip(f"{self.output} is not [batch, sequence, vocabulary]")
         if logits.shape[1] == 1:
             return report.skip(f"{self.output} has one position already")
-        head = _head(logits)
+        head = head_of(logits)
         if head is None:
             return report.skip(f"no product with a constant matrix makes {self.output}")
         hidden = head.inputs[0]
@@ -53,23 +50,9 @@ class LastLogits(Pass):
         if hidden.shape is not None and len(hidden.shape) == 3:
             last.shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
         head.replace_input_with(0, last)
-        _forget_shapes(head, logits)
+        forget_shapes(head, logits)
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
         report.match(f"{head.op_type} of {self.output}")
-
-
-def restore_logits(model: ir.Model, output: str = "logits") -> bool:
-    """Undo `LastLogits`: `output` has the logits of every position again. False where that pass did not cut them."""
-    logits = next((value for value in model.graph.outputs if value.name == output), None)
-    head = _head(logits) if logits is not None else None
-    cut = head.inputs[0].producer() if head is not None and head.inputs[0] is not None else None
-    if logits is None or head is None or cut is None or not (cut.name or "").startswith(f"{LastLogits.name}/{output}/"):
-        return False
-    head.replace_input_with(0, cut.inputs[0])
-    _forget_shapes(head, logits)
-    if logits.shape is not None:
-        logits.shape = ir.Shape([logits.shape[0], None, logits.shape[2]])
-    return True
 
 
 END = np.iinfo(np.int64).max
@@ -110,25 +93,3 @@ class _Builder:
         constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
         self.model.graph.register_initializer(constant)
         return constant
-
-
-def _head(logits: ir.Value) -> ir.Node | None:
-    """The product that makes the logits, if nothing but pointwise operators with constants follows it."""
-    value: ir.Value | None = logits
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type in _HEADS:
-            return node
-        varying = [item for item in node.inputs if item is not None and item.const_value is None]
-        if node.op_type not in _POINTWISE or len(varying) != 1:
-            return None
-        value = varying[0]
-    return None
-
-
-def _forget_shapes(first: ir.Node, logits: ir.Value) -> None:
-    """Values between the head and the output have another sequence length now."""
-    pending = [value for value in first.outputs if value is not logits]
-    while pending:
-        value = pending.pop()
-        value.shape = None
-        pending += [output for node, _ in value.uses() for output in node.outputs if output is not logits]

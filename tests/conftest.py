@@ -1,4 +1,7 @@
-"""Structural reductions for tests of what comes after them: graphs edited by hand, and the same as a pass."""
+"""Structural reductions for tests of what comes after them: graphs edited by hand, and the same as a pass.
+
+Tiny graphs for tests of all that runs one come from `tiny_graphs`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ from onnxpress.graph.editing import forget_shapes, keep_weight, set_heads
 from onnxpress.graph.report import Report
 from onnxpress.optimizers import registry
 from onnxpress.optimizers.base import Pass
+
+from .tiny_graphs import make_decoder, make_encoder
+
+__all__ = ["make_decoder", "make_encoder"]
 
 
 def cut(model: ir.Model, *, kv_heads: int = 0, width: int = 0, only: int | None = None) -> None:

@@ -28,7 +28,7 @@ def main() -> None:
             rows = list(csv.reader(file))
         lines = [row[0] for row in rows] + [row[1] for row in rows]
     else:
-        text = (files("onnxpress") / "sentences.txt").read_text(encoding="utf-8")
+        text = (files("onnxpress.evaluation") / "sentences.txt").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     Path(sys.argv[2]).write_text(json.dumps([tokenizer.encode(line).ids for line in lines]), encoding="utf-8")
 

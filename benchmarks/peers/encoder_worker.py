@@ -35,7 +35,7 @@ def torch_model(path: str, threads: int) -> Embed:
 
 
 def onnx_model(path: str, threads: int) -> Embed:
-    from onnxpress.opening import open_model
+    from onnxpress.evaluation.opening import open_model
     from onnxpress.runtime.sessions import EncoderSession
 
     session = open_model(path, threads=threads).model

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from protocol import Handler, decoder_handlers, serve
 
-from onnxpress.opening import open_model
+from onnxpress.evaluation.opening import open_model
 from onnxpress.runtime.decoder import DecoderSession
 
 

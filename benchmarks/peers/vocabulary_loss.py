@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from onnxpress.opening import open_model
+from onnxpress.evaluation.opening import open_model
 from onnxpress.vocabulary.choosing import kept_tokens
 from onnxpress.vocabulary.rewriting import trimmed
 from onnxpress.vocabulary.tokens import read_vocabulary

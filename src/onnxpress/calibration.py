@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress import probes
 from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_records
 from onnxpress.errors import BadInputError, UnsupportedModelError
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.evaluation.restriction import restricted
+from onnxpress.evaluation.samples import encoder_rows, first_token, longest
+from onnxpress.evaluation.texts import Ids, cut, load_tokenizer, pad, written_windows
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
 from onnxpress.graph.checks import load_graph
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
-from onnxpress.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.runtime.sessions import EncoderSession
-from onnxpress.samples import encoder_rows, first_token, longest
-from onnxpress.texts import Ids, cut, load_tokenizer, pad, written_windows
-from onnxpress.vocabulary.restriction import restricted
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]

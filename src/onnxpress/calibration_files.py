@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError
-from onnxpress.texts import read_text
+from onnxpress.evaluation.texts import read_text
 
 TEXT_FIELDS = ("text", "content", "sentence", "prompt", "document")
 PAIR_FIELDS = (

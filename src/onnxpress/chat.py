@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from onnxpress.errors import BadInputError
-from onnxpress.opening import read_json
+from onnxpress.evaluation.opening import read_json
 
 LONGEST = 1_000_000
 """Characters that a template may render; a loop over a huge range is an attack, not a prompt."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from onnxpress import manifest
 from onnxpress.artifact import Artifact
-from onnxpress.benchmark import benchmark as measure_speed
 from onnxpress.errors import UsageError
-from onnxpress.evaluation import evaluate as measure_quality
+from onnxpress.evaluation.benchmark import benchmark as measure_speed
+from onnxpress.evaluation.evaluate import evaluate as measure_quality
+from onnxpress.evaluation.opening import find_graphs
 from onnxpress.files.layout import is_artifact
 from onnxpress.golden import replay_golden
-from onnxpress.opening import find_graphs
 from onnxpress.progress import Progress
 from onnxpress.resolving import resolve
 from onnxpress.runtime_profiles import profile as profiles
@@ -81,7 +81,7 @@ def verify(folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def _measurable(model: str, flags: Mapping[str, bool], progress: Progress) -> Any:
-    """What `onnxpress.evaluation` can open: a path to ONNX or an artifact, or a Checkpoint."""
+    """What `onnxpress.evaluation.evaluate` can open: a path to ONNX or an artifact, or a Checkpoint."""
     path = Path(model)
     if path.suffix == ".onnx" or is_artifact(path):
         return path

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress import probes
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, VerificationError
-from onnxpress.metrics import cosine, log_softmax, require_finite
-from onnxpress.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite
+from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.evaluation.texts import Ids
 from onnxpress.runtime.sessions import pool
-from onnxpress.texts import Ids
 
 FOLDER, RECORD, ARRAYS = "golden", "golden.json", "golden.npz"
 SCHEMA_VERSION = 1

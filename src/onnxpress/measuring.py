@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from onnxpress import probes
-from onnxpress.benchmark import benchmark
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import VerificationError
-from onnxpress.evaluation import Evaluation, evaluate
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.benchmark import benchmark
+from onnxpress.evaluation.cached_decoder import RememberedDecoder
+from onnxpress.evaluation.evaluate import Evaluation, evaluate
+from onnxpress.evaluation.metrics import log_softmax, require_finite
+from onnxpress.evaluation.opening import Opened, companions, open_model, random_feeds
+from onnxpress.evaluation.restriction import restricted
+from onnxpress.evaluation.samples import decoder_windows
+from onnxpress.evaluation.texts import Ids
+from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 from onnxpress.graph.conventions import ENCODER
-from onnxpress.metrics import log_softmax, require_finite
-from onnxpress.opening import Opened, companions, open_model, random_feeds
-from onnxpress.remembered import RememberedDecoder
 from onnxpress.runtime.memory import give_back
-from onnxpress.samples import decoder_windows
-from onnxpress.texts import Ids
-from onnxpress.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
-from onnxpress.vocabulary.restriction import restricted
 
 Update = Callable[[int, int], None]
 

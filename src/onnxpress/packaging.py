@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxpress import artifact_folder, manifest, measuring, overview
-from onnxpress.evaluation import Evaluation
+from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.files.layout import MANIFEST
 from onnxpress.gates import Gates, require
 from onnxpress.genai_config import write_genai_config

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import SourceNotFoundError, UsageError
+from onnxpress.evaluation.metrics import cosine
+from onnxpress.evaluation.opening import open_model
 from onnxpress.generate import TextGenerator, embed
-from onnxpress.metrics import cosine
-from onnxpress.opening import open_model
 
 
 def run(

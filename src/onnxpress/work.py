@@ -19,7 +19,7 @@ from onnxpress import artifact_folder
 from onnxpress.artifact import Artifact, Step
 from onnxpress.calibration import calibration_folder
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
-from onnxpress.evaluation import Evaluation
+from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report

@@ -73,8 +73,8 @@ def ask(node: Callable[..., str], client: str, folder: Path, **request: Any) -> 
 
 def our_tokens(folder: Path, feeds: dict[str, np.ndarray], start: int) -> list[list[int]]:
     """What our own runner generates greedily, all STEPS of them."""
-    from onnxpress import probes
-    from onnxpress.opening import open_model
+    from onnxpress.evaluation import probes
+    from onnxpress.evaluation.opening import open_model
 
     model = open_model(folder).model
     rows = []
@@ -89,7 +89,7 @@ def assert_same_up_to_a_tie(folder: Path, feeds: dict[str, np.ndarray], start: i
 
     The client computes its features itself: in int8 the last bit of one may tip a random model's choice.
     """
-    from onnxpress.opening import open_model
+    from onnxpress.evaluation.opening import open_model
 
     model = open_model(folder).model
     model.encode(feeds)

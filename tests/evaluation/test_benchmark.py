@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxpress.benchmark import benchmark, peak_rss_bytes, size_bytes
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UsageError
+from onnxpress.evaluation.benchmark import benchmark, peak_rss_bytes, size_bytes
 from onnxpress.runtime.operator_profile import operator_times
 
 Make = Callable[..., Path]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from onnxpress.errors import BadInputError, VerificationError
-from onnxpress.metrics import Divergence, cosine, log_softmax, ranks, require_finite, spearman
+from onnxpress.evaluation.metrics import Divergence, cosine, log_softmax, ranks, require_finite, spearman
 
 
 def test_log_softmax_against_the_definition_and_without_overflow() -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from onnxpress.errors import BadInputError, SourceNotFoundError
+from onnxpress.evaluation.texts import file_windows, pad, read_pairs, sentences, written_windows
 from onnxpress.runtime.decoder import DecoderSession
-from onnxpress.texts import file_windows, pad, read_pairs, sentences, written_windows
 
 
 class Words:

@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnxpress.errors import VerificationError
-from onnxpress.verification import MAXIMUM_BYTES, Reference, verify_step
+from onnxpress.evaluation.verification import MAXIMUM_BYTES, Reference, verify_step
 
 Make = Callable[..., Path]
 

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from onnxpress.errors import BadInputError  # noqa: E402
-from onnxpress.evaluation import evaluate  # noqa: E402
+from onnxpress.evaluation.evaluate import evaluate  # noqa: E402
 from onnxpress.exporter.reference import TorchReference  # noqa: E402
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.last_logits import LastLogits, restore_logits
+from onnxpress.graph.logits import restore_logits
+from onnxpress.optimizers.last_logits import LastLogits
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

@@ -8,7 +8,7 @@ import pytest
 
 from onnxpress import finished, pipeline
 from onnxpress.artifact_folder import graph_paths
-from onnxpress.benchmark import benchmark
+from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.exporter import architectures
 from onnxpress.graph.io import FileTensor, load_graph
 

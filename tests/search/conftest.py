@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.evaluation.metrics import Divergence, cosine
 from onnxpress.graph.io import copy_graph, load_graph, save_graph
-from onnxpress.metrics import Divergence, cosine
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.runtime.sessions import pool
 from onnxpress.search.formats import Format

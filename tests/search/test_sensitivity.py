@@ -9,8 +9,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from onnxpress.evaluation.metrics import Divergence
 from onnxpress.graph.io import copy_graph
-from onnxpress.metrics import Divergence
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity

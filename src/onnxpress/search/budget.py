@@ -15,7 +15,7 @@ from pathlib import Path
 from onnxpress import artifact_folder
 from onnxpress.artifact import Step
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
-from onnxpress.evaluation import Evaluation
+from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.gates import Gates
 from onnxpress.graph.io import load_graph
 from onnxpress.measuring import speed

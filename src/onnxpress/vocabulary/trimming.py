@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from onnxpress.artifact import Artifact
 from onnxpress.calibration_files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
-from onnxpress.opening import read_json
+from onnxpress.evaluation import restriction
+from onnxpress.evaluation.opening import read_json
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
-from onnxpress.vocabulary import restriction, rewriting
+from onnxpress.vocabulary import rewriting
 from onnxpress.vocabulary.characters import scripts_in
 from onnxpress.vocabulary.choosing import kept_tokens
 from onnxpress.vocabulary.tokens import read_vocabulary

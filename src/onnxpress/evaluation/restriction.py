@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, CorruptFileError
-from onnxpress.opening import Opened, read_json
+from onnxpress.evaluation.opening import Opened, read_json
 
 Ids = NDArray[np.int64]
 FILE = "vocabulary.json"

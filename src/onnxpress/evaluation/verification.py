@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress import probes
 from onnxpress.errors import BadInputError, DestroyedError, VerificationError
-from onnxpress.metrics import Divergence, cosine, require_finite
-from onnxpress.opening import Opened, open_model, random_feeds
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.metrics import Divergence, cosine, require_finite
+from onnxpress.evaluation.opening import Opened, open_model, random_feeds
+from onnxpress.evaluation.samples import encoder_feeds, encoder_rows, padded_rows
+from onnxpress.evaluation.texts import Ids, pad, written_windows
 from onnxpress.runtime.sessions import EncoderSession
-from onnxpress.samples import encoder_feeds, encoder_rows, padded_rows
-from onnxpress.texts import Ids, pad, written_windows
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference of log-probabilities that an exact pass may cause.

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import BadInputError
-from onnxpress.opening import Opened, open_model
-from onnxpress.quality import Evaluation
-from onnxpress.samples import decoder_windows
-from onnxpress.text_quality import evaluate_decoders, evaluate_translators
-from onnxpress.texts import Ids, Progress, load_tokenizer
-from onnxpress.vector_quality import evaluate_encoders, evaluate_graphs
-from onnxpress.vocabulary.reading import compare_reading
-from onnxpress.vocabulary.restriction import restricted
+from onnxpress.evaluation.opening import Opened, open_model
+from onnxpress.evaluation.quality import Evaluation
+from onnxpress.evaluation.reading import compare_reading
+from onnxpress.evaluation.restriction import restricted
+from onnxpress.evaluation.samples import decoder_windows
+from onnxpress.evaluation.text_quality import evaluate_decoders, evaluate_translators
+from onnxpress.evaluation.texts import Ids, Progress, load_tokenizer
+from onnxpress.evaluation.vector_quality import evaluate_encoders, evaluate_graphs
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError
-from onnxpress.metrics import Divergence, require_finite
-from onnxpress.texts import pad
+from onnxpress.evaluation.metrics import Divergence, require_finite
+from onnxpress.evaluation.texts import pad
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

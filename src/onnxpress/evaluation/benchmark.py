@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import OnnxpressError, SourceNotFoundError
-from onnxpress.opening import find_graphs, main_graph, open_model, random_feeds
+from onnxpress.evaluation.opening import find_graphs, main_graph, open_model, random_feeds
 from onnxpress.runtime.operator_profile import OperatorTime, operator_times
 from onnxpress.runtime.session_options import check_session_options
 from onnxpress.runtime.sessions import EncoderDecoderSession, EncoderSession
@@ -83,7 +83,7 @@ def benchmark(
         "session_options": session_options if session_options is None else dict(session_options),
         "profile": profile,
     }
-    command = [sys.executable, "-m", "onnxpress.benchmark", json.dumps(request)]
+    command = [sys.executable, "-m", "onnxpress.evaluation.benchmark", json.dumps(request)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:

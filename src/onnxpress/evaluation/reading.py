@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxpress import probes
-from onnxpress.metrics import ROWS, log_softmax
-from onnxpress.opening import Opened
-from onnxpress.samples import longest
-from onnxpress.texts import Ids, load_tokenizer
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.metrics import ROWS, log_softmax
+from onnxpress.evaluation.opening import Opened
+from onnxpress.evaluation.samples import longest
+from onnxpress.evaluation.texts import Ids, load_tokenizer
 
 
 def compare_reading(candidate: Opened, reference: Opened, pieces: Iterable[Ids]) -> dict[str, float]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import BadInputError
-from onnxpress.opening import Opened, random_feeds
-from onnxpress.texts import (
+from onnxpress.evaluation.opening import Opened, random_feeds
+from onnxpress.evaluation.texts import (
     Ids,
     Progress,
     Tokenizer,

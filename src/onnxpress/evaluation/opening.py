@@ -151,7 +151,7 @@ def _with_all_logits(path: Path) -> bytes | None:
     import onnx_ir as ir  # here, since the benchmark's process measures its own memory
 
     from onnxpress.graph.io import load_graph
-    from onnxpress.optimizers.last_logits import restore_logits
+    from onnxpress.graph.logits import restore_logits
 
     model = load_graph(path)
     return ir.to_proto(model).SerializeToString() if restore_logits(model) else None

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxpress import probes
 from onnxpress.errors import BadInputError
-from onnxpress.metrics import cosine, require_finite, spearman
-from onnxpress.opening import Opened, random_feeds
-from onnxpress.quality import Evaluation
+from onnxpress.evaluation import probes
+from onnxpress.evaluation.metrics import cosine, require_finite, spearman
+from onnxpress.evaluation.opening import Opened, random_feeds
+from onnxpress.evaluation.quality import Evaluation
+from onnxpress.evaluation.restriction import restricted
+from onnxpress.evaluation.samples import encoder_rows
+from onnxpress.evaluation.texts import Ids, Progress, load_tokenizer, pad, read_pairs
 from onnxpress.runtime.sessions import EncoderSession, pool
-from onnxpress.samples import encoder_rows
-from onnxpress.texts import Ids, Progress, load_tokenizer, pad, read_pairs
-from onnxpress.vocabulary.restriction import restricted
 
 
 def evaluate_encoders(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxpress.remembered import RememberedDecoder
+from onnxpress.evaluation.cached_decoder import RememberedDecoder
 
 
 class Counting:

@@ -11,9 +11,9 @@ import tokenizers
 from onnx import numpy_helper
 
 from onnxpress.errors import BadInputError, SourceNotFoundError, VerificationError
-from onnxpress.evaluation import evaluate
+from onnxpress.evaluation.evaluate import evaluate
+from onnxpress.evaluation.opening import open_model
 from onnxpress.graph.io import load_graph, save_graph
-from onnxpress.opening import open_model
 from onnxpress.optimizers.last_logits import LastLogits
 
 Make = Callable[..., Path]

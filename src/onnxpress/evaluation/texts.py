@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import BadInputError, SourceNotFoundError
-from onnxpress.metrics import log_softmax
+from onnxpress.evaluation.metrics import log_softmax
 
 Ids = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
