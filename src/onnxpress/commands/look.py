@@ -41,7 +41,8 @@ def inspect(model: str, profile: str, as_json: bool) -> None:
 @_reporting
 def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Run the artifact in FOLDER: stream the answer to PROMPT, or compare the embeddings of several texts."""
-    from onnxpress import report, trial
+    from onnxpress import report
+    from onnxpress.generation import trial
 
     if as_json:
         report.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress.chat import find_template, render, special_tokens
 from onnxpress.errors import BadInputError
+from onnxpress.generation.chat import find_template, render, special_tokens
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

@@ -10,7 +10,7 @@ from typing import Any
 from onnxpress.errors import SourceNotFoundError, UsageError
 from onnxpress.evaluation.metrics import cosine
 from onnxpress.evaluation.opening import open_model
-from onnxpress.generate import TextGenerator, embed
+from onnxpress.generation.generate import TextGenerator, embed
 
 
 def run(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress import chat
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite
 from onnxpress.evaluation.opening import Opened, open_model, read_json
 from onnxpress.evaluation.texts import Ids, load_tokenizer, pad
+from onnxpress.generation import chat
 
 
 def choose(logits: NDArray[Any], generator: np.random.Generator, temperature: float = 0.0, top_p: float = 1.0) -> int:

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from onnxpress.errors import BadInputError
-from onnxpress.generate import TextGenerator, choose, embed, similarity, stream
+from onnxpress.generation.generate import TextGenerator, choose, embed, similarity, stream
 
 Make = Callable[..., Path]
 
