@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.errors import OnnxpressError, UsageError
 
 TOLERANCE = 1e-3

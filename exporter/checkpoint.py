@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError, UnsupportedModelError
 from onnxpress.exporter.weights import TensorSource, read_safetensors
 from onnxpress.models.catalog import Pooling

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from onnxpress.artifact import Artifact
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import blueprint, lowering
 from onnxpress.exporter.checkpoint import Checkpoint

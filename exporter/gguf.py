@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from gguf import GGML_QUANT_SIZES, dequantize
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
 from onnxpress.exporter.checkpoint import Checkpoint, find_companions, read_json
 from onnxpress.exporter.gguf_header import Header, TensorInfo, read_header

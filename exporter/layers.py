@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxpress.exporter.writer import MODULE
+from onnxpress.graph.conventions import MODULE
 
 PROLOGUE, EPILOGUE = -1, 1 << 30
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.weights import TensorSource
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.floats import narrow, widen
 from onnxpress.graph.storage import HALVES, StoredTensor, WideTensor
 from onnxpress.graph.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
@@ -172,14 +173,14 @@ def _lower_experts(graph: ir.Graph, node: ir.Node) -> None:
         "k": node.attributes.get_int("k", 1),
         "normalize_routing_weights": node.attributes.get_int("normalized", 0),
     }
-    mixture = ir.node("MoE", [states, logits, gate_up, None, down], attributes, domain="com.microsoft")
+    mixture = ir.node("MoE", [states, logits, gate_up, None, down], attributes, domain=MICROSOFT)
     mixture.outputs[0].name = f"{node.outputs[0].name}/mixture"
     always = graph.initializers.get(ALWAYS)
     if always is None:
         always = ir.Value(name=ALWAYS, const_value=ir.tensor(np.array(True), name=ALWAYS), shape=ir.Shape(()))
         always.dtype = ir.DataType.BOOL
         graph.register_initializer(always)
-    graph.opset_imports.setdefault("com.microsoft", 1)
+    graph.opset_imports.setdefault(MICROSOFT, 1)
     _replace(graph, node, [mixture, ir.node("Where", [always, mixture.outputs[0], states])])
 
 
@@ -190,8 +191,8 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, turned: bool) -> None:
         product = ir.Node("", "MatMul", [states, weight])
     else:
         attributes = [ir.AttrInt64("transB", 1), ir.AttrFloat32("alpha", 1.0)]
-        product = ir.Node("com.microsoft", "FusedMatMul", [states, weight], attributes)
-        graph.opset_imports.setdefault("com.microsoft", 1)
+        product = ir.Node(MICROSOFT, "FusedMatMul", [states, weight], attributes)
+        graph.opset_imports.setdefault(MICROSOFT, 1)
     product.outputs[0].name = f"{node.outputs[0].name}/product"
     _replace(graph, node, [product, ir.Node("", "Add", [product.outputs[0], rest[0]])] if rest else [product])
 

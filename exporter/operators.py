@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onnxpress.exporter import record
 from onnxpress.exporter.lowering import LINEAR_DOMAIN
+from onnxpress.graph.conventions import MICROSOFT
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
@@ -55,7 +56,7 @@ def rotary_embedding(
         attributes |= {"rotary_embedding_dim": rotary_dim, "num_heads": states.shape[1]}
     inputs = [states, position_ids, cos, sin]
     output = (states.dtype, states.shape)
-    return record.active().node("com.microsoft", "RotaryEmbedding", inputs, attributes, [output])[0]
+    return record.active().node(MICROSOFT, "RotaryEmbedding", inputs, attributes, [output])[0]
 
 
 def group_query_attention(
@@ -90,7 +91,7 @@ def group_query_attention(
     ]
     present = (query.dtype, (batch, kv_heads, total, head_dim))
     output, present_key, present_value = record.active().node(
-        "com.microsoft",
+        MICROSOFT,
         "GroupQueryAttention",
         inputs,
         {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotary is not None), **attributes},
@@ -108,7 +109,7 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor
     batch, heads, length, _ = query.shape
     value_dim = value.shape[-1]
     (output,) = record.active().node(
-        "com.microsoft",
+        MICROSOFT,
         "MultiHeadAttention",
         [_merge_heads(query), _merge_heads(key), _merge_heads(value), None, None, bias],
         {"num_heads": heads, "scale": scale},

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from onnxpress.artifact import Artifact
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.graph.io import save_graph
 
 Arrays = dict[str, NDArray[Any]]

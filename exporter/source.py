@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, SourceNotFoundError, UnsafeInputError
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.hub import fetch_snapshot, parse_reference

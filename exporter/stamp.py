@@ -27,7 +27,7 @@ from onnxpress.exporter.layers import (
     rename_layers,
     representatives,
 )
-from onnxpress.exporter.writer import MODULE
+from onnxpress.graph.conventions import MODULE
 
 
 def stamp(template: ir.Model, stack: Stack, chosen: tuple[int, ...], path: str) -> ir.Model:

@@ -17,10 +17,11 @@ from onnxpress.exporter.dimensions import Dimensions
 from onnxpress.exporter.functions import WholeFunctions
 from onnxpress.exporter.lowering import LINEAR_DOMAIN
 from onnxpress.exporter.record import Recorder, recording
+from onnxpress.graph.conventions import MICROSOFT
 
 OPSET = 21
 IR_VERSION = 10
-VERSIONS = {"com.microsoft": 1, LINEAR_DOMAIN: 1}
+VERSIONS = {MICROSOFT: 1, LINEAR_DOMAIN: 1}
 
 
 def trace(

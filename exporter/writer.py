@@ -13,9 +13,8 @@ import sympy
 from torch.utils._sympy import functions as torch_sympy
 
 from onnxpress.errors import UnsupportedModelError
+from onnxpress.graph.conventions import MODULE
 
-MODULE = "onnxpress.module"
-"""Metadata of a node: the qualified name of the innermost torch module that it came from."""
 Dimension: TypeAlias = "int | sympy.Expr"
 """A size: a number, or an expression of the graph's free dimensions, which are symbols with the dimensions' names."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.matching import drop_unused_weights, weight
 from onnxpress.graph.report import Report
@@ -25,7 +26,7 @@ ROUNDING = 2e-6
 """Of a cosine, relative to the amplitude: its own float32 rounding, and a function that is no better than that."""
 ROTATED = {
     "GroupQueryAttention": (7, 8),
-    ("RotaryEmbedding", "com.microsoft"): (2, 3),
+    ("RotaryEmbedding", MICROSOFT): (2, 3),
     ("RotaryEmbedding", ""): (1, 2),
 }
 

@@ -21,8 +21,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxpress.graph.anatomy.roles import NOT_FUSED
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.matching import (
-    MICROSOFT,
     constant,
     is_op,
     only_reader,

@@ -27,7 +27,7 @@ from onnxscript.rewriter.ort_fusions import (
 )
 
 from onnxpress.graph.anatomy.layers import TORCH_SCOPES
-from onnxpress.graph.matching import MICROSOFT
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import forget_unnamed
 from onnxpress.optimizers.base import Pass

@@ -28,14 +28,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph.matching import (
-    MICROSOFT,
-    drop_unused_weights,
-    only_reader,
-    same_shape,
-    scalar,
-    use_microsoft_operators,
-)
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.matching import drop_unused_weights, only_reader, same_shape, scalar, use_microsoft_operators
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxpress.graph.matching import MICROSOFT, is_op, only_reader, producer, slice_bounds
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.matching import is_op, only_reader, producer, slice_bounds
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import size_of
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.matching import (
-    MICROSOFT,
     constant,
     is_op,
     only_reader,

@@ -23,7 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph.linear import MICROSOFT, add_constant
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantize_dynamic import quantize_rows

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.graph.linear import MICROSOFT, find_linears, read_matrix, selected, shape_of
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.linear import find_linears, read_matrix, selected, shape_of
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, rows_of
 from onnxpress.optimizers.base import Pass

@@ -13,7 +13,8 @@ from copy import copy
 
 import onnx_ir as ir
 
-from onnxpress.graph.anatomy.layers import layer_of, module_of
+from onnxpress.graph.anatomy.layers import module_of
+from onnxpress.graph.conventions import layer_of
 from onnxpress.graph.linear import match_linear
 from onnxpress.graph.report import Report
 

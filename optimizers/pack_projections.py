@@ -32,7 +32,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UsageError
-from onnxpress.graph.matching import MICROSOFT, add_weight, drop_unused_weights, is_op, only_reader, other_input, weight
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.matching import add_weight, drop_unused_weights, is_op, only_reader, other_input, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.base import Pass

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.graph.linear import MICROSOFT, Linear, add_initializers, drop_unused, find_linears, replace, selected
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.linear import Linear, add_initializers, drop_unused, find_linears, replace, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.block_operands import AnyMethod, DataFree, block_operands
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass

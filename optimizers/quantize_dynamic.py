@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph.linear import MICROSOFT, Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
 from onnxpress.optimizers.channel_weights import integer_weight

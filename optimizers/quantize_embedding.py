@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph.linear import MICROSOFT, add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.linear import add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.block_operands import AnyMethod, block_operands, flat_codes

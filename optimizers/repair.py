@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Block, Product, anatomy_of
+from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
@@ -35,8 +36,6 @@ from onnxpress.optimizers.structure.residual import Addition, addition_of
 from onnxpress.optimizers.structure.ridge import fit
 from onnxpress.optimizers.structure.targets import Minus, Plus, Regression, Target
 
-LAYERS = "onnxpress.layers"
-"""Where passes that remove layers record, in the metadata of a graph, the original index of each that is left."""
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 Part = Literal["attention", "feed-forward"]
 PARTS: tuple[Part, ...] = ("attention", "feed-forward")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxpress.graph.matching import MICROSOFT
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.report import Report
 
 _PARTS = {

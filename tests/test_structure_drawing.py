@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress import report
-from onnxpress.structure import Heads, Layer, Record, Structure
-from onnxpress.structure_changes import compare
+from onnxpress.artifact.structure import Heads, Layer, Record, Structure
+from onnxpress.artifact.structure_changes import compare
 from onnxpress.structure_drawing import CELLS, Bar, draw
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from onnxpress.artifact_folder import write_companions, write_graphs
+from onnxpress.artifact.folder import write_companions, write_graphs
 from onnxpress.exporter.export import export
 from onnxpress.exporter.source import Checkpoint, resolve
 

@@ -18,13 +18,8 @@ from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
-from onnxpress.graph.anatomy.layers import MODULE, layer_of
+from onnxpress.graph.conventions import LAYERS, MERGED, MODULE, layer_of
 
-LAYERS = "onnxpress.layers"
-"""Key of the graph's metadata: JSON, for each stack that was cut the original index of every layer that
-is left, such as {"model.layers": [0, 1, 3]}."""
-MERGED = "onnxpress.merged"
-"""The same for layers whose weights were added to another's: {"model.layers": {"1": [2]}}."""
 _CACHE = re.compile(r"^(past_key_values|present(?:_key_values)?)\.(\d+)(?=\.)")
 _NUMBER = re.compile(r"(?:^|.*?[./])(?:layers?|h|blocks?)[./](\d+)(?=[./]|$)")
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block
-from onnxpress.graph.anatomy.layers import layer_of
+from onnxpress.graph.conventions import layer_of
 from onnxpress.graph.tensors import concrete_shape
 from onnxpress.optimizers.depth.cuts import renumbered
 

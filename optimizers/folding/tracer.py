@@ -28,8 +28,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import Linear, find_linears
-from onnxpress.graph.matching import MICROSOFT, constant, is_op, scalar, weight
+from onnxpress.graph.matching import constant, is_op, scalar, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
 from onnxpress.optimizers.folding.site import FREE, FoldingSite, Integers, Kind, Slot

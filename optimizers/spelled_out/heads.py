@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from onnxpress.graph.anatomy.layers import NORMS
-from onnxpress.graph.matching import MICROSOFT, constant, is_op, producer, scalar, slice_bounds
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.matching import constant, is_op, producer, scalar, slice_bounds
 from onnxpress.graph.sizes import size_of, sizes_in
 
 SPLIT = (0, 2, 1, 3)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from onnxpress.artifact.structure import Record
 from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.weights import TensorSource
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.measuring import Meter, available_memory
 from onnxpress.placing import place_weights
-from onnxpress.structure import Record
 from onnxpress.work import Work
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxpress import manifest
-from onnxpress.artifact import Artifact
+from onnxpress.artifact import manifest
+from onnxpress.artifact.artifact import Artifact
+from onnxpress.artifact.golden import replay_golden
 from onnxpress.errors import UsageError
 from onnxpress.evaluation.benchmark import benchmark as measure_speed
 from onnxpress.evaluation.evaluate import evaluate as measure_quality
 from onnxpress.evaluation.opening import find_graphs
 from onnxpress.files.layout import is_artifact
-from onnxpress.golden import replay_golden
 from onnxpress.progress import Progress
 from onnxpress.resolving import resolve
 from onnxpress.runtime_profiles import profile as profiles

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnxpress.artifact import Step
+from onnxpress.artifact.artifact import Step
+from onnxpress.artifact.manifest import GateRecord
 from onnxpress.errors import GateFailedError, UnsupportedModelError
-from onnxpress.manifest import GateRecord
 
 
 class Share(float):

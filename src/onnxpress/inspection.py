@@ -14,8 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxpress.graph.conventions import ROTARY_TABLES, layer_index
 from onnxpress.graph.linear import OFFSETS
-from onnxpress.graph.matching import layer_of
 from onnxpress.graph.storage import stored
 
 _NAMES = {
@@ -31,7 +31,6 @@ _PLANE = re.compile(r"\.q(\d)b\d+\.plane\d$")
 """Ends the names of parts of codes, see `optimizers/block_operands.py`."""
 _FOLDED = ("Cast", "Mul", "Reshape", "BitShift", "BitwiseAnd", "BitwiseOr", "Add", "Transpose")
 _EMBEDDING = ("embed", "wte", "wpe", "word_embeddings", "position_embeddings")
-_TABLES = ("cos_cache", "sin_cache")
 """Computed from the configuration: constants, not parameters."""
 _HEAD = ("lm_head", "embed_out", "output_projection")
 
@@ -193,7 +192,7 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
         if node.op_type == "DequantizeLinear":
             form = f"{tensor.dtype.name.lower() if use.idx == 0 else 'integer'} dequantized"
             return (form, tensor.size) if use.idx == 0 else ("scales", 0)
-    if tensor.dtype in _NAMES and tensor.size > 1 and not (value.name or "").endswith(_TABLES):
+    if tensor.dtype in _NAMES and tensor.size > 1 and not (value.name or "").endswith(ROTARY_TABLES):
         return _NAMES[stored(tensor).dtype], tensor.size
     return "constants", 0
 
@@ -225,7 +224,7 @@ def _layer_name(value: ir.Value) -> str:
     """Where a weight belongs, by its name; by the node that reads it where the name says nothing."""
     names = [value.name or "", *(use.node.name or "" for use in value.uses())]
     for name in names:
-        if (index := layer_of(name)) is not None:
+        if (index := layer_index(name)) is not None:
             return f"layer {index}"
     operators = {use.node.op_type for use in value.uses()}
     gathered = bool(operators & {"Gather", "GatherBlockQuantized"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxpress import artifact_folder
+from onnxpress.artifact import folder as artifact_folder
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph

@@ -8,13 +8,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder, manifest
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact import manifest
+from onnxpress.artifact.structure import Record
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph
 from onnxpress.inspection import Inspection, inspect_graph
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.structure import Record
 
 CONTEXTS = (512, 2048, 8192)
 """Context lengths that memory is estimated for."""

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder, manifest, measuring, overview
+from onnxpress import measuring, overview
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact import manifest
+from onnxpress.artifact.genai_config import write_genai_config
+from onnxpress.artifact.golden import write_golden
+from onnxpress.artifact.manifest import Manifest, StepRecord
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.files.layout import MANIFEST
 from onnxpress.gates import Gates, require
-from onnxpress.genai_config import write_genai_config
-from onnxpress.golden import write_golden
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
-from onnxpress.manifest import Manifest, StepRecord
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import before_after
 from onnxpress.report_files import write_report

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxpress.artifact import Artifact, Step
+from onnxpress.artifact.artifact import Artifact, Step
+from onnxpress.artifact.manifest import Manifest
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import UsageError
 from onnxpress.files.staging import Staging, check_target, replacing, replacing_file
 from onnxpress.gates import Gates
-from onnxpress.manifest import Manifest
 from onnxpress.measuring import Data
 from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import PassSpec, Recipe

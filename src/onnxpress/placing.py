@@ -11,10 +11,10 @@ from onnxpress.exporter.placed_weights import PlacedWeight, Role
 from onnxpress.graph.anatomy import Anatomy, anatomy_of
 from onnxpress.graph.anatomy.layers import NORMS, scope_of
 from onnxpress.graph.anatomy.products import find_products
+from onnxpress.graph.conventions import ROTARY_TABLES
 from onnxpress.graph.linear import match_linear
 from onnxpress.graph.tensors import concrete_shape
 
-_TABLES = ("cos_cache", "sin_cache")
 _QUERIES = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 
 
@@ -70,7 +70,7 @@ def _of_graph(model: ir.Model) -> list[PlacedWeight]:
             _add(found, _input(node, 2), "experts", node)
     for value in model.graph.initializers.values():
         reader = next((node for node, _ in value.uses()), None)
-        if reader is not None and not str(value.name).endswith(_TABLES):
+        if reader is not None and not str(value.name).endswith(ROTARY_TABLES):
             _add(found, value, "other", reader)
     return list(found.values())
 

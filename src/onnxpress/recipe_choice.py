@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnxpress.artifact import Artifact
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UsageError
 from onnxpress.gates import Gates
 from onnxpress.models.catalog import load_catalog

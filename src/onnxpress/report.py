@@ -14,12 +14,12 @@ from rich.table import Table
 from onnxpress.gates import costs
 
 if TYPE_CHECKING:
+    from onnxpress.artifact.structure import Record
     from onnxpress.inspection import Port
     from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
     from onnxpress.search.sensitivity import Measurement
     from onnxpress.search.survey import Survey
-    from onnxpress.structure import Record
     from onnxpress.structure_drawing import Bar
 
 Row = tuple[str, str, str]
@@ -94,8 +94,8 @@ def amount(key: str, value: float | None) -> str:
 
 def print_build(result: BuildResult) -> None:
     """The steps, the before/after table, the gates, and where the artifact is."""
-    from onnxpress.structure import Record
-    from onnxpress.structure_changes import compare
+    from onnxpress.artifact.structure import Record
+    from onnxpress.artifact.structure_changes import compare
 
     console = _console()
     record = result.manifest

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jinja2
 
-from onnxpress.artifact_folder import CARD, GRAPHS, REPORT
-from onnxpress.manifest import Manifest
-from onnxpress.structure import Record
-from onnxpress.structure_changes import Row, compare
+from onnxpress.artifact.folder import CARD, GRAPHS, REPORT
+from onnxpress.artifact.manifest import Manifest
+from onnxpress.artifact.structure import Record
+from onnxpress.artifact.structure_changes import Row, compare
 from onnxpress.structure_drawing import draw
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder
-from onnxpress.artifact import Artifact
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED
 from onnxpress.graph.io import load_graph

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnxpress.structure import Layer, Record
+from onnxpress.artifact.structure import Layer, Record
 
 CELLS = 10
 """Characters of a bar of full length."""

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
-from onnxpress import artifact_folder
-from onnxpress.artifact import Artifact, Step
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact.artifact import Artifact, Step
+from onnxpress.artifact.reduced_config import reduced_config, renewed
+from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
+from onnxpress.artifact.structure_changes import compare
 from onnxpress.calibration import calibration_folder
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
@@ -29,11 +32,8 @@ from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
-from onnxpress.reduced_config import reduced_config, renewed
 from onnxpress.runtime.memory import give_back
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.structure import RECORD, Record, Structure, read_structure
-from onnxpress.structure_changes import compare
 from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:

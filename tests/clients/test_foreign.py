@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress import manifest, pipeline
+from onnxpress import pipeline
+from onnxpress.artifact import manifest
 from onnxpress.calibration import CalibrationData
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of

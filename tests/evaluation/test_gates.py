@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnxpress.artifact import Step
+from onnxpress.artifact.artifact import Step
 from onnxpress.errors import GateFailedError
 from onnxpress.gates import Gates, costs, require
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.errors import UsageError
 from onnxpress.exporter import architectures, recognise
 from onnxpress.exporter.checkpoint import load_folder

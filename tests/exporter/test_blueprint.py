@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.exporter import architectures, blueprint, parity, tracing
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
@@ -47,7 +47,7 @@ def test_the_second_export_needs_no_torch(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.graph.io import save_graph

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from onnxpress.artifact import Artifact, Source
+from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError
 from onnxpress.exporter import architectures
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder

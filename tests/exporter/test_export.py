@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from onnxpress.artifact import Artifact, Source
+from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, UsageError
 from onnxpress.exporter import architectures, decoder, fuse, lowering, template
 from onnxpress.exporter.checkpoint import Checkpoint, load_folder

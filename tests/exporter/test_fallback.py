@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onnxpress.artifact import Artifact, Source
+from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, fallback, parity, tasks, tracing
 from onnxpress.exporter.checkpoint import load_folder

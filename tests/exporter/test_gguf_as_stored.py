@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from onnxpress import pipeline
-from onnxpress.artifact_folder import load
+from onnxpress.artifact.folder import load
 from onnxpress.errors import NothingMatchedError
 from onnxpress.exporter.source import Checkpoint, resolve
 from onnxpress.gates import Gates

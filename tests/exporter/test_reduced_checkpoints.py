@@ -17,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.artifact import Artifact, Source
+from onnxpress.artifact.artifact import Artifact, Source
+from onnxpress.artifact.reduced_config import reduced_config
+from onnxpress.artifact.structure import Structure, read_structure
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, parity
 from onnxpress.exporter.checkpoint import load_folder
@@ -34,8 +36,6 @@ from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 from onnxpress.placing import place_weights
-from onnxpress.reduced_config import reduced_config
-from onnxpress.structure import Structure, read_structure
 from onnxpress.vocabulary.rewriting import renumbered_config
 
 ROUNDING = 10

@@ -14,7 +14,9 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
-from onnxpress.artifact import Artifact, Source
+from onnxpress.artifact.artifact import Artifact, Source
+from onnxpress.artifact.reduced_config import reduced_config
+from onnxpress.artifact.structure import read_structure
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, parity
 from onnxpress.exporter.checkpoint import load_folder
@@ -26,8 +28,6 @@ from onnxpress.graph.editing import set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.placing import place_weights
-from onnxpress.reduced_config import reduced_config
-from onnxpress.structure import read_structure
 
 TOLERANCE = 1e-4
 """Of log-probabilities or outputs: rounding in float32 comes to 1e-5."""

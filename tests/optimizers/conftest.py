@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.artifact import Source
+from onnxpress.artifact.artifact import Source
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass, PassResult
 

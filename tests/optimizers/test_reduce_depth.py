@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.graph.anatomy.layers import MODULE
+from onnxpress.graph.conventions import LAYERS, MODULE
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibration import Calibration
-from onnxpress.optimizers.depth.cuts import LAYERS
 from onnxpress.optimizers.depth.kinds import layer_weights
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
-from onnxpress.optimizers.repair import LAYERS, Repair, match_blocks
+from onnxpress.optimizers.repair import Repair, match_blocks
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

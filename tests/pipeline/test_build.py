@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxpress import manifest
-from onnxpress.artifact_folder import load
+from onnxpress.artifact import manifest
+from onnxpress.artifact.folder import load
 from onnxpress.cli import main
 
 from .conftest import Run, snapshot

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onnxpress import finished, pipeline
-from onnxpress.artifact_folder import graph_paths
+from onnxpress.artifact.folder import graph_paths
 from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.exporter import architectures
 from onnxpress.graph.io import FileTensor, load_graph

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnxpress import manifest
+from onnxpress.artifact import manifest
 
 from .conftest import Run
 

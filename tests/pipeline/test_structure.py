@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress import manifest, pipeline
+from onnxpress import pipeline
+from onnxpress.artifact import manifest
 
 from .conftest import Run
 

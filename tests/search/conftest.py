@@ -93,7 +93,7 @@ def formats() -> list[Format]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter."""
-    from onnxpress.artifact import Source
+    from onnxpress.artifact.artifact import Source
     from onnxpress.exporter import architectures
     from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export

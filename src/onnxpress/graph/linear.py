@@ -17,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.floats import require_finite
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
 
-MICROSOFT = "com.microsoft"
 OFFSETS, OUTLIERS, ROTATION = ".offsets", ".outliers", ".rotation"
 """End the names of what belongs to a larger product: offsets of quantized blocks, the rows of channels that stay in
 floating point, the matrix that mixes inputs."""

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.tensors import concrete_shape
-
-MICROSOFT = "com.microsoft"
-_LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
-
-
-def layer_of(name: str | None) -> int | None:
-    """The index of the transformer block that a node or weight belongs to, by its name."""
-    found = _LAYER.search(name or "")
-    return int(found.group(1)) if found else None
 
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.graph.matching import MICROSOFT, constant, is_op, producer, scalar
+from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.matching import constant, is_op, producer, scalar
 
 Size = int | str
 """A number, or the name of a dimension."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
-from onnxpress import artifact_folder
-from onnxpress.artifact import Step
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact.artifact import Step
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.gates import Gates

@@ -22,8 +22,8 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from onnxpress.artifact.manifest import machine
 from onnxpress.errors import BadInputError, SourceNotFoundError, UnsupportedModelError
-from onnxpress.manifest import machine
 from onnxpress.optimizers.calibration import CalibratedPass, Calibration
 from onnxpress.optimizers.calibration.subgraphs import session_of
 from onnxpress.optimizers.recipe import PassSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from onnxpress.files.staging import replacing_file
-from onnxpress.graph.anatomy.layers import layer_of
+from onnxpress.graph.conventions import layer_of
 from onnxpress.search.formats import FLOAT
 from onnxpress.search.sensitivity import Measurement
 from onnxpress.search.survey import Survey

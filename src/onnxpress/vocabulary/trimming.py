@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from onnxpress.artifact import Artifact
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.calibration_files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
 from onnxpress.evaluation import restriction

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
+from onnxpress.graph.conventions import MODULE, layer_of
 from onnxpress.graph.linear import PARTS
 
-MODULE = "onnxpress.module"
-"""Where our exporter records the module that a node comes from."""
 TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter records the modules around a node and the node, outermost first, as a Python list."""
-_LAYER = re.compile(r"(?:^|.*?[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
 _SCOPES = re.compile(r"'([^']*)'")
 NORMS = frozenset(
     {
@@ -92,15 +90,6 @@ def split_layers(graph: ir.Graph) -> list[Segment]:
     if empty:
         raise UnsupportedModelError(f"{empty[0]} has weights but computes nothing: layers share what they compute")
     return segments
-
-
-def layer_of(name: str | None) -> tuple[str, int] | None:
-    """(`model.layers`, 3) for anything named after a layer."""
-    found = _LAYER.match(name or "")
-    if found is None:
-        return None
-    stack = found[0][: found.start(1) - 1].strip("/").replace("/", ".")
-    return stack, int(found[1])
 
 
 def scope_of(node: ir.Node) -> str | None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import PARTS, match_linear
-from onnxpress.graph.matching import MICROSOFT, is_op, only_reader, other_input, producer
+from onnxpress.graph.matching import is_op, only_reader, other_input, producer
 from onnxpress.graph.tensors import concrete_shape
 
 

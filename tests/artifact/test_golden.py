@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxpress.artifact.golden import golden_format, replay_golden, write_golden
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, VerificationError
-from onnxpress.golden import golden_format, replay_golden, write_golden
 
 Make = Callable[..., Path]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from onnxpress.reduced_config import Reduced, reduced_config, renewed
-from onnxpress.structure import Heads, Layer, Structure
+from onnxpress.artifact.reduced_config import Reduced, reduced_config, renewed
+from onnxpress.artifact.structure import Heads, Layer, Structure
 
 HEADS = Heads(4, 4, 16)
 

@@ -1,7 +1,7 @@
 """The sizes of a transformer, read from its graphs: layers, heads, widths, vocabulary.
 
 What structural passes leave behind is compared with what came in: the configuration follows it
-(`onnxpress.reduced_config`), `inspect` and the report draw it (`onnxpress.structure_drawing`).
+(`onnxpress.artifact.reduced_config`), `inspect` and the report draw it (`onnxpress.structure_drawing`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import onnx_ir as ir
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Attention, Block, anatomy_of
 from onnxpress.graph.anatomy.products import find_products
+from onnxpress.graph.conventions import LAYERS, MERGED, ROTARY_TABLES
 from onnxpress.graph.tensors import concrete_shape, rows_of
-from onnxpress.optimizers.depth.cuts import LAYERS, MERGED
 
 RECORD = "structure"
 """Key under which an artifact's `export` holds what was cut: `Record.to_dict`."""
-_TABLES = ("cos_cache", "sin_cache")
 
 
 @dataclass(frozen=True)
@@ -249,5 +248,5 @@ def _weights(values: Iterable[ir.Value]) -> dict[str, int]:
         if value.const_value is not None
         and value.const_value.dtype.is_floating_point()
         and value.const_value.size > 1
-        and not str(value.name).endswith(_TABLES)
+        and not str(value.name).endswith(ROTARY_TABLES)
     }

@@ -1,6 +1,6 @@
 """The artifact on disk: one layout that every client loads unmodified.
 
-artifact.json                  see onnxpress.manifest
+artifact.json                  see onnxpress.artifact.manifest
 onnx/model{suffix}.onnx        suffixes as transformers.js reads them: "" fp32, _fp16, _quantized (8 bits), _q4, _q4f16
 onnx/model{suffix}.onnx_data   its weights, where they are too many for one file
                                of encoder-decoders: encoder_model, decoder_model, decoder_with_past_model, and
@@ -21,8 +21,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress import manifest
-from onnxpress.artifact import Artifact, Source, Step
+from onnxpress.artifact import manifest
+from onnxpress.artifact.artifact import Artifact, Source, Step
 from onnxpress.errors import CorruptFileError, VerificationError
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph, save_graphs

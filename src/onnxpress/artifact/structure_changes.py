@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from onnxpress.structure import Layer, Structure
+from onnxpress.artifact.structure import Layer, Structure
 
 Row = tuple[str, str, str]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxpress._version import __version__
-from onnxpress.artifact import Source, Step
+from onnxpress.artifact.artifact import Source, Step
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, VerificationError
 from onnxpress.files.layout import MANIFEST
 
@@ -24,7 +24,7 @@ class _Record(BaseModel):
 
 
 class SourceRecord(_Record):
-    """`onnxpress.artifact.Source`."""
+    """`onnxpress.artifact.artifact.Source`."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class SourceRecord(_Record):
 
 
 class StepRecord(_Record):
-    """`onnxpress.artifact.Step`, plus the bytes of the graph's files after it."""
+    """`onnxpress.artifact.artifact.Step`, plus the bytes of the graph's files after it."""
 
     name: str
     options: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from onnxpress.genai_config import genai_config, write_genai_config
+from onnxpress.artifact.genai_config import genai_config, write_genai_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
