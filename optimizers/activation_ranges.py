@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.linear import Linear
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.coarseness import Coarseness
 from onnxpress.optimizers.quantization import ranges
 from onnxpress.optimizers.quantization.histogram import Histogram

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.walk import Step
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.block_operands import METHODS, DataFree
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.folding import FREE, FoldingSite, Kind, find_sites, read_weight
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.channel_scaling import Awq as Found

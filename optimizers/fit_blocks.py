@@ -16,10 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.samples import token_count
+from onnxpress.calibration.walk import Step
 from onnxpress.errors import BadInputError
 from onnxpress.graph.linear import Linear, find_linears, read_rows
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration, Step, token_count
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares

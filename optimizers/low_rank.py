@@ -15,11 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.walk import Step
 from onnxpress.graph.anatomy import Product, find_products
 from onnxpress.graph.editing import set_weight
 from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.statistics import Gram
 from onnxpress.optimizers.structure.low_rank import allocate, break_even, factors, spectrum_of
 

@@ -16,13 +16,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.fingerprint import fingerprint
+from onnxpress.calibration.walk import Step
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Block, anatomy_of
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
-from onnxpress.optimizers.calibration.fingerprint import fingerprint
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
 from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of

@@ -16,10 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.samples import token_count
+from onnxpress.calibration.walk import Step
 from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
 from onnxpress.graph.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step, token_count
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fit_blocks import FEWEST_TOKENS
 from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
 from onnxpress.optimizers.quantization.gptq import relative_error

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import Linear, add_initializers, drop_unused, find_linears, replace, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.block_operands import AnyMethod, DataFree, block_operands
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fit_blocks import CALIBRATED, CalibratedMethod, Fitted, fit_blocks
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.channel_weights import integer_weight
 from onnxpress.optimizers.coarseness import TINY, Coarseness
 from onnxpress.optimizers.quantization.channels import WeightType

@@ -14,12 +14,14 @@ from typing import Literal, get_args
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.samples import token_count
 from onnxpress.errors import BadInputError
 from onnxpress.graph.linear import Linear, by_activation, chosen_linears, find_linears
 from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.activation_ranges import METHODS, ActivationType, Grid, RangeMethod, find_grids
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, token_count
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.channel_weights import integer_weight, integer_weight_and_bias
 from onnxpress.optimizers.qdq import put_constant, put_weight, through_codes
 from onnxpress.optimizers.quantization.channels import WeightType

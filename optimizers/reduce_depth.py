@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
 from onnxpress.graph.editing import require_editable
@@ -25,7 +26,7 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.depth.choice import Select, choose
 from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
 from onnxpress.optimizers.depth.kinds import kind_of, layer_weights, require_same_kind

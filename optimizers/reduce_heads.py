@@ -22,11 +22,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
 from onnxpress.graph.linear import drop_unused, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.head_limits import require_possible

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Product, anatomy_of
 from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.linear import add_constant, match_linear
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.statistics import Gram
 from onnxpress.optimizers.structure.hidden import (
     center,

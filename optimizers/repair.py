@@ -23,14 +23,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.fingerprint import fingerprint
+from onnxpress.calibration.walk import Step
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Block, Product, anatomy_of
 from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass, Step
-from onnxpress.optimizers.calibration.fingerprint import fingerprint
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.residual import Addition, addition_of
 from onnxpress.optimizers.structure.ridge import fit

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.linear import (
     OUTLIERS,
     Linear,
@@ -28,7 +29,7 @@ from onnxpress.graph.linear import (
 )
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.calibration import NO_SAMPLES, CalibratedPass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.outliers import Columns, fewest_outliers
 from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 

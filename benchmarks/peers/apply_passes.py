@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.calibration import CalibrationData
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.data import CalibrationData
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.linear import find_linears, read_rows, selected
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.block_format import BlockFormat
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares
 from onnxpress.optimizers.recipe import PassSpec

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxpress.calibration.walk import Walk
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import load_graph
-from onnxpress.optimizers.calibration import Walk
 from onnxpress.optimizers.quantization.statistics import Gram
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import Block
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.losses import greedy
 from onnxpress.optimizers.depth.rows import Each
 from onnxpress.optimizers.structure.depth import angular_distance, influence, lowest

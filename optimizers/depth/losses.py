@@ -19,11 +19,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.samples import Padding, check_samples, feed_of
+from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Segment, split_layers
-from onnxpress.optimizers.calibration import Calibration
-from onnxpress.optimizers.calibration.samples import Padding, check_samples, feed_of
-from onnxpress.optimizers.calibration.subgraphs import extract, session_of, values_by_name
 from onnxpress.optimizers.structure.depth import divergence, influence
 
 Array = NDArray[Any]

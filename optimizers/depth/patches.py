@@ -24,12 +24,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.walk import Step
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Product, anatomy_of
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration, Step
 from onnxpress.optimizers.depth.cuts import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
 from onnxpress.optimizers.structure.depth import Regression, before_norm

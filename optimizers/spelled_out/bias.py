@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.subgraphs import extract, session_of
 from onnxpress.graph.sizes import Size, size_of
-from onnxpress.optimizers.calibration.subgraphs import extract, session_of
 from onnxpress.optimizers.spelled_out.heads import NotFused
 
 LOWEST = float(np.finfo(np.float32).min) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from onnxpress.optimizers.calibration import Step
+from onnxpress.calibration.walk import Step
 from onnxpress.optimizers.structure.attended import KeptHeads, attended_states
 from onnxpress.optimizers.structure.attention_weights import Indices
 from onnxpress.optimizers.structure.head_reduction import Attended

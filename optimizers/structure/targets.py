@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.calibration.states import States
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.calibration.states import States
 from onnxpress.optimizers.quantization.statistics import ROWS, require_finite
 from onnxpress.optimizers.structure.moments import StreamLengths
 from onnxpress.optimizers.structure.ridge import Normal

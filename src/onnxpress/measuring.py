@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxpress.calibration import CalibrationData
+from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.benchmark import benchmark

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.manifest import Manifest
-from onnxpress.calibration import CalibrationData
+from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import UsageError
 from onnxpress.files.staging import Staging, check_target, replacing, replacing_file
 from onnxpress.gates import Gates

@@ -20,7 +20,9 @@ from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
 from onnxpress.artifact.structure_changes import compare
-from onnxpress.calibration import calibration_folder
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.data import calibration_folder
+from onnxpress.calibration.samples import Feeds
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
@@ -28,7 +30,7 @@ from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
 from onnxpress.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration, Feeds
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress

@@ -13,7 +13,7 @@ import pytest
 
 from onnxpress import pipeline
 from onnxpress.artifact import manifest
-from onnxpress.calibration import CalibrationData
+from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import load_graph

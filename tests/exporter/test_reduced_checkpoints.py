@@ -20,6 +20,7 @@ import pytest
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.artifact.reduced_config import reduced_config
 from onnxpress.artifact.structure import Structure, read_structure
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, parity
 from onnxpress.exporter.checkpoint import load_folder
@@ -28,7 +29,7 @@ from onnxpress.exporter.reference import TorchReference
 from onnxpress.exporter.write_checkpoint import write_checkpoint
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.prune_ffn import PruneFfn
 from onnxpress.optimizers.reduce_depth import ReduceDepth

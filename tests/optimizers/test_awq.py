@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.optimizers import recipe
 from onnxpress.optimizers.awq import Awq
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 
 Graph = Callable[..., ir.Model]

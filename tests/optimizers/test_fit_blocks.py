@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import BadInputError
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_blocks import Method, QuantizeBlocks
 
 WIDTH = 64

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.samples import feed_of
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration
-from onnxpress.optimizers.calibration.samples import feed_of
 from onnxpress.optimizers.equalize import Equalize
 from onnxpress.optimizers.folding import FoldingSite, find_sites
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph, load_graph
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.structure.head_sites import pack, site_of, table_width

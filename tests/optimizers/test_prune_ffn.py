@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.prune_weights import PruneWeights
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks

@@ -11,10 +11,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
 from onnxpress.graph.io import save_graph
 from onnxpress.graph.storage import encode
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantization.block_format import BlockFormat
 from onnxpress.optimizers.quantization.least_squares import round_to_nearest
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import BadInputError
 from onnxpress.graph.anatomy import find_products
 from onnxpress.optimizers.activation_ranges import METHODS
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_static import QuantizeStatic
 
 Array = NDArray[Any]

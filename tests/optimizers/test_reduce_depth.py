@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.conventions import LAYERS, MODULE
@@ -19,7 +20,6 @@ from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.kinds import layer_weights
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.artifact.artifact import Source
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.reduce_heads import ReduceHeads
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights
 from onnxpress.optimizers.structure.head_sites import HeadSite, pack, site_of

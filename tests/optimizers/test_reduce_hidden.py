@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.structure.stream import find_stream

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.repair import Repair, match_blocks

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy.products import find_products
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.split_outliers import SplitOutliers

@@ -10,9 +10,10 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity
 from onnxpress.search.cuts import Cut, Site, check_cuts, find_sites, linked, numbering

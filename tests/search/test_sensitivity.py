@@ -9,9 +9,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.evaluation.metrics import Divergence
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity
 from onnxpress.search.formats import FLOAT, Format

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from onnxpress.calibration import CalibrationData
+    from onnxpress.calibration.data import CalibrationData
     from onnxpress.search.kernels import KernelTable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -160,7 +160,7 @@ search_options = all_of(
 
 def calibration_data(options: dict[str, Any]) -> CalibrationData:
     """Take the values of `calibration_options` out of a command's."""
-    from onnxpress.calibration import CalibrationData
+    from onnxpress.calibration.data import CalibrationData
 
     names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
     return CalibrationData(*(options.pop(name) for name in names))

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Step
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.gates import Gates
 from onnxpress.graph.io import load_graph
 from onnxpress.measuring import speed
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fit_blocks import Fitted
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe

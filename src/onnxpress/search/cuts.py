@@ -18,11 +18,11 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Block, anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.depth.cuts import renumbered, stacks_of
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.optimizers.reduce_depth import ReduceDepth

@@ -16,13 +16,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.subgraphs import session_of
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.storage import stored
 from onnxpress.graph.tensors import ViewTensor
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
-from onnxpress.optimizers.calibration.subgraphs import session_of
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.coarseness import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.units import Part

@@ -18,10 +18,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, anatomy_of
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.search.formats import Format
 from onnxpress.search.units import Part
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.samples import Feeds, feed_of
+from onnxpress.calibration.subgraphs import session_of
 from onnxpress.evaluation.metrics import cosine
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration.samples import Feeds, feed_of
-from onnxpress.optimizers.calibration.subgraphs import session_of
 from onnxpress.runtime.sessions import pool
 
 Floats = NDArray[np.float32]

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnxpress.calibration.samples import Feeds, token_count
 from onnxpress.measuring import main_graph
-from onnxpress.optimizers.calibration import CalibratedPass, Feeds, token_count
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
 from onnxpress.work import Work

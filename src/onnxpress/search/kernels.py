@@ -23,9 +23,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from onnxpress.artifact.manifest import machine
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.subgraphs import session_of
 from onnxpress.errors import BadInputError, SourceNotFoundError, UnsupportedModelError
-from onnxpress.optimizers.calibration import CalibratedPass, Calibration
-from onnxpress.optimizers.calibration.subgraphs import session_of
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import FLOAT, Format
 from onnxpress.search.units import Unit

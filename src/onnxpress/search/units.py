@@ -12,8 +12,8 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from onnxpress.calibration.subgraphs import extract
 from onnxpress.graph.linear import find_linears, shape_of
-from onnxpress.optimizers.calibration.subgraphs import extract
 from onnxpress.optimizers.quantize_embedding import looks_up, tables
 
 SMALLEST = 32

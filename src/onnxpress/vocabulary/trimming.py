@@ -14,7 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from onnxpress.artifact.artifact import Artifact
-from onnxpress.calibration_files import Texts, read_records
+from onnxpress.calibration.files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
 from onnxpress.evaluation import restriction
 from onnxpress.evaluation.opening import read_json

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.calibration import Calibration
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
 from onnxpress.optimizers.structure.residual import Addition, addition_of

@@ -35,15 +35,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.fingerprint import fingerprint
+from onnxpress.calibration.results import read_results, write_results
+from onnxpress.calibration.samples import Array, Feeds, Padding, check_samples, feed_of
+from onnxpress.calibration.states import States
+from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Segment, split_layers
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
-from onnxpress.optimizers.calibration.fingerprint import fingerprint
-from onnxpress.optimizers.calibration.results import read_results, write_results
-from onnxpress.optimizers.calibration.samples import Array, Feeds, Padding, check_samples, feed_of
-from onnxpress.optimizers.calibration.states import States
-from onnxpress.optimizers.calibration.subgraphs import extract, session_of, values_by_name
 
 MEMORY_BYTES = 1 << 30
 Feed = Literal["modified", "original"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.calibration.subgraphs import extract, session_of
+from onnxpress.calibration.subgraphs import extract, session_of
 
 Graph = Callable[..., ir.Model]
 

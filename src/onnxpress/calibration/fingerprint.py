@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.calibration.samples import Feeds
 from onnxpress.graph.tensors import concrete_shape, rows_of
-from onnxpress.optimizers.calibration.samples import Feeds
 
 SLAB_BYTES = 16 * 2**20
 

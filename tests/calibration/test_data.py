@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.calibration import CalibrationData
-from onnxpress.calibration_files import Recording, Texts, read_records, read_wav
+from onnxpress.calibration.data import CalibrationData
+from onnxpress.calibration.files import Recording, Texts, read_records, read_wav
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError
 
 
@@ -137,7 +137,7 @@ class TestFeeds:
         graph, data = make_decoder(), CalibrationData(samples=20, length=8)
         first = data.feeds(graph)[""]
         assert sum(len(one["input_ids"]) for one in first) == 20
-        monkeypatch.setattr("onnxpress.calibration.written_windows", lambda *_: pytest.fail("written again"))
+        monkeypatch.setattr("onnxpress.calibration.data.written_windows", lambda *_: pytest.fail("written again"))
         for one, other in zip(first, data.feeds(graph)[""], strict=True):
             assert (one["input_ids"] == other["input_ids"]).all()
         monkeypatch.undo()

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.samples import feed_of
+from onnxpress.calibration.walk import Walk
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Walk
-from onnxpress.optimizers.calibration.samples import feed_of
 
 Floats = NDArray[np.float32]
 LEFT = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])

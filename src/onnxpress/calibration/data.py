@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.calibration_files import Inputs, Record, Recording, Texts, read_records
+from onnxpress.calibration.files import Inputs, Record, Recording, Texts, read_records
+from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
@@ -25,7 +26,6 @@ from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
 from onnxpress.graph.checks import load_graph
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
-from onnxpress.optimizers.calibration.fingerprint import fingerprint
 from onnxpress.runtime.sessions import EncoderSession
 
 Array = NDArray[Any]

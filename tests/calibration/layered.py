@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.calibration.walk import Step, Walk
 from onnxpress.graph.anatomy import Product, find_products
-from onnxpress.optimizers.calibration import Step, Walk
 
 WIDTH, INNER, WORDS = 8, 16, 20
 Floats = NDArray[np.float32]

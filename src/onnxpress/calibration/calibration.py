@@ -1,17 +1,16 @@
-"""Passes that look at activations, and what the driver gives them for it."""
+"""What a pass that looks at activations is given: samples, and what may be spent on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibration.samples import Feeds, feeds_graph
-from onnxpress.optimizers.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
+from onnxpress.calibration.samples import Feeds, feeds_graph
+from onnxpress.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
 
 T = TypeVar("T")
 NO_SAMPLES = "no sample inputs for this graph"
@@ -70,21 +69,3 @@ class Calibration:
             left -= here
             if not left:
                 return
-
-
-class CalibratedPass(Pass):
-    """A pass that looks at activations; the driver sets `calibration` before it runs it on a graph, and `reference`
-    where the pass says `needs_reference`."""
-
-    calibration: Calibration = Calibration()
-    needs_reference: ClassVar[bool] = False
-    reference: ir.Model | None = None
-    """The same graph before any pass: what quality is measured against. Its weights are lazy; it must not be edited."""
-    wanted_rows: ClassVar[int] = 4
-    wanted_length: ClassVar[int] = 64
-    """Rows, and tokens in each, that do for this pass where the user does not say how many to take."""
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether this pass, with its options, looks at activations at all."""
-        return True

@@ -15,10 +15,11 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.calibration.samples import Feeds
+from onnxpress.calibration.walk import Walk
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibration import Feeds, Walk
 
 PROGRAM = Path(__file__).with_name("layered.py")
 
