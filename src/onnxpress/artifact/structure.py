@@ -1,7 +1,7 @@
 """The sizes of a transformer, read from its graphs: layers, heads, widths, vocabulary.
 
 What structural passes leave behind is compared with what came in: the configuration follows it
-(`onnxpress.artifact.reduced_config`), `inspect` and the report draw it (`onnxpress.structure_drawing`).
+(`onnxpress.artifact.reduced_config`), `inspect` and the report draw it (`onnxpress.report.drawing`).
 """
 
 from __future__ import annotations

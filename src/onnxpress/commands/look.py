@@ -19,14 +19,15 @@ _reporting = all_of(json_option, debug_option)
 @_reporting
 def inspect(model: str, profile: str, as_json: bool) -> None:
     """Say what is in an artifact or an ONNX file, and what the profile's target would object to."""
-    from onnxpress import overview, report
+    from onnxpress.commands import printing
+    from onnxpress.report import overview
     from onnxpress.runtime_profiles import profile as profiles
 
     found = overview.inspect(model, profiles.load(profile))
     if as_json:
-        report.print_json(found.to_dict())
+        printing.print_json(found.to_dict())
     else:
-        report.print_overview(found)
+        printing.print_overview(found)
 
 
 @click.command(short_help="Text from a prompt (decoders) or the similarity of texts (encoders).")
@@ -41,13 +42,13 @@ def inspect(model: str, profile: str, as_json: bool) -> None:
 @_reporting
 def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Run the artifact in FOLDER: stream the answer to PROMPT, or compare the embeddings of several texts."""
-    from onnxpress import report
+    from onnxpress.commands import printing
     from onnxpress.generation import trial
 
     if as_json:
-        report.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))
+        printing.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))
     else:
-        report.print_trial(trial.run(folder, prompts, on_text=_stream, **options))
+        printing.print_trial(trial.run(folder, prompts, on_text=_stream, **options))
 
 
 @click.command(short_help="Check the hashes of an artifact's files and replay its golden outputs.")
@@ -55,15 +56,16 @@ def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -
 @_reporting
 def verify(folder: Path, as_json: bool) -> None:
     """Check that FOLDER holds what was built and that it computes here what it computed then (exit code 5 if not)."""
-    from onnxpress import finished, report
+    from onnxpress import finished
+    from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
         found = finished.verify(folder, progress=progress)
     if as_json:
-        report.print_json(found)
+        printing.print_json(found)
     else:
-        report.print_metrics(f"{folder} is what was built", found)
+        printing.print_metrics(f"{folder} is what was built", found)
 
 
 @click.command("list", short_help="Passes, recipes, profiles, models.")
@@ -72,15 +74,16 @@ def verify(folder: Path, as_json: bool) -> None:
 @_reporting
 def list_(what: str, architectures: bool, as_json: bool) -> None:
     """List the passes with their options, the recipes, the profiles, or the models of the catalog."""
-    from onnxpress import listing, report
+    from onnxpress.commands import printing
+    from onnxpress.report import listing
 
     if architectures and what != "models":
         raise click.UsageError("--architectures goes with: list models")
     rows = listing.rows("architectures" if architectures else what)
     if as_json:
-        report.print_json(rows)
+        printing.print_json(rows)
     else:
-        report.print_rows(rows)
+        printing.print_rows(rows)
 
 
 @click.command(short_help="Which weights of an artifact are zero, as a file of masks.")
@@ -90,13 +93,13 @@ def list_(what: str, architectures: bool, as_json: bool) -> None:
 def masks(model: str, output: Path, as_json: bool) -> None:
     """Write which weights of MODEL's products are zero: one bit a weight, for --pass 'prune-weights:masks="FILE"'."""
     from onnxpress import masks as extraction
-    from onnxpress import report
+    from onnxpress.commands import printing
 
     found = extraction.extract(model, output)
     if as_json:
-        report.print_json(found)
+        printing.print_json(found)
     else:
-        report.print_metrics(str(output), found)
+        printing.print_metrics(str(output), found)
 
 
 def _stream(text: str) -> None:

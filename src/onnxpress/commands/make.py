@@ -152,9 +152,9 @@ def _keywords(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(result: BuildResult, as_json: bool) -> None:
-    from onnxpress import report
+    from onnxpress.commands import printing
 
     if as_json:
-        report.print_json({"path": str(Path(result.path)), **result.manifest.model_dump()})
+        printing.print_json({"path": str(Path(result.path)), **result.manifest.model_dump()})
     else:
-        report.print_build(result)
+        printing.print_build(result)

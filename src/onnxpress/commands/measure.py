@@ -33,15 +33,16 @@ _common = all_of(threads_option, json_option, debug_option)
 @_common
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL against a reference; either is an artifact, an ONNX file or folder, or a checkpoint."""
-    from onnxpress import finished, report
+    from onnxpress import finished
+    from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
         metrics = finished.evaluate(model, progress=progress, **options)
     if as_json:
-        report.print_json(metrics)
+        printing.print_json(metrics)
     else:
-        report.print_metrics(f"{model} against the reference", metrics)
+        printing.print_metrics(f"{model} against the reference", metrics)
 
 
 @click.command(short_help="Speed and memory on this machine.")
@@ -51,15 +52,16 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 @_common
 def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill, decode, latency, load time and peak memory of an artifact or an ONNX file."""
-    from onnxpress import finished, report
+    from onnxpress import finished
+    from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
         measured = finished.benchmark(folder, progress=progress, **options)
     if as_json:
-        report.print_json(measured)
+        printing.print_json(measured)
     else:
-        report.print_benchmark(str(folder), measured)
+        printing.print_benchmark(str(folder), measured)
 
 
 @click.command(short_help="What a model loses with one product in one format, one block cut, or without one head.")
@@ -82,7 +84,8 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
 
     What is found is kept: a search (build --max-loss …) goes on from it, and so does one that was interrupted.
     """
-    from onnxpress import pipeline, report
+    from onnxpress import pipeline
+    from onnxpress.commands import printing
     from onnxpress.progress import Progress
     from onnxpress.search import picture
 
@@ -93,9 +96,9 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
     if plot is not None:
         picture.draw(found, plot, model)
     if as_json:
-        report.print_json(found.to_dict())
+        printing.print_json(found.to_dict())
     else:
-        report.print_survey(found)
+        printing.print_survey(found)
 
 
 @click.command(short_help="Time the kernels that a model would use here, for a search on another machine.")
@@ -110,15 +113,16 @@ def kernels(model: str, output: Path, as_json: bool, **options: Any) -> None:
 
     Give it to a search on another machine with --kernel-table.
     """
-    from onnxpress import pipeline, report
+    from onnxpress import pipeline
+    from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
         table = pipeline.kernels(model, output, progress=progress, **options)
     if as_json:
-        report.print_json(vars(table))
+        printing.print_json(vars(table))
     else:
-        report.print_rows(table.rows())
+        printing.print_rows(table.rows())
 
 
 COMMANDS: tuple[click.Command, ...] = (evaluate, benchmark, sensitivity, kernels)

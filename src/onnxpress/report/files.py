@@ -11,7 +11,7 @@ from onnxpress.artifact.folder import CARD, GRAPHS, REPORT
 from onnxpress.artifact.manifest import Manifest
 from onnxpress.artifact.structure import Record
 from onnxpress.artifact.structure_changes import Row, compare
-from onnxpress.structure_drawing import draw
+from onnxpress.report.drawing import draw
 
 
 def write_report(folder: Path, record: Manifest, rows: Sequence[Row]) -> None:
@@ -27,7 +27,7 @@ def write_report(folder: Path, record: Manifest, rows: Sequence[Row]) -> None:
     }
     for name, template in ((CARD, "model_card.md.j2"), (REPORT, "report.html.j2")):
         environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("onnxpress"),
+            loader=jinja2.PackageLoader("onnxpress.report"),
             autoescape=name == REPORT,
             trim_blocks=True,
             lstrip_blocks=True,

@@ -12,34 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxpress.gates import costs
+from onnxpress.report.figures import amount, before_after, label
 
 if TYPE_CHECKING:
     from onnxpress.artifact.structure import Record
-    from onnxpress.inspection import Port
-    from onnxpress.overview import Overview
     from onnxpress.pipeline import BuildResult
+    from onnxpress.report.drawing import Bar
+    from onnxpress.report.inspection import Port
+    from onnxpress.report.overview import Overview
     from onnxpress.search.sensitivity import Measurement
     from onnxpress.search.survey import Survey
-    from onnxpress.structure_drawing import Bar
 
-Row = tuple[str, str, str]
-
-_LABELS = {
-    "size_bytes": "size",
-    "perplexity": "perplexity",
-    "loss": "loss",
-    "kl": "KL to the reference, worst mode",
-    "top1_agreement": "top-1 agreement",
-    "cosine_mean": "cosine, mean",
-    "cosine_min": "cosine, worst",
-    "spearman": "rank correlation",
-    "more_tokens": "more tokens for the same text",
-    "prefill_tokens_per_s": "prefill",
-    "decode_ms_per_token": "decode",
-    "latency_ms": "latency",
-    "load_s": "load",
-    "peak_rss_bytes": "peak memory",
-}
 _WIDTH = 110
 _CACHE = ("past_key_values.", "present")
 
@@ -47,49 +30,6 @@ _CACHE = ("past_key_values.", "present")
 def print_json(value: Any) -> None:
     """One JSON document; what is not a number (an infinite perplexity) becomes null."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[Row]:
-    """(measure, before, after) for everything that was measured, in the order of `_LABELS`, the rest after it."""
-    keys = [key for key in _LABELS if key in before or key in after]
-    keys += [key for key in ("kl_prefill", "kl_decode", "kl_padded") if key in after]
-    rows = []
-    for key in keys:
-        change = ""
-        if key in before and key in after and key in ("size_bytes", "perplexity") and before[key]:
-            ratio = after[key] / before[key]
-            change = f" ({ratio:.2f}×)" if key == "size_bytes" else f" ({ratio - 1:+.2%})"
-        rows.append((label(key), amount(key, before.get(key)), amount(key, after.get(key)) + change))
-    return rows
-
-
-def label(key: str) -> str:
-    if key.startswith("kl_"):
-        return f"KL, {key.removeprefix('kl_')}"
-    return _LABELS.get(key, key.replace("_", " "))
-
-
-def amount(key: str, value: float | None) -> str:
-    """A measured value with its unit."""
-    if value is None:
-        return "–"
-    if key.endswith("_bytes"):
-        return f"{value / 1e6:.1f} MB"
-    if key in ("loss", "more_tokens") or key.startswith("top1"):
-        return f"{value:.2%}"
-    if key.endswith("tokens_per_s"):
-        return f"{value:,.0f} tokens/s"
-    if "ms_per_token" in key:
-        return f"{value:.2f} ms/token"
-    if key.endswith("_ms"):
-        return f"{value:.2f} ms"
-    if key.endswith("_s"):
-        return f"{value:.2f} s"
-    if key.startswith(("kl", "max_difference")):
-        return f"{value:.2g}"
-    if key.startswith(("cosine", "spearman")):
-        return f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:.4g}"
 
 
 def print_build(result: BuildResult) -> None:
@@ -153,7 +93,7 @@ def print_benchmark(title: str, measured: Mapping[str, Any]) -> None:
 
 def print_overview(found: Overview) -> None:
     """Per graph: parameters, memory, operators, inputs and outputs; weights by layer and format; the warnings."""
-    from onnxpress.overview import CONTEXTS
+    from onnxpress.report.overview import CONTEXTS
 
     console = _console()
     for name, graph in found.graphs.items():
@@ -182,7 +122,7 @@ def print_overview(found: Overview) -> None:
 
 def print_structure(record: Record) -> None:
     """A row for each layer of the model before, with bars of what is left of it and of what was cut."""
-    from onnxpress.structure_drawing import draw
+    from onnxpress.report.drawing import draw
 
     console, found = _console(), draw(record)
     totals = _table("what was cut", "before → after")

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxpress import report
 from onnxpress.artifact.structure import Heads, Layer, Record, Structure
 from onnxpress.artifact.structure_changes import compare
-from onnxpress.structure_drawing import CELLS, Bar, draw
+from onnxpress.commands import printing
+from onnxpress.report.drawing import CELLS, Bar, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -107,7 +107,7 @@ def test_changes_in_words() -> None:
 
 
 def test_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_structure(RECORD)
+    printing.print_structure(RECORD)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["parameters", "100,000", "→", "80,000", "(-20.0%)"] for line in lines)
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1].isdigit()}

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.inspection import Share, inspect_graph
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.report.inspection import Share, inspect_graph
 
 TEXT = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
 g (int64[batch_size, sequence_length] input_ids, float[batch_size, 2, past_sequence_length, 8] past_key_values__0__key,

@@ -14,7 +14,7 @@ from onnxpress.artifact.structure import Record
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph
-from onnxpress.inspection import Inspection, inspect_graph
+from onnxpress.report.inspection import Inspection, inspect_graph
 from onnxpress.runtime_profiles.profile import Profile
 
 CONTEXTS = (512, 2048, 8192)

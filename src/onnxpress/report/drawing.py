@@ -1,6 +1,6 @@
 """What was cut where, as bars: for each layer its heads, its width and its parameters, before and after.
 
-`draw` says what there is to see; the terminal (`onnxpress.report`) and `templates/structure.svg.j2` show it.
+`draw` says what there is to see; the terminal (`onnxpress.commands.printing`) and `templates/structure.svg.j2` show it.
 """
 
 from __future__ import annotations
