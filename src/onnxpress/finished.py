@@ -9,13 +9,13 @@ from typing import Any
 from onnxpress.artifact import manifest
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.artifact.golden import replay_golden
+from onnxpress.build.resolving import resolve
 from onnxpress.errors import UsageError
 from onnxpress.evaluation.benchmark import benchmark as measure_speed
 from onnxpress.evaluation.evaluate import evaluate as measure_quality
 from onnxpress.evaluation.opening import find_graphs
 from onnxpress.files.layout import is_artifact
 from onnxpress.progress import Progress
-from onnxpress.resolving import resolve
 from onnxpress.runtime_profiles import profile as profiles
 
 

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.manifest import Manifest
+from onnxpress.build.gates import Gates
+from onnxpress.build.measuring import Data
+from onnxpress.build.packaging import package
+from onnxpress.build.resolving import default_output, load, resolve
+from onnxpress.build.work import Work, graph_bytes
 from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import UsageError
 from onnxpress.files.staging import Staging, check_target, replacing, replacing_file
-from onnxpress.gates import Gates
-from onnxpress.measuring import Data
 from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import PassSpec, Recipe
-from onnxpress.packaging import package
 from onnxpress.progress import Progress
-from onnxpress.recipe_choice import STRUCTURE, budget, check_search, checked, default_recipe, with_our_operators
-from onnxpress.resolving import default_output, load, resolve
 from onnxpress.runtime_profiles import profile as profiles
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.search.options import SearchOptions
-from onnxpress.work import Work, graph_bytes
+from onnxpress.search.recipe_choice import STRUCTURE, budget, check_search, checked, default_recipe, with_our_operators
 
 if TYPE_CHECKING:
     from onnxpress.exporter.checkpoint import Checkpoint
@@ -343,7 +343,7 @@ def _press(
         else:
             quality = work.evaluate()
         if checkpoint is not None:
-            from onnxpress.checkpoint_output import write_checkpoint
+            from onnxpress.build.checkpoint_output import write_checkpoint
 
             write_checkpoint(work, checkpoint, originals)
     # Quality needs the logits of every position; generation does not, so the others are cut off at the end.

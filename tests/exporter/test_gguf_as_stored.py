@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as Type
 
 from onnxpress import pipeline
 from onnxpress.artifact.folder import load
+from onnxpress.build.gates import Gates
 from onnxpress.errors import NothingMatchedError
 from onnxpress.exporter.source import Checkpoint, resolve
-from onnxpress.gates import Gates
 from onnxpress.optimizers.quantization.block_format import unpack
 
 from .tiny_gguf import decoder_metadata, decoder_shapes, random_tensors, write_gguf

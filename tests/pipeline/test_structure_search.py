@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxpress.build.measuring import Meter
 from onnxpress.errors import DestroyedError
-from onnxpress.measuring import Meter
 
 from .conftest import Run
 from .test_search import to_toml

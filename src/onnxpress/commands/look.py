@@ -92,7 +92,7 @@ def list_(what: str, architectures: bool, as_json: bool) -> None:
 @_reporting
 def masks(model: str, output: Path, as_json: bool) -> None:
     """Write which weights of MODEL's products are zero: one bit a weight, for --pass 'prune-weights:masks="FILE"'."""
-    from onnxpress import masks as extraction
+    from onnxpress.build import masks as extraction
     from onnxpress.commands import printing
 
     found = extraction.extract(model, output)

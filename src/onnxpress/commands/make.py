@@ -131,8 +131,8 @@ def _progress(options: dict[str, Any]) -> Any:
 
 def _keywords(options: dict[str, Any]) -> dict[str, Any]:
     """The options as `onnxpress.pipeline` names them."""
+    from onnxpress.build.gates import Gates
     from onnxpress.errors import UsageError
-    from onnxpress.gates import Gates
     from onnxpress.search.options import SearchOptions
 
     rest = {key: value for key, value in options.items() if key != "as_json"}

@@ -32,7 +32,7 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in recent 
             return value
         match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)", value.strip())
         if match is not None and match[2] == "%" and self._shares:
-            from onnxpress.gates import Share
+            from onnxpress.build.gates import Share
 
             return Share(0.01 * float(match[1]))
         if match is None or match[2].lower() not in self._units:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxpress.gates import costs
+from onnxpress.build.gates import costs
 from onnxpress.report.figures import amount, before_after, label
 
 if TYPE_CHECKING:

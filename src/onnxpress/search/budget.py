@@ -14,12 +14,13 @@ from pathlib import Path
 
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Step
+from onnxpress.build.gates import Gates
+from onnxpress.build.measuring import speed
+from onnxpress.build.work import Mark, Work, discard
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
-from onnxpress.gates import Gates
 from onnxpress.graph.io import load_graph
-from onnxpress.measuring import speed
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.fit_blocks import Fitted
 from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
@@ -32,7 +33,6 @@ from onnxpress.search.formats import FLOAT
 from onnxpress.search.options import SearchOptions
 from onnxpress.search.prediction import Prediction
 from onnxpress.search.survey import Survey, cut_name, survey
-from onnxpress.work import Mark, Work, discard
 
 ROUNDS = 4
 """Assignments that are built and measured, at most."""

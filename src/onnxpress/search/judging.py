@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnxpress.build.measuring import main_graph
+from onnxpress.build.work import Work
 from onnxpress.calibration.samples import Feeds, token_count
-from onnxpress.measuring import main_graph
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
-from onnxpress.work import Work
 
 ROWS, LENGTH = 4, 64
 """What losses are measured on: enough to rank units by, and a few runs for each of them."""

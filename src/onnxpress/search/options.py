@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from onnxpress.gates import Gates
+from onnxpress.build.gates import Gates
 from onnxpress.search.kernels import KernelTable
 
 Objective = Literal["loss", "size", "latency", "prompt"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from onnxpress.gates import Gates
+from onnxpress.build.gates import Gates
 from onnxpress.search.assignment import Program
 
 MARGIN = 0.97

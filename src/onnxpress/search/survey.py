@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+from onnxpress.build.work import Work
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
@@ -22,7 +23,6 @@ from onnxpress.search.heads import AttentionOutput, find_attention_outputs, with
 from onnxpress.search.judging import samples_for
 from onnxpress.search.sensitivity import Measurement, measure
 from onnxpress.search.units import Unit, find_units
-from onnxpress.work import Work
 
 WHOLE = FLOAT
 """The name of leaving a block as it is."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onnxpress.artifact.artifact import Artifact
+from onnxpress.build.gates import Gates
 from onnxpress.errors import UsageError
-from onnxpress.gates import Gates
 from onnxpress.models.catalog import load_catalog
 from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import PassSpec, Recipe

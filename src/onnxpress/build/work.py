@@ -28,7 +28,7 @@ from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
-from onnxpress.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.last_logits import LastLogits

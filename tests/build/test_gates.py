@@ -4,7 +4,7 @@ import pytest
 
 from onnxpress.artifact.artifact import Step
 from onnxpress.errors import GateFailedError
-from onnxpress.gates import Gates, costs, require
+from onnxpress.build.gates import Gates, costs, require
 
 STEPS = (
     Step("export", {}, 1.0, metrics={"max_difference": 1e-5, "kl": 0.0, "size_bytes": 100e6}),

@@ -11,9 +11,9 @@ from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.weights import TensorSource
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
-from onnxpress.measuring import Meter, available_memory
+from onnxpress.build.measuring import Meter, available_memory
 from onnxpress.placing import place_weights
-from onnxpress.work import Work
+from onnxpress.build.work import Work
 
 
 def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, TensorSource] | None = None) -> None:
