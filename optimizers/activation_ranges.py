@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.linear import Linear
 from onnxpress.optimizers.coarseness import Coarseness
+from onnxpress.optimizers.fitting.statistics import AverageRange
 from onnxpress.optimizers.quantization import ranges
 from onnxpress.optimizers.quantization.histogram import Histogram
-from onnxpress.optimizers.quantization.statistics import AverageRange
 
 RangeMethod = Literal["min_max", "moving_average", "percentile", "entropy", "mean_squared_error"]
 METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)

@@ -20,11 +20,11 @@ from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.block_operands import METHODS, DataFree
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fitting.statistics import ChannelStatistics, Gram
 from onnxpress.optimizers.folding import FREE, FoldingSite, Kind, find_sites, read_weight
 from onnxpress.optimizers.quantization.block_format import BlockFormat, ScaleType, ZeroPoints
 from onnxpress.optimizers.quantization.channel_scaling import Awq as Found
 from onnxpress.optimizers.quantization.channel_scaling import awq
-from onnxpress.optimizers.quantization.statistics import ChannelStatistics, Gram
 
 
 class Awq(CalibratedPass):

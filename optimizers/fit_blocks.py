@@ -22,10 +22,10 @@ from onnxpress.calibration.walk import Step
 from onnxpress.errors import BadInputError
 from onnxpress.graph.linear import Linear, find_linears, read_rows
 from onnxpress.graph.report import Report
+from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.quantization.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.least_squares import fit_least_squares
-from onnxpress.optimizers.quantization.statistics import Gram
 
 CalibratedMethod = Literal["gptq", "importance"]
 CALIBRATED: tuple[CalibratedMethod, ...] = get_args(CalibratedMethod)

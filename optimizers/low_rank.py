@@ -22,7 +22,7 @@ from onnxpress.graph.editing import set_weight
 from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.statistics import Gram
+from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.structure.low_rank import allocate, break_even, factors, spectrum_of
 
 REDUCE = ".reduce.weight"

@@ -25,14 +25,14 @@ from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fitting.fitted_once import FittedOnce
+from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
+from onnxpress.optimizers.fitting.residual import addition_of
+from onnxpress.optimizers.fitting.ridge import ROUNDING, penalties
 from onnxpress.optimizers.structure import width as maths
 from onnxpress.optimizers.structure.allocation import spread
 from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
-from onnxpress.optimizers.structure.fitted_once import FittedOnce
 from onnxpress.optimizers.structure.gradients import read_gradients
-from onnxpress.optimizers.structure.moments import Moments, StreamLengths
-from onnxpress.optimizers.structure.residual import addition_of
-from onnxpress.optimizers.structure.ridge import ROUNDING, penalties
 from onnxpress.optimizers.structure.width import Method, Removal
 
 Indices = NDArray[np.int64]

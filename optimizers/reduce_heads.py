@@ -28,7 +28,8 @@ from onnxpress.graph.anatomy import Attention, Block, anatomy_of
 from onnxpress.graph.linear import drop_unused, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.statistics import ChannelStatistics
+from onnxpress.optimizers.fitting.statistics import ChannelStatistics
+from onnxpress.optimizers.fitting.targets import Target
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
 from onnxpress.optimizers.structure.head_limits import require_possible
 from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
@@ -48,7 +49,6 @@ from onnxpress.optimizers.structure.output_refit import error, refit
 from onnxpress.optimizers.structure.packed_heads import unpacked
 from onnxpress.optimizers.structure.resample import matrices_for, resample
 from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
-from onnxpress.optimizers.structure.targets import Target
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
 Doubles = NDArray[np.float64]

@@ -20,7 +20,7 @@ from onnxpress.graph.editing import read_weight, require_editable, set_bias, set
 from onnxpress.graph.linear import add_constant, match_linear
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.statistics import Gram
+from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.structure.hidden import (
     center,
     lost_share,

@@ -33,10 +33,10 @@ from onnxpress.graph.editing import read_weight, require_editable, set_bias, set
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.structure.fitted_once import FittedOnce
-from onnxpress.optimizers.structure.residual import Addition, addition_of
-from onnxpress.optimizers.structure.ridge import fit
-from onnxpress.optimizers.structure.targets import Minus, Plus, Regression, Target
+from onnxpress.optimizers.fitting.fitted_once import FittedOnce
+from onnxpress.optimizers.fitting.residual import Addition, addition_of
+from onnxpress.optimizers.fitting.ridge import fit
+from onnxpress.optimizers.fitting.targets import Minus, Plus, Regression, Target
 
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 Part = Literal["attention", "feed-forward"]

@@ -18,9 +18,9 @@ import onnx_ir as ir
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.folding import Kind, find_sites
 from onnxpress.optimizers.quantization.channel_scaling import smoothing_factors
-from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 
 
 class Smooth(CalibratedPass):

@@ -30,8 +30,8 @@ from onnxpress.graph.linear import (
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.quantization.outliers import Columns, fewest_outliers
-from onnxpress.optimizers.quantization.statistics import ChannelStatistics
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,7 @@ import numpy as np
 from onnxpress.calibration.walk import Walk
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import load_graph
-from onnxpress.optimizers.quantization.statistics import Gram
+from onnxpress.optimizers.fitting.statistics import Gram
 
 
 def main() -> None:

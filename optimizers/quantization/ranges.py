@@ -9,7 +9,7 @@ mean_squared_error    the least squared error, of rounding and clipping together
 entropy               the least information lost, by the measure of TensorRT and onnxruntime: symmetric about zero
 
 All return (low, high) within what was seen, except that a range with `symmetric` is (−t, t). The mean of the samples'
-own ranges is kept by `onnxpress.optimizers.quantization.statistics.AverageRange`, which needs no histogram.
+own ranges is kept by `onnxpress.optimizers.fitting.statistics.AverageRange`, which needs no histogram.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from onnxpress.optimizers.fitting.statistics import Doubles, Floats, require_data
 from onnxpress.optimizers.quantization.histogram import Counts, Histogram
-from onnxpress.optimizers.quantization.statistics import Doubles, Floats, require_data
 
 Range = tuple[float, float]
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxpress.calibration.walk import Step
+from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
+from onnxpress.optimizers.fitting.residual import addition_of
+from onnxpress.optimizers.fitting.ridge import Normal
+from onnxpress.optimizers.fitting.targets import Plus, Regression, Target
 from onnxpress.optimizers.structure.attended import KeptHeads, attended_states
 from onnxpress.optimizers.structure.attention_weights import Indices
 from onnxpress.optimizers.structure.head_reduction import Attended
 from onnxpress.optimizers.structure.head_sites import HeadSite
-from onnxpress.optimizers.structure.moments import Moments, StreamLengths
 from onnxpress.optimizers.structure.output_refit import Sums
-from onnxpress.optimizers.structure.residual import addition_of
-from onnxpress.optimizers.structure.ridge import Normal
-from onnxpress.optimizers.structure.targets import Plus, Regression, Target
 from onnxpress.optimizers.structure.value_regression import HeadProducts
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.ridge import Normal
 
 Doubles = NDArray[np.float64]
 

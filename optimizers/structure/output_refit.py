@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.fitting.ridge import Normal, penalties, solve
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.ridge import Normal, penalties, solve
 
 Doubles = NDArray[np.float64]
 

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.structure.ridge import solve
+from onnxpress.optimizers.fitting.ridge import solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.fitting.ridge import penalties
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights
 from onnxpress.optimizers.structure.heads import Elimination, eliminate_heads, loudest_heads, output_norms
-from onnxpress.optimizers.structure.ridge import penalties
 
 Function = Callable[..., Any]
 

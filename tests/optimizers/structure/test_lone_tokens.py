@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.structure.attention_weights import AttentionWeights
 from onnxpress.optimizers.structure.lone_tokens import mixed_moments, mixed_sums
-from onnxpress.optimizers.structure.ridge import Normal
 
 Function = Callable[..., Any]
 Doubles = NDArray[np.float64]

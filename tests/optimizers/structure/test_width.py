@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxpress.optimizers.fitting.ridge import penalties
 from onnxpress.optimizers.structure import width
-from onnxpress.optimizers.structure.ridge import penalties
 
 SIZES = st.tuples(st.integers(2, 9), st.integers(1, 5), st.integers(0, 2**31))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.ridge import Normal, fit, penalties, solve
+from onnxpress.optimizers.fitting.ridge import Normal, fit, penalties, solve
 
 SEEDS = st.integers(0, 2**31)
 

@@ -10,9 +10,9 @@ import pytest
 
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.fitting.residual import Addition, addition_of
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
-from onnxpress.optimizers.structure.residual import Addition, addition_of
 
 Exported = Callable[..., ir.Model]
 

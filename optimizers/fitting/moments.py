@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.quantization.statistics import ROWS, require_data, require_finite
+from onnxpress.optimizers.fitting.statistics import ROWS, require_data, require_finite
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from onnxpress.calibration.states import States
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.quantization.statistics import ROWS, require_finite
-from onnxpress.optimizers.structure.moments import StreamLengths
-from onnxpress.optimizers.structure.ridge import Normal
+from onnxpress.optimizers.fitting.moments import StreamLengths
+from onnxpress.optimizers.fitting.ridge import Normal
+from onnxpress.optimizers.fitting.statistics import ROWS, require_finite
 
 Floats = NDArray[np.float32]
 

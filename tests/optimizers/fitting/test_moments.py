@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.optimizers.structure.moments import Moments, StreamLengths
-from onnxpress.optimizers.structure.targets import HELD_OUT, Minus, Plus, Regression, Target
+from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
+from onnxpress.optimizers.fitting.targets import HELD_OUT, Minus, Plus, Regression, Target
 
 
 def rows(seed: int, tokens: int, features: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from onnxpress.errors import BadInputError
+from onnxpress.optimizers.fitting.statistics import AverageRange, ChannelStatistics, Gram
 from onnxpress.optimizers.quantization.histogram import Histogram
-from onnxpress.optimizers.quantization.statistics import AverageRange, ChannelStatistics, Gram
 
 KINDS: dict[str, Callable[[], Any]] = {
     "gram": lambda: Gram(12, "layer.3"),
