@@ -37,7 +37,7 @@ from onnxpress.graph.matching import add_weight, drop_unused_weights, is_op, onl
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.keep_blocks import likely_grid
+from onnxpress.optimizers.quantization.keep_blocks import likely_grid
 
 
 @dataclass(frozen=True)

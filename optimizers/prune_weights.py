@@ -23,10 +23,10 @@ from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
 from onnxpress.graph.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.fit_blocks import FEWEST_TOKENS
 from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
-from onnxpress.optimizers.quantization.gptq import relative_error
+from onnxpress.optimizers.quantization.fit_blocks import FEWEST_TOKENS
+from onnxpress.optimizers.quantization.maths.gptq import relative_error
 from onnxpress.optimizers.structure.mask_files import PackedMask, read_masks
 from onnxpress.optimizers.structure.masks import (
     Floats,

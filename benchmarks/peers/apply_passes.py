@@ -24,8 +24,8 @@ from onnxpress.calibration.data import CalibrationData
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.linear import find_linears, read_rows, selected
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.block_format import BlockFormat
-from onnxpress.optimizers.quantization.least_squares import fit_least_squares
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
+from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 from onnxpress.optimizers.recipe import PassSpec
 
 

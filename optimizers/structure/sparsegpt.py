@@ -1,7 +1,7 @@
 """SparseGPT: remove inputs of a product one after the other, the later ones making up for those removed.
 
 With E = W − Ŵ, H = E[x xᵀ] = R Rᵀ and R upper triangular, the error of a product falls apart into one square per input
-(see `onnxpress.optimizers.quantization.gptq`):
+(see `onnxpress.optimizers.quantization.maths.gptq`):
 
     Σ_k R_kk² ‖E_k + Σ_{j<k} (R_jk / R_kk) E_j‖²
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.gptq import PANEL, check_gram, damped_gram, upper_root
+from onnxpress.optimizers.quantization.maths.gptq import PANEL, check_gram, damped_gram, upper_root
 from onnxpress.optimizers.structure.masks import GONE, Floats, Mask, Pattern, choose, count_of
 
 Doubles = NDArray[np.float64]

@@ -12,8 +12,8 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.optimizers.low_rank import LowRank
-from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
-from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
+from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 
 Graph = Callable[..., ir.Model]
 Run = Callable[..., list[np.ndarray]]

@@ -18,7 +18,7 @@ from onnxpress.graph.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.prune_ffn import PruneFfn
-from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
+from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.structure import width as maths
 
 Exported = Callable[..., ir.Model]

@@ -18,7 +18,7 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.masked_weights import extract_masks
 from onnxpress.optimizers.prune_weights import PruneWeights
-from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.optimizers.structure.mask_files import PackedMask, write_masks
 

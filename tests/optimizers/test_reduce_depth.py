@@ -22,7 +22,7 @@ from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.kinds import layer_weights
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
-from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.reduce_depth import ReduceDepth
 
 Array = NDArray[Any]

@@ -12,7 +12,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.quantize_dynamic import QuantizeDynamic
+from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.structure.stream import find_stream
 

@@ -11,7 +11,7 @@ import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.quantize_embedding import QuantizeEmbedding
+from onnxpress.optimizers.quantization.quantize_embedding import QuantizeEmbedding
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 
 Exported = Callable[..., ir.Model]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.report.inspection import Share, inspect_graph
 
 TEXT = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>

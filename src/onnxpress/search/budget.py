@@ -22,8 +22,8 @@ from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.fit_blocks import Fitted
-from onnxpress.optimizers.quantize_blocks import QuantizeBlocks
+from onnxpress.optimizers.quantization.fit_blocks import Fitted
+from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Program

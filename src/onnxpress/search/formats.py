@@ -24,7 +24,7 @@ from onnxpress.graph.storage import stored
 from onnxpress.graph.tensors import ViewTensor
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.coarseness import TINY
+from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.units import Part
 

@@ -24,7 +24,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.samples import Feeds, feed_of
 from onnxpress.calibration.walk import Step, Walk
-from onnxpress.optimizers.coarseness import TINY
+from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.records import Record, Records

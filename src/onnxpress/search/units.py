@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxpress.calibration.subgraphs import extract
 from onnxpress.graph.linear import find_linears, shape_of
-from onnxpress.optimizers.quantize_embedding import looks_up, tables
+from onnxpress.optimizers.quantization.quantize_embedding import looks_up, tables
 
 SMALLEST = 32
 """Products with fewer inputs or outputs are no unit: passes leave them alone."""

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from onnxpress.errors import BadInputError
 from onnxpress.optimizers.fitting.statistics import AverageRange, ChannelStatistics, Gram
-from onnxpress.optimizers.quantization.histogram import Histogram
+from onnxpress.optimizers.quantization.maths.histogram import Histogram
 
 KINDS: dict[str, Callable[[], Any]] = {
     "gram": lambda: Gram(12, "layer.3"),

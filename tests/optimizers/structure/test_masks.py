@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.block_format import BlockFormat, ZeroPoints
-from onnxpress.optimizers.quantization.gptq import gptq
-from onnxpress.optimizers.quantization.least_squares import fit_least_squares
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ZeroPoints
+from onnxpress.optimizers.quantization.maths.gptq import gptq
+from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 from onnxpress.optimizers.structure.masks import (
     Pattern,
     Threshold,

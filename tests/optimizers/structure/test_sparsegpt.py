@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.gptq import relative_error
+from onnxpress.optimizers.quantization.maths.gptq import relative_error
 from onnxpress.optimizers.structure.masks import Pattern, choose, is_sparse, parse_pattern, scores
 from onnxpress.optimizers.structure.sparsegpt import refit, sparsegpt
 

@@ -1,8 +1,0 @@
-"""Channels that can be rescaled for nothing, see `tracer`: what SmoothQuant, AWQ and equalization work on."""
-
-from __future__ import annotations
-
-from onnxpress.optimizers.folding.site import FREE, FoldingSite, Kind, read_weight
-from onnxpress.optimizers.folding.tracer import find_sites
-
-__all__ = ["FREE", "FoldingSite", "Kind", "find_sites", "read_weight"]

@@ -1,0 +1,106 @@
+"""awq: rescale channels so that those that matter get finer steps within their block.
+
+AWQ (Lin et al. 2023): x · W = (x / s) · (s W) with s = E|x|^α for each channel. A weight s times as large is rounded as
+coarsely as its neighbours in the block, so that its own error becomes s times smaller; too large an s coarsens the
+block. The best α of a grid is taken for each activation, by the error that the products lose in the format to come.
+1 / s goes into what computes x, see `folding`: no node is added, and the outputs stay the same. Quantize afterwards,
+with quantize-blocks and the same format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.walk import Step
+from onnxpress.graph.linear import selected
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fitting.statistics import ChannelStatistics, Gram
+from onnxpress.optimizers.quantization.block_operands import METHODS, DataFree
+from onnxpress.optimizers.quantization.folding import FREE, FoldingSite, Kind, find_sites, read_weight
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ScaleType, ZeroPoints
+from onnxpress.optimizers.quantization.maths.channel_scaling import Awq as Found
+from onnxpress.optimizers.quantization.maths.channel_scaling import awq
+
+
+class Awq(CalibratedPass):
+    """Rescale the channels of activations for weights that are about to be quantized in blocks."""
+
+    name = "awq"
+    exact = True
+    wanted_rows = 32
+    wanted_length = 256
+
+    def __init__(
+        self,
+        bits: int = 4,
+        block_size: int = 32,
+        zero_points: ZeroPoints = "none",
+        method: DataFree = "nearest",
+        scale_type: ScaleType = "float32",
+        strengths: int = 10,
+        sites: Sequence[Kind] = FREE,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            bits, block_size, zero_points, scale_type: the format to come, see quantize-blocks.
+            method: how codes are found while searching.
+            strengths: α is searched in so many steps from 0 to 1.
+            sites: `norm`: the inputs of products that come from a norm; `up`: those that come from other products, as
+                those of `down` do; `value`: those that attention computes.
+            include, exclude: patterns of weight names; an activation that feeds other weights is left alone.
+        """
+        if strengths < 1:
+            raise ValueError(f"strengths must be at least 1, not {strengths}")
+        self.format = BlockFormat(bits, block_size, zero_points, scale_type)
+        self.method = METHODS[method]
+        self.strengths = tuple(np.linspace(0, 1, strengths + 1)[1:].tolist())
+        self.sites = tuple(sites)
+        self.include, self.exclude = tuple(include), tuple(exclude)
+
+    def apply(self, model: ir.Model, report: Report) -> None:
+        waiting: dict[str, FoldingSite] = {}
+        for site in find_sites(model.graph, report, self.sites):
+            if all(selected(linear.name, self.include, self.exclude) for linear in site.linears):
+                waiting[str(site.activation.name)] = site
+            else:
+                report.skip("excluded by name")
+        if not waiting:
+            return
+        if not self.calibration.fits(model):
+            report.skip(NO_SAMPLES, len(waiting))
+            return
+        for step in self.calibration.walk(model, feed="original"):
+            here = [waiting.pop(name) for name in list(waiting) if name in step.values]
+            for site, found in self._search(step, here):
+                for linear in site.linears:
+                    report.measure(linear.name, found.error)
+                    report.measure(f"{linear.name} without awq", found.plain_error)
+                if found.strength:
+                    site.fold(found.factors)
+                    report.match(site.title)
+                else:
+                    report.skip("nothing gained")
+            if not waiting:
+                return
+
+    def _search(self, step: Step, sites: Sequence[FoldingSite]) -> Iterator[tuple[FoldingSite, Found]]:
+        """The best factors of the sites of one block, last to first, each to be folded at once: see `find_sites`.
+
+        Folding changes no input of another site, so that all are looked at in one run.
+        """
+        grams = {str(site.activation.name): Gram(site.features, str(site.activation.name)) for site in sites}
+        seen = {name: ChannelStatistics(site.features, name) for site in sites for name in [str(site.activation.name)]}
+        step.observe({name: [grams[name], seen[name]] for name in grams})
+        for site in reversed(sites):
+            name = str(site.activation.name)
+            weights = [read_weight(linear) for linear in {linear.weight: linear for linear in site.linears}.values()]
+            magnitudes = site.tied(seen[name].mean_magnitudes())
+            gram = grams.pop(name).matrix()
+            yield site, awq(weights, magnitudes, gram, self.format, quantize=self.method, strengths=self.strengths)
