@@ -29,7 +29,7 @@ PASSES: dict[str, str] = {
     "quantize-experts": "onnxpress.optimizers.quantization.quantize_experts:QuantizeExperts",
     "quantize-static": "onnxpress.optimizers.quantization.quantize_static:QuantizeStatic",
     "reduce-depth": "onnxpress.optimizers.reduce_depth:ReduceDepth",
-    "reduce-heads": "onnxpress.optimizers.reduce_heads:ReduceHeads",
+    "reduce-heads": "onnxpress.optimizers.heads.reduce_heads:ReduceHeads",
     "reduce-hidden": "onnxpress.optimizers.reduce_hidden:ReduceHidden",
     "repair": "onnxpress.optimizers.repair:Repair",
     "rotate": "onnxpress.optimizers.quantization.rotate:Rotate",

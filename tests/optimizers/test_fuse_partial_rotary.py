@@ -15,7 +15,7 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.fuse_foreign import FuseForeign
 from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
-from onnxpress.optimizers.reduce_heads import ReduceHeads
+from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 
 HEADS, SIZE, ROTATED = 2, 12, 8
 BODY = """

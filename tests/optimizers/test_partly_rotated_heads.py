@@ -17,9 +17,9 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph, load_graph
 from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.reduce_heads import ReduceHeads
-from onnxpress.optimizers.structure.head_sites import pack, site_of, table_width
-from onnxpress.optimizers.structure.packed_heads import unpacked
+from onnxpress.optimizers.heads.packed import unpacked
+from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
+from onnxpress.optimizers.heads.sites import pack, site_of, table_width
 
 from .test_fuse_cached_attention import CASES
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from onnxpress.optimizers.fitting.moments import Moments
 from onnxpress.optimizers.fitting.ridge import penalties
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.head_dim import chosen_dimensions, score_bases, value_bases
-from onnxpress.optimizers.structure.head_request import HeadPlan
-from onnxpress.optimizers.structure.heads import eliminate_heads, head_blocks, loudest_heads, output_norms
-from onnxpress.optimizers.structure.kv_merge import merge
-from onnxpress.optimizers.structure.lone_tokens import mixed_moments
-from onnxpress.optimizers.structure.output_refit import Sums
-from onnxpress.optimizers.structure.value_regression import cluster_sums, regress_values, successors
+from onnxpress.optimizers.heads.maths.attention_sinks import mixed_moments
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.head_dim import chosen_dimensions, score_bases, value_bases
+from onnxpress.optimizers.heads.maths.kv_merge import merge
+from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.selection import eliminate_heads, head_blocks, loudest_heads, output_norms
+from onnxpress.optimizers.heads.maths.value_regression import cluster_sums, regress_values, successors
+from onnxpress.optimizers.heads.request import HeadPlan
 
 Doubles = NDArray[np.float64]
 Method = Literal["least-squares", "regress", "slice"]

@@ -25,8 +25,8 @@ from onnxpress.graph.anatomy.roles import FUSED
 from onnxpress.graph.editing import columns_of, select
 from onnxpress.graph.linear import add_constant, add_initializers, drop_unused
 from onnxpress.graph.tensors import concatenate, concrete_shape
-from onnxpress.optimizers.structure.column_moves import Columns, Indices, columns_at
-from onnxpress.optimizers.structure.head_request import Sizes
+from onnxpress.optimizers.heads.column_moves import Columns, Indices, columns_at
+from onnxpress.optimizers.heads.request import Sizes
 
 Floats = NDArray[np.float32]
 NAMES = ("query", "key", "value")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.resample import (
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.resample import (
     Resampling,
     average_matrix,
     normalized,

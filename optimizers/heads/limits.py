@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.structure.head_request import HeadPlan
-from onnxpress.optimizers.structure.head_sites import HeadSite, table_width
+from onnxpress.optimizers.heads.request import HeadPlan
+from onnxpress.optimizers.heads.sites import HeadSite, table_width
 
 
 def require_possible(site: HeadSite, plan: HeadPlan, method: str, memory_bytes: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 Doubles = NDArray[np.float64]
 

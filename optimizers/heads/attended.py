@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnxpress.graph.editing import PAST
 from onnxpress.graph.linear import add_initializers
 from onnxpress.optimizers.fitting.targets import Regression
-from onnxpress.optimizers.structure.attention_weights import Indices
-from onnxpress.optimizers.structure.head_sites import HeadSite
+from onnxpress.optimizers.heads.maths.attention_weights import Indices
+from onnxpress.optimizers.heads.sites import HeadSite
 
 
 @contextmanager

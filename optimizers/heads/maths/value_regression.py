@@ -14,9 +14,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.head_dim import roots
-from onnxpress.optimizers.structure.output_refit import Sums
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.head_dim import roots
+from onnxpress.optimizers.heads.maths.output_refit import Sums
 
 Doubles = NDArray[np.float64]
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.rotary_planes import plane_dimensions
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.rotary_planes import plane_dimensions
 
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]

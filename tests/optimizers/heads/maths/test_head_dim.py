@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.head_dim import chosen_dimensions, roots, score_bases, value_bases
-from onnxpress.optimizers.structure.heads import head_blocks
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.head_dim import chosen_dimensions, roots, score_bases, value_bases
+from onnxpress.optimizers.heads.maths.selection import head_blocks
 
 Function = Callable[..., Any]
 

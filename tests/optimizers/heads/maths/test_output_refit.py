@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from onnxpress.optimizers.fitting.ridge import Normal
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.output_refit import error, refit
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.output_refit import error, refit
 
 Function = Callable[..., Any]
 

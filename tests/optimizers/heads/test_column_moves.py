@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.structure.column_moves import columns_at
+from onnxpress.optimizers.heads.column_moves import columns_at
 
 Array = NDArray[Any]
 Graph = Callable[..., ir.Model]

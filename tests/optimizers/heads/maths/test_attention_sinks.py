@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.fitting.ridge import Normal
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.lone_tokens import mixed_moments, mixed_sums
+from onnxpress.optimizers.heads.maths.attention_sinks import mixed_moments, mixed_sums
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 Function = Callable[..., Any]
 Doubles = NDArray[np.float64]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.fitting.ridge import penalties
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.heads import Elimination, eliminate_heads, loudest_heads, output_norms
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.selection import Elimination, eliminate_heads, loudest_heads, output_norms
 
 Function = Callable[..., Any]
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.head_request import HeadPlan
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.request import HeadPlan
 
 Doubles = NDArray[np.float64]
 

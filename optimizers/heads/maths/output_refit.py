@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.optimizers.fitting.ridge import Normal, penalties, solve
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 Doubles = NDArray[np.float64]
 

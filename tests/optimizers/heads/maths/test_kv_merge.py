@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.kv_merge import merge, turn, turn_planes
-from onnxpress.optimizers.structure.rotary_planes import (
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.kv_merge import merge, turn, turn_planes
+from onnxpress.optimizers.heads.maths.rotary_planes import (
     kept_dimensions,
     plane_dimensions,
     plane_energies,

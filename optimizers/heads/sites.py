@@ -27,7 +27,7 @@ from onnxpress.graph.editing import (
 )
 from onnxpress.graph.linear import add_initializers
 from onnxpress.graph.sizes import size_of
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
 
 Arrays = dict[str, NDArray[np.float32]]
 BIAS_INPUT = {"GroupQueryAttention": 10, "MultiHeadAttention": 5, "DecoderMaskedMultiHeadAttention": 4, "Attention": 3}

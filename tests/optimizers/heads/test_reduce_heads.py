@@ -18,9 +18,9 @@ from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.reduce_heads import ReduceHeads
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.head_sites import HeadSite, pack, site_of
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
+from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
 
 Array = NDArray[Any]
 Run = Callable[..., list[Array]]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from onnxpress.optimizers.fitting.ridge import Normal
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights
-from onnxpress.optimizers.structure.output_refit import Sums
-from onnxpress.optimizers.structure.value_regression import HeadProducts, cluster_sums, regress_values, successors
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
+from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.value_regression import HeadProducts, cluster_sums, regress_values, successors
 
 Function = Callable[..., Any]
 

@@ -10,12 +10,12 @@ from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.fitting.targets import Plus, Regression, Target
-from onnxpress.optimizers.structure.attended import KeptHeads, attended_states
-from onnxpress.optimizers.structure.attention_weights import Indices
-from onnxpress.optimizers.structure.head_reduction import Attended
-from onnxpress.optimizers.structure.head_sites import HeadSite
-from onnxpress.optimizers.structure.output_refit import Sums
-from onnxpress.optimizers.structure.value_regression import HeadProducts
+from onnxpress.optimizers.heads.attended import KeptHeads, attended_states
+from onnxpress.optimizers.heads.maths.attention_weights import Indices
+from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.reduction import Attended
+from onnxpress.optimizers.heads.maths.value_regression import HeadProducts
+from onnxpress.optimizers.heads.sites import HeadSite
 
 
 class HeadSamples:

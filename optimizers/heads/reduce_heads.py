@@ -30,25 +30,17 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.fitting.targets import Target
-from onnxpress.optimizers.structure.attention_weights import AttentionWeights, Indices
-from onnxpress.optimizers.structure.head_limits import require_possible
-from onnxpress.optimizers.structure.head_reduction import Observed, Reduction
-from onnxpress.optimizers.structure.head_request import HeadPlan, HeadRequest, plan_heads, plan_resampling
-from onnxpress.optimizers.structure.head_samples import HeadSamples
-from onnxpress.optimizers.structure.head_sites import (
-    Arrays,
-    HeadSite,
-    cut_tables,
-    pack,
-    pack_output,
-    site_of,
-    skip_reason,
-)
-from onnxpress.optimizers.structure.lone_tokens import mixed_sums
-from onnxpress.optimizers.structure.output_refit import error, refit
-from onnxpress.optimizers.structure.packed_heads import unpacked
-from onnxpress.optimizers.structure.resample import matrices_for, resample
-from onnxpress.optimizers.structure.rotary_planes import kept_dimensions, plane_energies, strongest_planes
+from onnxpress.optimizers.heads.limits import require_possible
+from onnxpress.optimizers.heads.maths.attention_sinks import mixed_sums
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.output_refit import error, refit
+from onnxpress.optimizers.heads.maths.reduction import Observed, Reduction
+from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
+from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
+from onnxpress.optimizers.heads.packed import unpacked
+from onnxpress.optimizers.heads.request import HeadPlan, HeadRequest, plan_heads, plan_resampling
+from onnxpress.optimizers.heads.samples import HeadSamples
+from onnxpress.optimizers.heads.sites import Arrays, HeadSite, cut_tables, pack, pack_output, site_of, skip_reason
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
 Doubles = NDArray[np.float64]
