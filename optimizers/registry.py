@@ -28,7 +28,7 @@ PASSES: dict[str, str] = {
     "quantize-embedding": "onnxpress.optimizers.quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-experts": "onnxpress.optimizers.quantization.quantize_experts:QuantizeExperts",
     "quantize-static": "onnxpress.optimizers.quantization.quantize_static:QuantizeStatic",
-    "reduce-depth": "onnxpress.optimizers.reduce_depth:ReduceDepth",
+    "reduce-depth": "onnxpress.optimizers.depth.reduce_depth:ReduceDepth",
     "reduce-heads": "onnxpress.optimizers.heads.reduce_heads:ReduceHeads",
     "reduce-hidden": "onnxpress.optimizers.reduce_hidden:ReduceHidden",
     "repair": "onnxpress.optimizers.repair:Repair",

@@ -13,8 +13,8 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import Block
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.losses import greedy
+from onnxpress.optimizers.depth.maths import angular_distance, influence, lowest
 from onnxpress.optimizers.depth.rows import Each
-from onnxpress.optimizers.structure.depth import angular_distance, influence, lowest
 
 Select = Literal["influence", "angular", "loss"]
 Compare = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]

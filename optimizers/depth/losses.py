@@ -24,7 +24,7 @@ from onnxpress.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Segment, split_layers
-from onnxpress.optimizers.structure.depth import divergence, influence
+from onnxpress.optimizers.depth.maths import divergence, influence
 
 Array = NDArray[Any]
 Variant = frozenset[int]

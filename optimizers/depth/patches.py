@@ -32,8 +32,8 @@ from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.cuts import stacks_of
+from onnxpress.optimizers.depth.maths import Regression, before_norm
 from onnxpress.optimizers.depth.rows import Each, Rows
-from onnxpress.optimizers.structure.depth import Regression, before_norm
 
 PatchForm = Literal["fold", "product"]
 LEAST = 1e-6

@@ -31,9 +31,9 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.prune_ffn import PruneFfn
-from onnxpress.optimizers.reduce_depth import ReduceDepth
 from onnxpress.optimizers.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 from onnxpress.placing import place_weights

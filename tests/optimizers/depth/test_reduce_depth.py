@@ -20,10 +20,10 @@ from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.depth.kinds import layer_weights
+from onnxpress.optimizers.depth.compatibility import layer_weights
+from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
-from onnxpress.optimizers.reduce_depth import ReduceDepth
 
 Array = NDArray[Any]
 Exported = Callable[..., ir.Model]

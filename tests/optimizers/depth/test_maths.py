@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.depth import (
+from onnxpress.optimizers.depth.maths import (
     Regression,
     angular_distance,
     before_norm,

@@ -28,10 +28,10 @@ from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.depth.choice import Select, choose
+from onnxpress.optimizers.depth.compatibility import kind_of, layer_weights, require_same_kind
 from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
-from onnxpress.optimizers.depth.kinds import kind_of, layer_weights, require_same_kind
+from onnxpress.optimizers.depth.maths import Merge, combine, merge_coefficients, runs
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
-from onnxpress.optimizers.structure.depth import Merge, combine, merge_coefficients, runs
 
 Method = Literal["drop", "merge", "average", "linear"]
 
