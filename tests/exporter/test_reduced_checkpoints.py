@@ -33,9 +33,9 @@ from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.prune_ffn import PruneFfn
-from onnxpress.optimizers.reduce_hidden import ReduceHidden
-from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
+from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
+from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden
+from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
 from onnxpress.placing import place_weights
 from onnxpress.vocabulary.rewriting import renumbered_config
 

@@ -19,7 +19,7 @@ from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelEr
 from onnxpress.evaluation import restriction
 from onnxpress.evaluation.opening import read_json
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
+from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
 from onnxpress.vocabulary import rewriting
 from onnxpress.vocabulary.characters import scripts_in
 from onnxpress.vocabulary.choosing import kept_tokens

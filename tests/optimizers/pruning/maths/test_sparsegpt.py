@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.pruning.maths.masks import Pattern, choose, is_sparse, parse_pattern, scores
+from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
 from onnxpress.optimizers.quantization.maths.gptq import relative_error
-from onnxpress.optimizers.structure.masks import Pattern, choose, is_sparse, parse_pattern, scores
-from onnxpress.optimizers.structure.sparsegpt import refit, sparsegpt
 
 Case = tuple[NDArray[np.float32], NDArray[np.float64]]
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.low_rank import allocate, break_even, count_parameters, factors, spectrum_of
+from onnxpress.optimizers.pruning.maths.low_rank import allocate, break_even, count_parameters, factors, spectrum_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(2, 12)

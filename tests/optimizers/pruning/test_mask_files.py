@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress.errors import CorruptFileError, OutputError, SourceNotFoundError
-from onnxpress.optimizers.structure.mask_files import FORMAT, PackedMask, read_masks, write_masks
+from onnxpress.optimizers.pruning.mask_files import FORMAT, PackedMask, read_masks, write_masks
 
 
 def mask(rows: int, columns: int, seed: int = 0) -> PackedMask:

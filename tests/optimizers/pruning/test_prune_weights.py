@@ -16,11 +16,11 @@ from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.masked_weights import extract_masks
-from onnxpress.optimizers.prune_weights import PruneWeights
+from onnxpress.optimizers.pruning.mask_files import PackedMask, write_masks
+from onnxpress.optimizers.pruning.masked_weights import extract_masks
+from onnxpress.optimizers.pruning.prune_weights import PruneWeights
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.optimizers.structure.mask_files import PackedMask, write_masks
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

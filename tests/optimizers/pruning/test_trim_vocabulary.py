@@ -11,8 +11,8 @@ import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
 from onnxpress.optimizers.quantization.quantize_embedding import QuantizeEmbedding
-from onnxpress.optimizers.trim_vocabulary import TrimVocabulary
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[np.ndarray]]

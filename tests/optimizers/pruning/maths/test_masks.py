@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ZeroPoints
-from onnxpress.optimizers.quantization.maths.gptq import gptq
-from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
-from onnxpress.optimizers.structure.masks import (
+from onnxpress.optimizers.pruning.maths.masks import (
     Pattern,
     Threshold,
     choose,
@@ -23,6 +20,9 @@ from onnxpress.optimizers.structure.masks import (
     parse_pattern,
     scores,
 )
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ZeroPoints
+from onnxpress.optimizers.quantization.maths.gptq import gptq
+from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 
 SIDES = st.integers(1, 24)
 SPARSITIES = st.floats(0, 1, exclude_max=True)

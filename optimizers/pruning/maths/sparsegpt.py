@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.optimizers.pruning.maths.masks import GONE, Floats, Mask, Pattern, choose, count_of
 from onnxpress.optimizers.quantization.maths.gptq import PANEL, check_gram, damped_gram, upper_root
-from onnxpress.optimizers.structure.masks import GONE, Floats, Mask, Pattern, choose, count_of
 
 Doubles = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden
+from onnxpress.optimizers.pruning.stream import find_stream
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
-from onnxpress.optimizers.reduce_hidden import ReduceHidden
-from onnxpress.optimizers.structure.stream import find_stream
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[np.ndarray]]

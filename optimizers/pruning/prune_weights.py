@@ -24,11 +24,9 @@ from onnxpress.graph.linear import Linear, read_matrix, read_rows, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram
-from onnxpress.optimizers.masked_weights import maskable, put, put_mask, read, zeros
-from onnxpress.optimizers.quantization.fit_blocks import FEWEST_TOKENS
-from onnxpress.optimizers.quantization.maths.gptq import relative_error
-from onnxpress.optimizers.structure.mask_files import PackedMask, read_masks
-from onnxpress.optimizers.structure.masks import (
+from onnxpress.optimizers.pruning.mask_files import PackedMask, read_masks
+from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, read, zeros
+from onnxpress.optimizers.pruning.maths.masks import (
     Floats,
     Score,
     Threshold,
@@ -38,7 +36,9 @@ from onnxpress.optimizers.structure.masks import (
     parse_pattern,
     scores,
 )
-from onnxpress.optimizers.structure.sparsegpt import refit, sparsegpt
+from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
+from onnxpress.optimizers.quantization.fit_blocks import FEWEST_TOKENS
+from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
 STEPS = 16

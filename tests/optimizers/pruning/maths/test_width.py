@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress.optimizers.fitting.ridge import penalties
-from onnxpress.optimizers.structure import width
+from onnxpress.optimizers.pruning.maths import width
 
 SIZES = st.tuples(st.integers(2, 9), st.integers(1, 5), st.integers(0, 2**31))
 

@@ -17,9 +17,9 @@ from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
-from onnxpress.optimizers.prune_ffn import PruneFfn
+from onnxpress.optimizers.pruning.maths import width as maths
+from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
-from onnxpress.optimizers.structure import width as maths
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

@@ -13,7 +13,7 @@ from onnxpress.graph.anatomy import Product, anatomy_of, find_products
 from onnxpress.graph.linear import Linear, match_linear, read_rows, selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.structure.mask_files import PackedMask
+from onnxpress.optimizers.pruning.mask_files import PackedMask
 
 
 def maskable(

@@ -23,7 +23,7 @@ from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_l
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram
-from onnxpress.optimizers.structure.low_rank import allocate, break_even, factors, spectrum_of
+from onnxpress.optimizers.pruning.maths.low_rank import allocate, break_even, factors, spectrum_of
 
 REDUCE = ".reduce.weight"
 

@@ -11,7 +11,7 @@ import pytest
 
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.low_rank import LowRank
+from onnxpress.optimizers.pruning.low_rank import LowRank
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 

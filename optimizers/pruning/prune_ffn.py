@@ -29,11 +29,11 @@ from onnxpress.optimizers.fitting.fitted_once import FittedOnce
 from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import ROUNDING, penalties
-from onnxpress.optimizers.structure import width as maths
-from onnxpress.optimizers.structure.allocation import spread
-from onnxpress.optimizers.structure.feed_forwards import Channels, channels_of
-from onnxpress.optimizers.structure.gradients import read_gradients
-from onnxpress.optimizers.structure.width import Method, Removal
+from onnxpress.optimizers.pruning.feed_forwards import Channels, channels_of
+from onnxpress.optimizers.pruning.gradients import read_gradients
+from onnxpress.optimizers.pruning.maths import width as maths
+from onnxpress.optimizers.pruning.maths.allocation import spread
+from onnxpress.optimizers.pruning.maths.width import Method, Removal
 
 Indices = NDArray[np.int64]
 LEAST = 0.25

@@ -21,14 +21,14 @@ from onnxpress.graph.linear import add_constant, match_linear
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram
-from onnxpress.optimizers.structure.hidden import (
+from onnxpress.optimizers.pruning.maths.hidden import (
     center,
     lost_share,
     principal_directions,
     stream_scale,
     tied_mixture,
 )
-from onnxpress.optimizers.structure.stream import Stream, find_stream, moments_of, rotate_rows
+from onnxpress.optimizers.pruning.stream import Stream, find_stream, moments_of, rotate_rows
 
 Doubles = NDArray[np.float64]
 

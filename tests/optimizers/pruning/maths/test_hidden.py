@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.hidden import (
+from onnxpress.optimizers.pruning.maths.hidden import (
     center,
     lost_share,
     principal_directions,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.structure.allocation import spread
+from onnxpress.optimizers.pruning.maths.allocation import spread
 
 SLOPES = st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=4), min_size=1, max_size=4)
 
