@@ -14,7 +14,7 @@ from onnxpress.errors import BadInputError, SourceNotFoundError, VerificationErr
 from onnxpress.evaluation.evaluate import evaluate
 from onnxpress.evaluation.opening import open_model
 from onnxpress.graph.io import load_graph, save_graph
-from onnxpress.optimizers.last_logits import LastLogits
+from onnxpress.optimizers.fusion.last_logits import LastLogits
 
 Make = Callable[..., Path]
 SMALL = {"windows": 3, "window": 40, "decode_steps": 8}

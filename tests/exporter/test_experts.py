@@ -22,7 +22,7 @@ from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.template import on_meta
 from onnxpress.exporter.weights import ArrayTensor, FileTensor
 from onnxpress.graph.io import save_graph
-from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fusion.clean_up import CleanUp
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOSEN = 4, 64, 32, 33, 2
 

@@ -30,8 +30,8 @@ from onnxpress.exporter.write_checkpoint import write_checkpoint
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.clean_up import CleanUp
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
+from onnxpress.optimizers.fusion.clean_up import CleanUp
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden

@@ -26,7 +26,7 @@ from onnxpress.exporter.write_checkpoint import write_checkpoint
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import set_bias, set_weight
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fusion.clean_up import CleanUp
 from onnxpress.placing import place_weights
 
 TOLERANCE = 1e-4

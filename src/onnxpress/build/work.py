@@ -31,7 +31,7 @@ from onnxpress.graph.report import Report
 from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.last_logits import LastLogits
+from onnxpress.optimizers.fusion.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.runtime.memory import give_back

@@ -22,7 +22,7 @@ from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.compatibility import layer_weights
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 
 Array = NDArray[Any]

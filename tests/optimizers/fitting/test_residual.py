@@ -11,7 +11,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.optimizers.fitting.residual import Addition, addition_of
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 
 Exported = Callable[..., ir.Model]

@@ -16,10 +16,10 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.fusion.pack_projections import PackProjections
 from onnxpress.optimizers.heads.packed import packed_columns, unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
-from onnxpress.optimizers.pack_projections import PackProjections
 
 Array = NDArray[Any]
 Run = Callable[..., list[Array]]

@@ -10,10 +10,10 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.decomposed.packed import split_packed_heads
 from onnxpress.optimizers.heads.column_moves import columns_at
 from onnxpress.optimizers.heads.packed import packed_columns
-from onnxpress.optimizers.spelled_out.packed import split_packed_heads
 
 HEADS, SIZE = 2, 4
 BODY = """

@@ -16,7 +16,7 @@ from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.maths import width as maths
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic

@@ -18,7 +18,7 @@ from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.repair import Repair, match_blocks
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 

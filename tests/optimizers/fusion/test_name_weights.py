@@ -10,7 +10,7 @@ import pytest
 
 from onnxpress.graph.anatomy.layers import TORCH_SCOPES
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.name_weights import name_weights
+from onnxpress.optimizers.fusion.name_weights import name_weights
 
 TEXT = """g (float[B, 4] x, float[4, 4] u, float[4, 4] v) => (float[B, 4] z) <float[B, 4] y> {
     y = MatMul(x, u)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxpress.graph.anatomy.layers import NORMS
 from onnxpress.graph.matching import is_op, scalar
 from onnxpress.graph.sizes import Size, size_of
-from onnxpress.optimizers.spelled_out.heads import Heads
+from onnxpress.optimizers.fusion.decomposed.heads import Heads
 
 
 @dataclass

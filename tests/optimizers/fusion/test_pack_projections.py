@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from onnxpress.errors import UsageError
 from onnxpress.graph.tensors import RowTensor, concatenate
-from onnxpress.optimizers.pack_projections import PackProjections
+from onnxpress.optimizers.fusion.pack_projections import PackProjections
 
 LAYER = "model__layers__0__"
 

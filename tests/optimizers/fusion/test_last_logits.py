@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.graph.logits import restore_logits
-from onnxpress.optimizers.last_logits import LastLogits
+from onnxpress.optimizers.fusion.last_logits import LastLogits
 
 Make = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]

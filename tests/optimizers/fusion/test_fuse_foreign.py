@@ -14,11 +14,11 @@ from onnx_ir.passes import common
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor
-from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.fuse_attention import fuse_attention
-from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.fuse_norm import fuse_norms
-from onnxpress.optimizers.fuse_rotary import fuse_rotary
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.fuse_attention import fuse_attention
+from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
+from onnxpress.optimizers.fusion.fuse_norm import fuse_norms
+from onnxpress.optimizers.fusion.fuse_rotary import fuse_rotary
 
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 FEEDS = {"input_ids": np.arange(14).reshape(2, 7), "attention_mask": MASK}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.optimizers.fuse_gelu import FuseGelu
+from onnxpress.optimizers.fusion.fuse_gelu import FuseGelu
 
 CONSTANTS = """<float r2 = {1.4142135}, float r = {0.70710677}, float one = {1.0}, float half = {0.5},
     float[1, 1, 1] cube = {1.0}, float three = {3.0},

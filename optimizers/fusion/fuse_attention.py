@@ -32,9 +32,17 @@ from onnxpress.graph.matching import (
     use_microsoft_operators,
 )
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.spelled_out.bias import attention_bias, require_causal
-from onnxpress.optimizers.spelled_out.heads import SPLIT, Heads, NotFused, heads_of, is_order, key_heads_of, unscaled
-from onnxpress.optimizers.spelled_out.lengths import Lengths
+from onnxpress.optimizers.fusion.decomposed.bias import attention_bias, require_causal
+from onnxpress.optimizers.fusion.decomposed.heads import (
+    SPLIT,
+    Heads,
+    NotFused,
+    heads_of,
+    is_order,
+    key_heads_of,
+    unscaled,
+)
+from onnxpress.optimizers.fusion.decomposed.lengths import Lengths
 
 
 @dataclass(frozen=True)

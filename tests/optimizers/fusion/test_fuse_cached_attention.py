@@ -13,8 +13,8 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy.roles import NOT_FUSED
 from onnxpress.graph.editing import spelled_out
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.fuse_attention import fuse_attention
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.fuse_attention import fuse_attention
 
 HEADS, SIZE = 4, 8
 SPLIT = """

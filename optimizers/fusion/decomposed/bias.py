@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxpress.calibration.subgraphs import extract, session_of
 from onnxpress.graph.sizes import Size, size_of
-from onnxpress.optimizers.spelled_out.heads import NotFused
+from onnxpress.optimizers.fusion.decomposed.heads import NotFused
 
 LOWEST = float(np.finfo(np.float32).min) / 2
 HIDDEN = -1e9

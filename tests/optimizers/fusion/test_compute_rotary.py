@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.compute_rotary import ComputeRotary, find_frequencies
+from onnxpress.optimizers.fusion.compute_rotary import ComputeRotary, find_frequencies
 
 
 def tables(frequencies: np.ndarray, positions: int, amplitude: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -31,16 +31,16 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import forget_unnamed
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.fuse_attention import fuse_attention
-from onnxpress.optimizers.fuse_gelu import FuseGelu
-from onnxpress.optimizers.fuse_norm import fuse_norms
-from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
-from onnxpress.optimizers.fuse_rotary import fuse_rotary
-from onnxpress.optimizers.name_weights import name_weights
-from onnxpress.optimizers.spelled_out.packed import split_packed_heads
-from onnxpress.optimizers.split_skip_norm import split_skip_norms
-from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.decomposed.packed import split_packed_heads
+from onnxpress.optimizers.fusion.fuse_attention import fuse_attention
+from onnxpress.optimizers.fusion.fuse_gelu import FuseGelu
+from onnxpress.optimizers.fusion.fuse_norm import fuse_norms
+from onnxpress.optimizers.fusion.fuse_partial_rotary import fuse_partial_rotary
+from onnxpress.optimizers.fusion.fuse_rotary import fuse_rotary
+from onnxpress.optimizers.fusion.name_weights import name_weights
+from onnxpress.optimizers.fusion.split_skip_norm import split_skip_norms
+from onnxpress.optimizers.fusion.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
 _RULES: list[Callable[[ir.Model], object]] = [
     rms_normalization.fuse_rms_normalization,

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 
 X = "float[B, S, 8] x, float[B, S, 8] y"
 

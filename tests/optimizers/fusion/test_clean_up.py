@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxpress.optimizers.clean_up import CleanUp
+from onnxpress.optimizers.fusion.clean_up import CleanUp
 
 
 def test_everything_that_changes_nothing_goes(graph: Any, check: Any, rng: np.random.Generator) -> None:

@@ -9,9 +9,9 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
+from onnxpress.optimizers.fusion.unflatten import drop_empty_slices, join_slices, turn_tables, unflatten_products
 
 FLAT = """g (float[B, S, 8] x, float[8, 16] w, float[16] b) => (float[B, S, 16] z)
     <int64[2] flat = {-1, 8}, int64[1] last = {16}, float[B, S, 16] y, float[N, 8] xs> {

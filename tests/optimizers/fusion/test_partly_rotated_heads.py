@@ -16,7 +16,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph, load_graph
-from onnxpress.optimizers.fuse_foreign import FuseForeign
+from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.heads.sites import pack, site_of, table_width

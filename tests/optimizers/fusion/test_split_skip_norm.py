@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
-from onnxpress.optimizers.split_skip_norm import split_skip_norms
+from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
+from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
+from onnxpress.optimizers.fusion.split_skip_norm import split_skip_norms
 
 X = "float[B, S, 8] x, float[B, S, 8] y"
 

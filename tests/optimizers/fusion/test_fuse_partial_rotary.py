@@ -12,9 +12,9 @@ from onnx_ir.passes import common
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.clean_up import CleanUp
-from onnxpress.optimizers.fuse_foreign import FuseForeign
-from onnxpress.optimizers.fuse_partial_rotary import fuse_partial_rotary
+from onnxpress.optimizers.fusion.clean_up import CleanUp
+from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
+from onnxpress.optimizers.fusion.fuse_partial_rotary import fuse_partial_rotary
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 
 HEADS, SIZE, ROTATED = 2, 12, 8
