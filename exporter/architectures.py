@@ -94,8 +94,8 @@ def try_architecture(architecture: str, folder: Path, **changes: Any) -> Row:
     """Export a tiny model of `architecture` in `folder` and compare it with torch; `changes` are to its config. Raises
     what goes wrong."""
     from onnxpress.exporter import parity
-    from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export
+    from onnxpress.exporter.sources.checkpoint import load_folder
 
     task = catalog()[architecture]["task"]
     model = tiny_model(architecture, folder, **changes)

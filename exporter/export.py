@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import blueprint, lowering
-from onnxpress.exporter.checkpoint import Checkpoint
 from onnxpress.exporter.lowering import WeightType
-from onnxpress.exporter.weights import TensorSource
+from onnxpress.exporter.sources.checkpoint import Checkpoint
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.graph.storage import HALVES
 
 

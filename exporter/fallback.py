@@ -11,10 +11,10 @@ import torch
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import binding
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
+from onnxpress.exporter.sources import binding
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.exporter.trace import IR_VERSION, OPSET, first_line, quiet
-from onnxpress.exporter.weights import TensorSource
 from onnxpress.graph.floats import require_finite
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter.weights import TensorSource
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.floats import narrow, widen
 from onnxpress.graph.storage import HALVES, StoredTensor, WideTensor

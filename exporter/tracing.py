@@ -16,15 +16,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError, UsageError
-from onnxpress.exporter import binding, rotary, tasks
-from onnxpress.exporter.checkpoint import Checkpoint, check_architecture
+from onnxpress.exporter import rotary, tasks
 from onnxpress.exporter.decoder import export_decoder
 from onnxpress.exporter.encoder import OUTPUTS, export_encoder
 from onnxpress.exporter.encoder_decoder import export_encoder_decoder
 from onnxpress.exporter.lowering import unbound
+from onnxpress.exporter.sources import binding
+from onnxpress.exporter.sources.checkpoint import Checkpoint, check_architecture
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.exporter.template import Template, on_meta
 from onnxpress.exporter.trace import first_line
-from onnxpress.exporter.weights import TensorSource
 
 DEFAULT_POSITIONS = 2048
 """Length of rotary tables where the config names no limit."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from onnxpress.artifact.folder import write_companions, write_graphs
 from onnxpress.exporter.export import export
-from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve
 
 
 def main() -> None:

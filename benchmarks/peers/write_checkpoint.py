@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class QuantizeBlocks(CalibratedPass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type, unit_size: see `onnxpress.optimizers.quantization.maths.block_format`.
+            bits, block_size, zero_points, scale_type, unit_size: see `maths.block_format`.
             method: how codes are found; none: `least-squares` up to 4 bits, `nearest` above, where it gains little.
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
             include, exclude: patterns of weight names; products with other weights are left alone.

@@ -43,7 +43,7 @@ class QuantizeEmbedding(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type, unit_size: see `onnxpress.optimizers.quantization.maths.block_format`;
+            bits, block_size, zero_points, scale_type, unit_size: see `maths.block_format`;
                 blocks must divide the rows of the table.
             accuracy_level: of the tied head, as in quantize-blocks.
             include, exclude: patterns of table names.

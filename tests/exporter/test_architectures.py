@@ -10,8 +10,8 @@ import torch
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import UsageError
 from onnxpress.exporter import architectures, recognise
-from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
+from onnxpress.exporter.sources.checkpoint import load_folder
 
 PROMISED = {
     *(

@@ -12,8 +12,8 @@ import pytest
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.exporter import architectures, blueprint, parity, tracing
-from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
+from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import save_graph
 
 
@@ -48,7 +48,7 @@ def test_the_second_export_needs_no_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from onnxpress.artifact.artifact import Source
-from onnxpress.exporter.checkpoint import load_folder
+from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.graph.io import save_graph
 export(load_folder(Path({str(tmp_path / "first")!r}), Source("llama", "huggingface-folder")))

@@ -9,9 +9,9 @@ import torch
 import transformers as t
 
 from onnxpress.errors import SourceNotFoundError
-from onnxpress.exporter.binding import bind
-from onnxpress.exporter.hub import Snapshot
-from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.exporter.sources.binding import bind
+from onnxpress.exporter.sources.hub import Snapshot
+from onnxpress.exporter.sources.source import Checkpoint, resolve
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> Snapshot:
         raise SourceNotFoundError("the hub does not answer", hint="test")
 
-    monkeypatch.setattr("onnxpress.exporter.source.fetch_snapshot", unreachable)
+    monkeypatch.setattr("onnxpress.exporter.sources.source.fetch_snapshot", unreachable)
 
 
 def from_package(name: str) -> Checkpoint:

@@ -15,10 +15,10 @@ import torch
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError
 from onnxpress.exporter import architectures
-from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.lowering import WeightType
 from onnxpress.exporter.parity import differences
+from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import load_graph, save_graph
 
 FLOAT, HALF, BRAIN = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16

@@ -17,10 +17,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from onnxpress.exporter import architectures, lowering, recognise
-from onnxpress.exporter.binding import ConvertedTensor, bind
-from onnxpress.exporter.checkpoint import load_folder
+from onnxpress.exporter.sources.binding import ConvertedTensor, bind
+from onnxpress.exporter.sources.checkpoint import load_folder
+from onnxpress.exporter.sources.weights import ArrayTensor, FileTensor
 from onnxpress.exporter.template import on_meta
-from onnxpress.exporter.weights import ArrayTensor, FileTensor
 from onnxpress.graph.io import save_graph
 from onnxpress.optimizers.fusion.clean_up import CleanUp
 

@@ -13,8 +13,8 @@ import pytest
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, UsageError
 from onnxpress.exporter import architectures, decoder, fuse, lowering, template
-from onnxpress.exporter.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.export import export
+from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import save_graph
 
 
@@ -82,7 +82,7 @@ def test_stamped_is_what_tracing_every_layer_gives(llama: Checkpoint, tmp_path: 
 
     plan = template.Plan(all_layers=True)
     whole = template._attempt(template.on_meta(LlamaForCausalLM, config), wrap, plan, 64, "")
-    from onnxpress.exporter.binding import bind
+    from onnxpress.exporter.sources.binding import bind
 
     lowering.bind(whole.graph, bind(template.on_meta(LlamaForCausalLM, config), llama.tensors))
     stamped = artifact.graphs["model"]

@@ -10,8 +10,8 @@ import pytest
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, fallback, parity, tasks, tracing
-from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
+from onnxpress.exporter.sources.checkpoint import load_folder
 
 
 def test_unfused_export_agrees_with_torch(tmp_path: Path) -> None:

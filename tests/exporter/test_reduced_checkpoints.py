@@ -23,9 +23,9 @@ from onnxpress.artifact.structure import Structure, read_structure
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, parity
-from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
+from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.write_checkpoint import write_checkpoint
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass

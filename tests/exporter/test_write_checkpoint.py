@@ -19,9 +19,9 @@ from onnxpress.artifact.reduced_config import reduced_config
 from onnxpress.artifact.structure import read_structure
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import architectures, parity
-from onnxpress.exporter.checkpoint import load_folder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
+from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.write_checkpoint import write_checkpoint
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import set_bias, set_weight

@@ -164,8 +164,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ir.Model
     @cache
     def graphs(name: str) -> dict[str, ir.Model]:
         from onnxpress.exporter import architectures
-        from onnxpress.exporter.checkpoint import load_folder
         from onnxpress.exporter.export import export
+        from onnxpress.exporter.sources.checkpoint import load_folder
 
         folder = tmp_path_factory.mktemp(name)
         architectures.tiny_model(name, folder)

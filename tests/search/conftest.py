@@ -95,8 +95,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """`exported("llama")`, `exported("t5", "decoder_model")`: tiny graphs of our exporter."""
     from onnxpress.artifact.artifact import Source
     from onnxpress.exporter import architectures
-    from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export
+    from onnxpress.exporter.sources.checkpoint import load_folder
 
     @cache
     def graphs(name: str) -> dict[str, ir.Model]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxpress.artifact.structure import Record
 from onnxpress.errors import UnsupportedModelError, VerificationError
-from onnxpress.exporter.weights import TensorSource
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.build.measuring import Meter, available_memory

@@ -18,8 +18,8 @@ from onnxpress.graph.io import load_graph
 from onnxpress.progress import Progress
 
 if TYPE_CHECKING:
-    from onnxpress.exporter.checkpoint import Checkpoint
-    from onnxpress.exporter.onnx_source import OnnxSource
+    from onnxpress.exporter.sources.checkpoint import Checkpoint
+    from onnxpress.exporter.sources.onnx_files import OnnxSource
 
 
 def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> Artifact | Checkpoint:
@@ -27,7 +27,7 @@ def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> A
 
     `flags`: `offline`, `allow_pickle`, `trust_remote_code`.
     """
-    from onnxpress.exporter import source as sources
+    from onnxpress.exporter.sources import source as sources
 
     if is_artifact(Path(model)):
         return artifact_folder.load(Path(model))

@@ -39,7 +39,7 @@ from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
-    from onnxpress.exporter.checkpoint import Checkpoint
+    from onnxpress.exporter.sources.checkpoint import Checkpoint
 
 
 ONNX_ONLY = "ONNX only: "

@@ -31,8 +31,8 @@ PACKED = ["gpt2", "phi3", "gpt_neox", "falcon", "modernbert", "llama"]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """`tiny("gpt2")`: a graph of our exporter; Llama's is packed by our own pass."""
     from onnxpress.exporter import architectures
-    from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export
+    from onnxpress.exporter.sources.checkpoint import load_folder
 
     known: dict[str, ir.Model] = {}
 

@@ -33,8 +33,8 @@ Change = Callable[[AttentionWeights], AttentionWeights]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """`tiny("llama", head_dim=32)`: a graph of our exporter with a config of one's own, exported once."""
     from onnxpress.exporter import architectures
-    from onnxpress.exporter.checkpoint import load_folder
     from onnxpress.exporter.export import export
+    from onnxpress.exporter.sources.checkpoint import load_folder
 
     known: dict[str, ir.Model] = {}
 

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.weights import ArrayTensor, TensorSource, same_values
+from onnxpress.exporter.sources.weights import ArrayTensor, TensorSource, same_values
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError
-from onnxpress.exporter.checkpoint import find_companions, read_json
+from onnxpress.exporter.sources.checkpoint import find_companions, read_json
 
 _TRIPLE = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
 """Files of an encoder-decoder as optimum names them; the first two are the least."""

@@ -13,8 +13,8 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.binding import Binding, bind, to_torch
-from onnxpress.exporter.weights import ArrayTensor, TensorSource, read_safetensors
+from onnxpress.exporter.sources.binding import Binding, bind, to_torch
+from onnxpress.exporter.sources.weights import ArrayTensor, TensorSource, read_safetensors
 
 DECODER = {
     "vocab_size": 64,

@@ -23,9 +23,9 @@ from onnxpress.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from onnxpress.exporter.binding import bind
 from onnxpress.exporter.export import export
-from onnxpress.exporter.source import Checkpoint, OnnxSource, resolve
+from onnxpress.exporter.sources.binding import bind
+from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve
 from onnxpress.models.catalog import Pooling
 
 SIZES = {

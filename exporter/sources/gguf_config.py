@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.gguf_header import Header
+from onnxpress.exporter.sources.gguf_header import Header
 from onnxpress.graph.tensors import map_file
 
 _LOCAL_SETTINGS = ("name_or_path", "is_local", "local_files_only")

@@ -21,9 +21,9 @@ from gguf import GGML_QUANT_SIZES, dequantize
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.checkpoint import Checkpoint, find_companions, read_json
-from onnxpress.exporter.gguf_header import Header, TensorInfo, read_header
-from onnxpress.exporter.weights import TensorSource
+from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json
+from onnxpress.exporter.sources.gguf_header import Header, TensorInfo, read_header
+from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.graph.tensors import map_file
 
@@ -162,7 +162,7 @@ def load_gguf(path: Path, source: Source, *, say: Say = lambda _: None) -> Check
         CorruptFileError: truncated or damaged.
         UnsupportedModelError: an architecture or element type without a translation.
     """
-    from onnxpress.exporter.gguf_config import write_folder
+    from onnxpress.exporter.sources.gguf_config import write_folder
 
     header = read_header(path)
     folder = cache_folder() / "gguf" / f"{_safe_name(path.stem)}-{_identity(path)}"

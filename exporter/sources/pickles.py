@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from onnxpress.errors import CorruptFileError, UnsafeInputError, UnsupportedModelError
-from onnxpress.exporter.binding import IR_DTYPES, to_numpy
-from onnxpress.exporter.weights import TensorSource
+from onnxpress.exporter.sources.binding import IR_DTYPES, to_numpy
+from onnxpress.exporter.sources.weights import TensorSource
 
 
 class PickledTensor(TensorSource):

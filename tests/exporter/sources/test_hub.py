@@ -43,7 +43,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
 SCENARIO = """
 import json, sys, time
 from onnxpress.errors import OnnxpressError
-from onnxpress.exporter.source import resolve
+from onnxpress.exporter.sources.source import resolve
 results = []
 for model, options in json.loads(sys.argv[1]):
     said, began = [], time.monotonic()

@@ -15,7 +15,7 @@ from typing import Any
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError, UnsupportedModelError
-from onnxpress.exporter.weights import TensorSource, read_safetensors
+from onnxpress.exporter.sources.weights import TensorSource, read_safetensors
 from onnxpress.models.catalog import Pooling
 
 __all__ = ["Checkpoint", "TensorSource", "find_companions", "load_folder", "read_json"]
@@ -168,7 +168,7 @@ def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, TensorSource
         return _read_shards(index)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and allow_pickle:
-        from onnxpress.exporter.pickles import read_pickle
+        from onnxpress.exporter.sources.pickles import read_pickle
 
         return {name: tensor for path in pickles for name, tensor in read_pickle(path).items()}
     if pickles:
