@@ -20,9 +20,9 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxpress.errors import OnnxpressError
-from onnxpress.exporter.lowering import unbound
 from onnxpress.exporter.sources.checkpoint import Checkpoint
 from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.tracing.lowering import unbound
 from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.graph.io import copy_graph, load_graph, save_graph
 

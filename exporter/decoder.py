@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import adapters, operators
+from onnxpress.exporter import adapters
 from onnxpress.exporter.fuse import Fusion, GraphCache, register_tables
 from onnxpress.exporter.template import Template, Traceable, build, on_meta
+from onnxpress.exporter.tracing import operators
 
 
 class CachedDecoder(nn.Module):

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import blueprint, lowering
-from onnxpress.exporter.lowering import WeightType
+from onnxpress.exporter import blueprint
 from onnxpress.exporter.sources.checkpoint import Checkpoint
 from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.tracing import lowering
+from onnxpress.exporter.tracing.lowering import WeightType
 from onnxpress.graph.storage import HALVES
 
 
@@ -43,7 +44,7 @@ def export(
     known = blueprint.load(key, checkpoint) if key is not None else None
     if known is None:
         with _collector_paused():
-            from onnxpress.exporter.tracing import trace_checkpoint
+            from onnxpress.exporter.trace_checkpoint import trace_checkpoint
 
             traced = trace_checkpoint(checkpoint, task, context_length)
         known = blueprint.Blueprint(traced.task, traced.graphs, dict(traced.sources), traced.described)

@@ -14,7 +14,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
 from onnxpress.exporter.sources import binding
 from onnxpress.exporter.sources.weights import TensorSource
-from onnxpress.exporter.trace import IR_VERSION, OPSET, first_line, quiet
+from onnxpress.exporter.tracing.trace import IR_VERSION, OPSET, first_line, quiet
 from onnxpress.graph.floats import require_finite
 
 

@@ -33,9 +33,9 @@ from onnxpress.search.options import SearchOptions
 from onnxpress.search.recipe_choice import STRUCTURE, budget, check_search, checked, default_recipe, with_our_operators
 
 if TYPE_CHECKING:
-    from onnxpress.exporter.lowering import WeightType
     from onnxpress.exporter.sources.checkpoint import Checkpoint
     from onnxpress.exporter.sources.weights import TensorSource
+    from onnxpress.exporter.tracing.lowering import WeightType
     from onnxpress.search.kernels import KernelTable
     from onnxpress.search.survey import Survey
 

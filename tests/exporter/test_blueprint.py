@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from onnxpress.artifact.artifact import Source
-from onnxpress.exporter import architectures, blueprint, parity, tracing
+from onnxpress.exporter import architectures, blueprint, parity
+from onnxpress.exporter import trace_checkpoint as tracing
 from onnxpress.exporter.export import export
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import save_graph

@@ -9,7 +9,8 @@ import pytest
 
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import architectures, fallback, parity, tasks, tracing
+from onnxpress.exporter import architectures, fallback, parity, tasks
+from onnxpress.exporter import trace_checkpoint as tracing
 from onnxpress.exporter.export import export
 from onnxpress.exporter.sources.checkpoint import load_folder
 

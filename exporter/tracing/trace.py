@@ -12,11 +12,11 @@ import onnx_ir as ir
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from onnxpress.exporter import aten
-from onnxpress.exporter.dimensions import Dimensions
-from onnxpress.exporter.functions import WholeFunctions
-from onnxpress.exporter.lowering import LINEAR_DOMAIN
-from onnxpress.exporter.record import Recorder, recording
+from onnxpress.exporter.tracing import aten
+from onnxpress.exporter.tracing.dimensions import Dimensions
+from onnxpress.exporter.tracing.functions import WholeFunctions
+from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN
+from onnxpress.exporter.tracing.record import Recorder, recording
 from onnxpress.graph.conventions import MICROSOFT
 
 OPSET = 21

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onnxpress.exporter.dimensions import Dimensions
 from onnxpress.exporter.sources.binding import IR_DTYPES, to_numpy
-from onnxpress.exporter.writer import Dimension, GraphWriter
+from onnxpress.exporter.tracing.dimensions import Dimensions
+from onnxpress.exporter.tracing.writer import Dimension, GraphWriter
 
 FOLDED = 4096
 """Elements that a constant computed while recording may have."""

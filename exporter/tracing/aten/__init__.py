@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress.exporter.aten import elementwise, products, reductions, shapes
-from onnxpress.exporter.aten.table import TRANSLATIONS
-from onnxpress.exporter.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.aten import elementwise, products, reductions, shapes
+from onnxpress.exporter.tracing.aten.table import TRANSLATIONS
+from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 __all__ = ["elementwise", "products", "reductions", "shapes", "translate"]
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.aten.table import TRANSLATIONS, aten
-from onnxpress.exporter.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.aten.table import TRANSLATIONS, aten
+from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 FLOATING = (
     *("sqrt:Sqrt", "exp:Exp", "log:Log", "sin:Sin", "cos:Cos", "tan:Tan", "tanh:Tanh", "sigmoid:Sigmoid", "erf:Erf"),
@@ -257,7 +257,7 @@ def same(r: Recorder, out: Tensor, x: Tensor, **options: Any) -> ir.Value:
 
 @aten("copy")
 def copy(r: Recorder, out: Tensor, x: Tensor, source: Tensor, non_blocking: bool = False) -> ir.Value:
-    from onnxpress.exporter.aten.shapes import expand
+    from onnxpress.exporter.tracing.aten.shapes import expand
 
     value = expand(r, out, source, out.shape)
     return r.cast(value, out.dtype)

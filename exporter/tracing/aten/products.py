@@ -8,8 +8,8 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.aten.table import aten
+from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 
 @aten("mm", "bmm", "mv", "dot")

@@ -16,9 +16,9 @@ from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError
 from onnxpress.exporter import architectures
 from onnxpress.exporter.export import export
-from onnxpress.exporter.lowering import WeightType
 from onnxpress.exporter.parity import differences
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
+from onnxpress.exporter.tracing.lowering import WeightType
 from onnxpress.graph.io import load_graph, save_graph
 
 FLOAT, HALF, BRAIN = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -129,7 +129,8 @@ def _with(name: str, value: float, folder: Path) -> Checkpoint:
 def test_the_exporter_of_transformers_writes_float32_only(
     llama: tuple[Checkpoint, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxpress.exporter import blueprint, tracing
+    from onnxpress.exporter import blueprint
+    from onnxpress.exporter import trace_checkpoint as tracing
 
     known = blueprint.Blueprint(
         "feature-extraction", {"model": ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)}, {}, {"method": "fallback"}

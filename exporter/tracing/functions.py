@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from onnxpress.exporter import operators, record
+from onnxpress.exporter.tracing import operators, record
 
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 

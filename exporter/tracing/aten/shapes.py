@@ -10,9 +10,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.aten.elementwise import operand
-from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.aten.elementwise import operand
+from onnxpress.exporter.tracing.aten.table import aten
+from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 Size: TypeAlias = "int | torch.SymInt"
 LAST = (1 << 63) - 1

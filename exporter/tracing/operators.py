@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onnxpress.exporter import record
-from onnxpress.exporter.lowering import LINEAR_DOMAIN
+from onnxpress.exporter.tracing import record
+from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN
 from onnxpress.graph.conventions import MICROSOFT
 
 

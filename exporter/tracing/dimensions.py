@@ -10,7 +10,7 @@ from torch._guards import GuardSource, Source
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, SLoc
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter.writer import Dimension
+from onnxpress.exporter.tracing.writer import Dimension
 
 
 class Dimensions:
