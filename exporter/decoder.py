@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import adapters
-from onnxpress.exporter.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.fusing import adapters
+from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
 from onnxpress.exporter.template import Template, Traceable, build, on_meta
 from onnxpress.exporter.tracing import operators
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onnxpress.exporter.fuse import Fusion, register_tables
+from onnxpress.exporter.fusing.fuse import Fusion, register_tables
 from onnxpress.exporter.template import Template, Traceable, build, on_meta
 
 OUTPUTS: dict[str, tuple[str, ...]] = {

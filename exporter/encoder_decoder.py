@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from onnxpress.exporter.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
 from onnxpress.exporter.template import Template, Traceable, build, on_meta
 
 

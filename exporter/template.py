@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import experts, fuse, kinds, rotary, stamp
-from onnxpress.exporter.fuse import Fusion, Refused
+from onnxpress.exporter import kinds, stamp
+from onnxpress.exporter.fusing import experts, fuse, rotary
+from onnxpress.exporter.fusing.fuse import Fusion, Refused
+from onnxpress.exporter.fusing.patching import IMPLEMENTATION
 from onnxpress.exporter.layers import CannotStamp
-from onnxpress.exporter.patching import IMPLEMENTATION
 from onnxpress.exporter.tracing import trace
 
 

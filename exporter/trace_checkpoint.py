@@ -16,10 +16,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from onnxpress.errors import CorruptFileError, OnnxpressError, UnsupportedModelError, UsageError
-from onnxpress.exporter import rotary, tasks
+from onnxpress.exporter import tasks
 from onnxpress.exporter.decoder import export_decoder
 from onnxpress.exporter.encoder import OUTPUTS, export_encoder
 from onnxpress.exporter.encoder_decoder import export_encoder_decoder
+from onnxpress.exporter.fusing import rotary
 from onnxpress.exporter.sources import binding
 from onnxpress.exporter.sources.checkpoint import Checkpoint, check_architecture
 from onnxpress.exporter.sources.weights import TensorSource

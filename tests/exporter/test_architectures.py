@@ -9,8 +9,9 @@ import torch
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import UsageError
-from onnxpress.exporter import architectures, recognise
+from onnxpress.exporter import architectures
 from onnxpress.exporter.export import export
+from onnxpress.exporter.fusing import recognise
 from onnxpress.exporter.sources.checkpoint import load_folder
 
 PROMISED = {

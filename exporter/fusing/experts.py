@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
-from onnxpress.exporter import recognise
-from onnxpress.exporter.patching import registered, replaced_forward
+from onnxpress.exporter.fusing import recognise
+from onnxpress.exporter.fusing.patching import registered, replaced_forward
 from onnxpress.exporter.tracing import operators
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from onnxpress.exporter.patching import replaced_forward
+from onnxpress.exporter.fusing.patching import replaced_forward
 
 Attention = Callable[..., tuple[Tensor, Any]]
 """transformers' attention interface: (module, query, key, value, bias, scaling=…) -> output [batch, length, heads,

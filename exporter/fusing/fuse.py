@@ -25,10 +25,10 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from onnxpress.exporter import adapters, experts, recognise
-from onnxpress.exporter.experts import Experts
-from onnxpress.exporter.patching import registered, replaced_forward
-from onnxpress.exporter.rotary import APPLY, Rotary, Table
+from onnxpress.exporter.fusing import adapters, experts, recognise
+from onnxpress.exporter.fusing.experts import Experts
+from onnxpress.exporter.fusing.patching import registered, replaced_forward
+from onnxpress.exporter.fusing.rotary import APPLY, Rotary, Table
 from onnxpress.exporter.tracing import operators
 
 

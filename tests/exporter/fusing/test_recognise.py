@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onnxpress.exporter import recognise
+from onnxpress.exporter.fusing import recognise
 
 
 class PlainRMSNorm(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onnxpress.exporter import recognise
+from onnxpress.exporter.fusing import recognise
 
 APPLY = "apply_rotary_pos_emb"
 """The name under which transformers' modeling files define their rotation."""

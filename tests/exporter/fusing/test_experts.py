@@ -16,7 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
-from onnxpress.exporter import architectures, recognise
+from onnxpress.exporter import architectures
+from onnxpress.exporter.fusing import recognise
 from onnxpress.exporter.sources.binding import ConvertedTensor, bind
 from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.sources.weights import ArrayTensor, FileTensor
