@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.fusing import adapters
 from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
-from onnxpress.exporter.template import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
 from onnxpress.exporter.tracing import operators
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxpress.exporter.fusing.fuse import Fusion, register_tables
-from onnxpress.exporter.template import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "feature-extraction": ("last_hidden_state",),

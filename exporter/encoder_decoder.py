@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
-from onnxpress.exporter.template import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
 
 
 class CrossCache(EncoderDecoderCache):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import blueprint
+from onnxpress.exporter.layers import export_cache as blueprint
 from onnxpress.exporter.sources.checkpoint import Checkpoint
 from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.exporter.tracing import lowering

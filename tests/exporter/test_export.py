@@ -12,9 +12,10 @@ import pytest
 
 from onnxpress.artifact.artifact import Artifact, Source
 from onnxpress.errors import CorruptFileError, UsageError
-from onnxpress.exporter import architectures, decoder, template
+from onnxpress.exporter import architectures, decoder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.fusing import fuse
+from onnxpress.exporter.layers import traced as template
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.exporter.tracing import lowering
 from onnxpress.graph.io import save_graph

@@ -18,10 +18,10 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from onnxpress.exporter import architectures
 from onnxpress.exporter.fusing import recognise
+from onnxpress.exporter.layers.traced import on_meta
 from onnxpress.exporter.sources.binding import ConvertedTensor, bind
 from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.sources.weights import ArrayTensor, FileTensor
-from onnxpress.exporter.template import on_meta
 from onnxpress.exporter.tracing import lowering
 from onnxpress.graph.io import save_graph
 from onnxpress.optimizers.fusion.clean_up import CleanUp

@@ -129,8 +129,8 @@ def _with(name: str, value: float, folder: Path) -> Checkpoint:
 def test_the_exporter_of_transformers_writes_float32_only(
     llama: tuple[Checkpoint, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxpress.exporter import blueprint
     from onnxpress.exporter import trace_checkpoint as tracing
+    from onnxpress.exporter.layers import export_cache as blueprint
 
     known = blueprint.Blueprint(
         "feature-extraction", {"model": ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)}, {}, {"method": "fallback"}

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from onnxpress.exporter import architectures, kinds, tasks
-from onnxpress.exporter.template import on_meta
+from onnxpress.exporter import architectures, tasks
+from onnxpress.exporter.layers import signatures as kinds
+from onnxpress.exporter.layers.traced import on_meta
 
 
 def stack_of(architecture: str, **changes: object) -> kinds.Stack:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from onnxpress.artifact.artifact import Source
-from onnxpress.exporter import architectures, blueprint, parity
+from onnxpress.exporter import architectures, parity
 from onnxpress.exporter import trace_checkpoint as tracing
 from onnxpress.exporter.export import export
+from onnxpress.exporter.layers import export_cache as blueprint
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import save_graph
 

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter import kinds, stamp
 from onnxpress.exporter.fusing import experts, fuse, rotary
 from onnxpress.exporter.fusing.fuse import Fusion, Refused
 from onnxpress.exporter.fusing.patching import IMPLEMENTATION
-from onnxpress.exporter.layers import CannotStamp
+from onnxpress.exporter.layers import replicate as stamp
+from onnxpress.exporter.layers import signatures as kinds
+from onnxpress.exporter.layers.split import CannotStamp
 from onnxpress.exporter.tracing import trace
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxpress.exporter.kinds import Stack
-from onnxpress.exporter.layers import (
+from onnxpress.exporter.layers.signatures import Stack
+from onnxpress.exporter.layers.split import (
     EPILOGUE,
     PROLOGUE,
     CannotStamp,

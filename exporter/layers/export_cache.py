@@ -60,7 +60,7 @@ def key(checkpoint: Checkpoint, task: str | None, context_length: int | None) ->
 
 def _own_source() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
