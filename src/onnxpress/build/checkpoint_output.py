@@ -12,7 +12,7 @@ from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.build.measuring import Meter, available_memory
-from onnxpress.placing import place_weights
+from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.build.work import Work
 
 
@@ -34,7 +34,7 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, TensorSou
         raise UnsupportedModelError(
             f"the reduced model is for ONNX only, no checkpoint can hold it: {'; '.join(record.onnx_only)}", hint=hint
         )
-    from onnxpress.exporter.write_checkpoint import write_checkpoint as write
+    from onnxpress.exporter.writing.write_checkpoint import write_checkpoint as write
 
     with work.progress.stage("writing the checkpoint"):
         graphs = [load_graph(path) for stem, path in work.floats.items() if stem != DECODER_MERGED]

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import tasks
 from onnxpress.exporter.layers.traced import on_meta
-from onnxpress.exporter.placed_weights import PlacedWeight
-from onnxpress.exporter.saved_names import Entry, as_saved
 from onnxpress.exporter.sources.binding import _tied_groups
 from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.writing.placed_weights import PlacedWeight
+from onnxpress.exporter.writing.saved_names import Entry, as_saved
 from onnxpress.graph.tensors import concrete_shape
 
 Floats = NDArray[np.float32]

@@ -26,7 +26,8 @@ from onnxpress.exporter import architectures, parity
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
 from onnxpress.exporter.sources.checkpoint import load_folder
-from onnxpress.exporter.write_checkpoint import write_checkpoint
+from onnxpress.exporter.writing.placing import place_weights
+from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
@@ -36,7 +37,6 @@ from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
-from onnxpress.placing import place_weights
 from onnxpress.vocabulary.rewriting import renumbered_config
 
 ROUNDING = 10

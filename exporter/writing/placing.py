@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.exporter.placed_weights import PlacedWeight, Role
+from onnxpress.exporter.writing.placed_weights import PlacedWeight, Role
 from onnxpress.graph.anatomy import Anatomy, anatomy_of
 from onnxpress.graph.anatomy.layers import NORMS, scope_of
 from onnxpress.graph.anatomy.products import find_products

@@ -22,12 +22,12 @@ from onnxpress.exporter import architectures, parity
 from onnxpress.exporter.export import export
 from onnxpress.exporter.reference import TorchReference
 from onnxpress.exporter.sources.checkpoint import load_folder
-from onnxpress.exporter.write_checkpoint import write_checkpoint
+from onnxpress.exporter.writing.placing import place_weights
+from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.editing import set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.fusion.clean_up import CleanUp
-from onnxpress.placing import place_weights
 
 TOLERANCE = 1e-4
 """Of log-probabilities or outputs: rounding in float32 comes to 1e-5."""
