@@ -12,9 +12,9 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
+from onnxpress.exporter.layers.trace import IR_VERSION, OPSET, first_line, quiet
 from onnxpress.exporter.sources import binding
 from onnxpress.exporter.sources.weights import TensorSource
-from onnxpress.exporter.tracing.trace import IR_VERSION, OPSET, first_line, quiet
 from onnxpress.graph.floats import require_finite
 
 

@@ -13,11 +13,9 @@ import transformers
 from numpy.typing import NDArray
 from transformers.initialization import no_init_weights
 
+from onnxpress.arrays import Floats, Ids
 from onnxpress.errors import BadInputError
 from onnxpress.exporter import tasks
-
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 class TorchReference:

@@ -21,12 +21,12 @@ from onnxpress.exporter.decoder import export_decoder
 from onnxpress.exporter.encoder import OUTPUTS, export_encoder
 from onnxpress.exporter.encoder_decoder import export_encoder_decoder
 from onnxpress.exporter.fusing import rotary
+from onnxpress.exporter.layers.trace import first_line
 from onnxpress.exporter.layers.traced import Template, on_meta
 from onnxpress.exporter.sources import binding
 from onnxpress.exporter.sources.checkpoint import Checkpoint, check_architecture
 from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.exporter.tracing.lowering import unbound
-from onnxpress.exporter.tracing.trace import first_line
 
 DEFAULT_POSITIONS = 2048
 """Length of rotary tables where the config names no limit."""

@@ -1,1 +1,4 @@
-"""The catalog: one TOML a known model."""
+"""The catalog of known models: one TOML a model, and their loader.
+
+Imports the errors alone.
+"""

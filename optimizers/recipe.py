@@ -55,8 +55,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from onnxpress.errors import UsageError
-from onnxpress.names import unknown_name
+from onnxpress.errors import UsageError, unknown_name
 from onnxpress.optimizers import registry
 from onnxpress.optimizers.base import Pass
 

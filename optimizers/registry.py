@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from onnxpress.names import unknown_name
+from onnxpress.errors import unknown_name
 from onnxpress.optimizers.base import Pass
 
 PASSES: dict[str, str] = {

@@ -37,8 +37,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from onnxpress.errors import UsageError
-from onnxpress.names import unknown_name
+from onnxpress.errors import UsageError, unknown_name
 
 DETECT = "cpu"
 """The profile name that stands for the host's own."""

@@ -1,6 +1,6 @@
 """Structural reductions for tests of what comes after them: graphs edited by hand, and the same as a pass.
 
-Tiny graphs for tests of all that runs one come from `tiny_graphs`.
+Tiny graphs for tests of all that runs one come from `tiny_graphs`, graphs as text and a pass's checks from `passes`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.graph.anatomy import Attention, anatomy_of
-from onnxpress.graph.editing import forget_shapes, keep_weight, set_heads
+from onnxpress.graph.anatomy.editing import forget_shapes, keep_weight, set_heads
 from onnxpress.graph.report import Report
 from onnxpress.optimizers import registry
 from onnxpress.optimizers.base import Pass
 
+from .passes import check, exported, graph, listing, rng, run
 from .tiny_graphs import make_decoder, make_encoder
 
-__all__ = ["make_decoder", "make_encoder"]
+__all__ = ["check", "exported", "graph", "listing", "make_decoder", "make_encoder", "rng", "run"]
 
 
 def cut(model: ir.Model, *, kv_heads: int = 0, width: int = 0, only: int | None = None) -> None:

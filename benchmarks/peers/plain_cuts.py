@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.graph.anatomy import Attention, FeedForward, Product, anatomy_of
-from onnxpress.graph.editing import forget_shapes, read_weight, set_bias, set_heads, set_weight
+from onnxpress.graph.anatomy.editing import forget_shapes, read_weight, set_bias, set_heads, set_weight
 from onnxpress.graph.io import load_graph, save_graph
 
 Floats = NDArray[np.float64]

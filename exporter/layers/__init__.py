@@ -1,4 +1,4 @@
-"""Which layers are alike, a graph of a few traced layers, its replication to all layers, and a cache of what was traced.
+"""A model traced, told apart into layers, and replicated: few layers are traced, whatever the depth; traces are cached.
 
-Imports `exporter.fusing`, `exporter.tracing` and `exporter.sources`.
+Imports `exporter.aten`, `exporter.fusing`, `exporter.tracing` and `exporter.sources`.
 """

@@ -21,8 +21,8 @@ from onnxpress.exporter.fusing.fuse import Fusion, Refused
 from onnxpress.exporter.fusing.patching import IMPLEMENTATION
 from onnxpress.exporter.layers import replicate as stamp
 from onnxpress.exporter.layers import signatures as kinds
+from onnxpress.exporter.layers import trace
 from onnxpress.exporter.layers.split import CannotStamp
-from onnxpress.exporter.tracing import trace
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A torch module to an ONNX graph: run without values, each operator written down, parameters bound lazily.
+"""Writing a graph down while a torch module runs on tensors without values; its parameters are bound lazily.
 
 Imports `exporter.sources` and `graph`.
 """

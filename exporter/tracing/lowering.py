@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.arrays import Array
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.floats import narrow, widen
 from onnxpress.graph.storage import HALVES, StoredTensor, WideTensor
-from onnxpress.graph.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
 
 LINEAR_DOMAIN = "onnxpress"
 """Domain of the placeholders for products with parameters; see `operators.linear` and `operators.experts`."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.core_model_loading import revert_weight_conversion
 
-Floats = NDArray[np.float32]
+from onnxpress.arrays import Floats
+
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import tasks
 from onnxpress.exporter.layers.traced import on_meta
@@ -30,7 +30,6 @@ from onnxpress.exporter.writing.placed_weights import PlacedWeight
 from onnxpress.exporter.writing.saved_names import Entry, as_saved
 from onnxpress.graph.tensors import concrete_shape
 
-Floats = NDArray[np.float32]
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights; a single tensor may be larger."""
 _NO_PLACE = "the reduced model stays an ONNX model: leave out --checkpoint"

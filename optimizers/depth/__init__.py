@@ -1,1 +1,4 @@
-"""What reduce-depth does to a graph: which layers to take out, taking them out, making up for them."""
+"""The pass that leaves layers out, and what stands in for them.
+
+Imports `optimizers.fitting`, `graph` and `calibration`; the formulas are in `maths`.
+"""

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
@@ -26,7 +25,6 @@ from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Segment, split_layers
 from onnxpress.optimizers.depth.maths import divergence, influence
 
-Array = NDArray[Any]
 Variant = frozenset[int]
 """The layers that a candidate lacks."""
 WHOLE: Variant = frozenset()

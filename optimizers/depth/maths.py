@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from onnxpress.arrays import Doubles, Floats
+
 Merge = Literal["merge", "average"]
 
 RIDGES = tuple(10.0**power for power in range(-6, 1))

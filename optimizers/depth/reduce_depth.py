@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
-from onnxpress.graph.editing import require_editable
+from onnxpress.graph.anatomy.editing import require_editable
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
 from onnxpress.graph.report import Report

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph.anatomy import Product
-from onnxpress.graph.editing import read_weight
+from onnxpress.graph.anatomy.editing import read_weight
 
 Found = Mapping[str, ir.TensorProtocol]
 

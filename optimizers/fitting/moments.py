@@ -8,13 +8,10 @@ tokens with massive activations (Sun et al. 2024), thousands of times longer tha
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles, Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.fitting.statistics import ROWS, require_data, require_finite
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 
 
 class StreamLengths:

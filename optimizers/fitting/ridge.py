@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from onnxpress.arrays import Doubles, Floats
 
 FLOOR = 1e-12
 """Of the mean second moment: the least penalty, for features that are always zero."""

@@ -12,10 +12,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles, Floats
 from onnxpress.errors import BadInputError
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 
 ROWS = 1024
 """Tokens whose products are summed in float32, at a loss of about 6e-8 · ROWS^½, before they join the float64 sum."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.calibration.states import States
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.fitting.moments import StreamLengths
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.fitting.statistics import ROWS, require_finite
-
-Floats = NDArray[np.float32]
 
 HELD_OUT = 4
 """One part in so many of each sample's tokens, its last ones, is for judging, not for fitting."""

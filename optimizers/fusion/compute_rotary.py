@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.matching import drop_unused_weights, weight
@@ -29,8 +29,6 @@ ROTATED = {
     ("RotaryEmbedding", MICROSOFT): (2, 3),
     ("RotaryEmbedding", ""): (1, 2),
 }
-
-Floats = NDArray[np.float32]
 
 
 class Frequencies(NamedTuple):

@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph.editing import PAST
+from onnxpress.arrays import Indices
+from onnxpress.graph.anatomy.editing import PAST
 from onnxpress.graph.linear import add_initializers
 from onnxpress.optimizers.fitting.targets import Regression
-from onnxpress.optimizers.heads.maths.attention_weights import Indices
 from onnxpress.optimizers.heads.sites import HeadSite
 
 

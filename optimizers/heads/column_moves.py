@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.matching import constant
 
-Indices = NDArray[np.int64]
 PLACES = (2, 3)
 """Rows and tokens that are tried: columns have to move in the same way for all of them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxpress.errors import UnsupportedModelError, UsageError
-from onnxpress.optimizers.heads.request import HeadPlan
+from onnxpress.optimizers.heads.maths.request import HeadPlan
 from onnxpress.optimizers.heads.sites import HeadSite, table_width
 
 

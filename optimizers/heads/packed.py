@@ -17,18 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
+from onnxpress.graph.anatomy.editing import columns_of, select
 from onnxpress.graph.anatomy.roles import FUSED
-from onnxpress.graph.editing import columns_of, select
 from onnxpress.graph.linear import add_constant, add_initializers, drop_unused
 from onnxpress.graph.tensors import concatenate, concrete_shape
-from onnxpress.optimizers.heads.column_moves import Columns, Indices, columns_at
-from onnxpress.optimizers.heads.request import Sizes
+from onnxpress.optimizers.heads.column_moves import Columns, columns_at
+from onnxpress.optimizers.heads.maths.request import Sizes
 
-Floats = NDArray[np.float32]
 NAMES = ("query", "key", "value")
 
 

@@ -20,8 +20,8 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles, Indices
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
@@ -32,18 +32,17 @@ from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.fitting.targets import Target
 from onnxpress.optimizers.heads.limits import require_possible
 from onnxpress.optimizers.heads.maths.attention_sinks import mixed_sums
-from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.output_refit import error, refit
 from onnxpress.optimizers.heads.maths.reduction import Observed, Reduction
+from onnxpress.optimizers.heads.maths.request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
 from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.heads.packed import unpacked
-from onnxpress.optimizers.heads.request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.heads.samples import HeadSamples
 from onnxpress.optimizers.heads.sites import Arrays, HeadSite, cut_tables, pack, pack_output, site_of, skip_reason
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
-Doubles = NDArray[np.float64]
 Tables = tuple[ir.Value, ir.Value]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from onnxpress.arrays import Indices
 from onnxpress.calibration.walk import Step
 from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.fitting.targets import Plus, Regression, Target
 from onnxpress.optimizers.heads.attended import KeptHeads, attended_states
-from onnxpress.optimizers.heads.maths.attention_weights import Indices
 from onnxpress.optimizers.heads.maths.output_refit import Sums
 from onnxpress.optimizers.heads.maths.reduction import Attended
 from onnxpress.optimizers.heads.maths.value_regression import HeadProducts

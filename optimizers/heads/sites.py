@@ -9,11 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, Block, Product
-from onnxpress.graph.anatomy.layers import NORMS
-from onnxpress.graph.anatomy.roles import FUSED, ROTARY_INPUTS
-from onnxpress.graph.editing import (
+from onnxpress.graph.anatomy.editing import (
     PAST,
     QK_NORM,
     QK_NORM_HINT,
@@ -25,9 +24,11 @@ from onnxpress.graph.editing import (
     set_weight,
     spelled_out,
 )
+from onnxpress.graph.anatomy.layers import NORMS
+from onnxpress.graph.anatomy.roles import FUSED, ROTARY_INPUTS
 from onnxpress.graph.linear import add_initializers
 from onnxpress.graph.sizes import size_of
-from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 Arrays = dict[str, NDArray[np.float32]]
 BIAS_INPUT = {"GroupQueryAttention": 10, "MultiHeadAttention": 5, "DecoderMaskedMultiHeadAttention": 4, "Attention": 3}

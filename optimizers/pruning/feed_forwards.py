@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, FeedForward, Product
+from onnxpress.graph.anatomy.editing import keep_weight, read_weight, require_editable
 from onnxpress.graph.anatomy.roles import ACTIVATIONS
-from onnxpress.graph.editing import keep_weight, read_weight, require_editable
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.tensors import concrete_shape
-
-Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
 
 ELEMENTWISE = ACTIVATIONS | {
     *(

@@ -21,7 +21,7 @@ from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.walk import Step
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Block, anatomy_of
-from onnxpress.graph.editing import read_weight, set_bias, set_weight
+from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
@@ -35,7 +35,6 @@ from onnxpress.optimizers.pruning.maths import width as maths
 from onnxpress.optimizers.pruning.maths.allocation import spread
 from onnxpress.optimizers.pruning.maths.width import Method, Removal
 
-Indices = NDArray[np.int64]
 LEAST = 0.25
 """Of its channels, what a global budget leaves every layer."""
 

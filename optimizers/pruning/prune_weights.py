@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.calibration.samples import token_count
 from onnxpress.calibration.walk import Step
@@ -26,16 +27,7 @@ from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.pruning.mask_files import PackedMask, read_masks
 from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, read, zeros
-from onnxpress.optimizers.pruning.maths.masks import (
-    Floats,
-    Score,
-    Threshold,
-    choose,
-    growing,
-    is_sparse,
-    parse_pattern,
-    scores,
-)
+from onnxpress.optimizers.pruning.maths.masks import Score, Threshold, choose, growing, is_sparse, parse_pattern, scores
 from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
 from onnxpress.optimizers.quantization.fit_blocks import FEWEST_TOKENS
 from onnxpress.optimizers.quantization.maths.gptq import relative_error

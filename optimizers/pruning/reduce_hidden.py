@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Product, anatomy_of
-from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
+from onnxpress.graph.anatomy.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.linear import add_constant, match_linear
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
@@ -29,8 +30,6 @@ from onnxpress.optimizers.pruning.maths.hidden import (
     tied_mixture,
 )
 from onnxpress.optimizers.pruning.stream import Stream, find_stream, moments_of, rotate_rows
-
-Doubles = NDArray[np.float64]
 
 
 class ReduceHidden(CalibratedPass):

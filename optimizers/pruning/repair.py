@@ -28,8 +28,8 @@ from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.walk import Step
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Block, Product, anatomy_of
+from onnxpress.graph.anatomy.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.conventions import LAYERS
-from onnxpress.graph.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Product, anatomy_of, find_products
 from onnxpress.graph.anatomy.layers import NORMS
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
-Doubles = NDArray[np.float64]
 ROWS = 4096
 """Rows of an embedding table that are read at once."""
 

@@ -12,19 +12,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Product, anatomy_of
+from onnxpress.graph.anatomy.editing import keep_weight, require_editable, select
 from onnxpress.graph.anatomy.map import Embedding
-from onnxpress.graph.editing import keep_weight, require_editable, select
 from onnxpress.graph.linear import add_constant, match_linear
 from onnxpress.graph.matching import scalar
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
 from onnxpress.optimizers.base import Pass
-
-Ids = NDArray[np.int64]
 
 _INPUTS = ("input_ids", "decoder_input_ids")
 _RESHAPED = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Expand")

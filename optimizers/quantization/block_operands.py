@@ -17,10 +17,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.graph.linear import OFFSETS, add_constant, add_initializers, read_matrix
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, ViewTensor
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, Floats, mask
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, mask
 from onnxpress.optimizers.quantization.maths.hqq import hqq
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares, round_to_nearest
 from onnxpress.optimizers.quantization.maths.reencoding import lattice

@@ -19,11 +19,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.arrays import Array
 from onnxpress.errors import UsageError
 from onnxpress.graph.floats import narrow
 from onnxpress.graph.matching import add_weight, drop_unused_weights
 from onnxpress.graph.report import Report
-from onnxpress.graph.tensors import Array, FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Pass
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.arrays import Floats
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import find_linears, read_matrix, selected, shape_of
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, rows_of
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Floats, split_columns
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, split_columns
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 from onnxpress.optimizers.quantization.maths.reencoding import find_lattice
 from onnxpress.optimizers.quantization.quantize_blocks import obstacle, quantize_linear

@@ -49,7 +49,8 @@ class QuantizeExperts(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type: see `maths.block_format`; blocks must divide the hidden size and that of an expert.
+            bits, block_size, zero_points, scale_type: see `maths.block_format`; blocks must divide the
+                hidden size and that of an expert.
             method: as in quantize-blocks; none: `least-squares` up to 4 bits, `nearest` at 8.
             accuracy_level: at 4 bits 4 multiplies in integers, 0 and 1 in float32; 2 and 8 bits always do the former.
             include, exclude: patterns of weight names; a mixture is left alone if one of its weights is.

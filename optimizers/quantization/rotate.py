@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.arrays import Floats
 from onnxpress.graph.linear import ROTATION, Linear, add_constant, by_activation, chosen_linears, is_shared
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.quantization.maths.block_format import Floats
 from onnxpress.optimizers.quantization.maths.rotation import hadamard, rotate_channels
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Indices
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.linear import (
     OUTLIERS,
@@ -31,9 +31,7 @@ from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
-from onnxpress.optimizers.quantization.maths.outliers import Columns, fewest_outliers
-
-Floats = NDArray[np.float32]
+from onnxpress.optimizers.quantization.maths.outliers import fewest_outliers
 
 
 class SplitOutliers(CalibratedPass):
@@ -99,13 +97,13 @@ class _Loudness:
         self.channels.update(x, sample)
         self.energy += sum(float(np.square(x @ read_rows(linear).T).sum()) for linear in self.linears)
 
-    def outliers(self, max_error: float) -> Columns:
+    def outliers(self, max_error: float) -> Indices:
         peaks = self.channels.peaks()
         weight = np.concatenate([read_rows(linear).T for linear in self.linears], axis=1)
         return fewest_outliers(peaks, weight, self.energy / self.channels.count, max_error)
 
 
-def _split(graph: ir.Graph, activation: ir.Value, linears: Sequence[Linear], columns: Columns) -> None:
+def _split(graph: ir.Graph, activation: ir.Value, linears: Sequence[Linear], columns: Indices) -> None:
     """Mask the outliers in what the products read and add their share."""
     features = linears[0].shape[0]
     mask = np.ones(features, np.float32)
@@ -133,12 +131,12 @@ def _split(graph: ir.Graph, activation: ir.Value, linears: Sequence[Linear], col
         _zero(linear, columns)
 
 
-def _rows(linear: Linear, columns: Columns) -> ir.TensorProtocol:
+def _rows(linear: Linear, columns: Indices) -> ir.TensorProtocol:
     """W[outliers], [channels, out], as it is now."""
     return ir.tensor(np.ascontiguousarray(read_rows(linear)[:, columns].T))
 
 
-def _zero(linear: Linear, columns: Columns) -> None:
+def _zero(linear: Linear, columns: Indices) -> None:
     """W₀ when it is written."""
     tensor = linear.weight.const_value
     assert tensor is not None

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.calibration.walk import Step, Walk
 from onnxpress.graph.anatomy import Product, find_products
 
 WIDTH, INNER, WORDS = 8, 16, 20
-Floats = NDArray[np.float32]
 
 
 def layered(depth: int, seed: int = 0) -> ir.Model:

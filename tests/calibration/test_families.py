@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.walk import Walk
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import copy_graph
 
-Floats = NDArray[np.float32]
 LEFT = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
 RIGHT = np.ascontiguousarray(LEFT[:, ::-1])
 

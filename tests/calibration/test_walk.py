@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxpress.calibration.samples import Feeds
+from onnxpress.arrays import Feeds
 from onnxpress.calibration.walk import Walk
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import find_products

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,51 +16,49 @@ import onnxpress
 
 PACKAGE = Path(onnxpress.__file__).parent
 ROOT = PACKAGE.parents[1]
+TESTS = ROOT / "tests"
 FOLDERS = ("exporter", "optimizers", "runtime_profiles", "models")
 
-# Whatever is not named here lies between the folders and the pipeline: measuring, packaging, reporting.
-BETWEEN = 2
-LAYERS = {
-    "_version": 0,
-    "errors": 0,
-    "names": 0,
-    "stems": 0,
-    "artifact": 0,
-    "floats": 0,
-    "tensors": 0,
-    "storage": 0,
-    "graph_checks": 0,
-    "file_aside": 0,
-    "graph_io": 0,
-    "session_options": 0,
-    "metrics": 0,
-    "runtime": 0,
-    "decoder_session": 0,
-    "manifest": 0,
-    "progress": 0,
-    "staging": 0,
-    "exporter": 1,
-    "optimizers": 1,
-    "runtime_profiles": 1,
-    "models": 1,
-    "pipeline": 3,
-    "commands": 4,
-    "cli": 5,
-    "__main__": 6,
-}
-BETWEEN_FOLDERS = {("exporter", "models")}
-"""Folders do not import each other, but for the catalog, which says where checkpoints are."""
+FLOORS = (
+    ("_version", "arrays", "errors", "progress"),
+    ("files", "models"),
+    ("graph",),
+    ("graph.anatomy", "runtime"),
+    ("evaluation", "runtime_profiles"),
+    ("artifact", "calibration", "generation"),
+    ("exporter.sources", "optimizers", "optimizers.fitting", "optimizers.fusion.decomposed"),
+    ("exporter.tracing", "optimizers.heads.maths", "optimizers.quantization.folding", "optimizers.quantization.maths"),
+    ("exporter.aten", "exporter.fusing", "optimizers.pruning.maths"),
+    ("exporter.layers", "optimizers.depth", "optimizers.heads", "optimizers.quantization"),
+    ("exporter", "optimizers.fusion", "optimizers.pruning"),
+    ("exporter.writing", "vocabulary"),
+    ("report",),
+    ("build",),
+    ("search",),
+    ("finished", "pipeline"),
+    ("commands",),
+    ("cli",),
+)
+"""Rooms from the ground up: a folder, or a module that is in none. Each may import what is on a floor below its own,
+and nothing that is on its own floor or above."""
+WIDEST = 20
+"""Modules in a folder; whoever needs more makes a room of some of them."""
 ONLY_IN_EXPORTER = {"torch", "transformers", "optimum", "gguf", "huggingface_hub", "sentencepiece", "accelerate"}
 
 
 def sources() -> list[tuple[str, Path]]:
-    """(part, file) for every Python file of the package; a folder is one part."""
+    """(room, file) for every Python file of the package but its own `__init__`."""
     found = []
-    for path in sorted(PACKAGE.rglob("*.py", recurse_symlinks=True) if sys.version_info >= (3, 13) else _walk(PACKAGE)):
+    for path in sorted(_walk(PACKAGE)):
         relative = path.relative_to(PACKAGE)
         if relative.name != "__init__.py" or len(relative.parts) > 1:
-            found.append((relative.parts[0].removesuffix(".py"), path))
+            found.append((room_of(relative), path))
     return found
+
+
+def room_of(relative: Path) -> str:
+    """`graph.anatomy` for graph/anatomy/map.py, `errors` for errors.py."""
+    return ".".join(relative.parts[:-1]) or relative.stem
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -71,27 +70,40 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
-    """Absolute names of the modules that a file imports; `top_only`: when it is imported itself."""
+    """Absolute names of what a file imports, for typing alone, too; `top_only`: when it is imported itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = ["onnxpress", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in _statements(tree, functions=not top_only):
+    for node in _statements(tree, functions=not top_only, typing=not top_only):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            assert not node.level, f"{path} imports from {'.' * node.level}: absolute names only"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _statements(tree: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
-    """Everything outside `if TYPE_CHECKING` blocks and, unless they count, functions."""
+def _statements(tree: ast.AST, *, functions: bool, typing: bool) -> Iterator[ast.AST]:
+    """Everything but, unless they count, functions and `if TYPE_CHECKING` blocks."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not functions:
             continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing:
             continue
         yield node
-        yield from _statements(node, functions=functions)
+        yield from _statements(node, functions=functions, typing=typing)
+
+
+def module_of(name: str) -> Path | None:
+    """The file, relative to the package, that an imported name is found in; None for what is not ours."""
+    parts = name.split(".")
+    if parts[0] != "onnxpress":
+        return None
+    while len(parts) > 1:
+        relative = Path(*parts[1:])
+        if (PACKAGE / relative).with_suffix(".py").is_file():
+            return relative.with_suffix(".py")
+        if (PACKAGE / relative / "__init__.py").is_file():
+            return relative / "__init__.py"
+        parts.pop()
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +112,75 @@ def files() -> list[tuple[str, Path]]:
 
 
 def test_all_four_folders_are_walked(files: list[tuple[str, Path]]) -> None:
-    assert set(FOLDERS) <= {part for part, _ in files}
+    assert {folder for folder in FOLDERS for room, _ in files if room.split(".")[0] == folder} == set(FOLDERS)
 
 
-def test_no_layer_is_given_to_what_is_not_there(files: list[tuple[str, Path]]) -> None:
-    assert LAYERS.keys() - {part for part, _ in files} <= {"__main__"}
+def test_each_room_has_a_floor(files: list[tuple[str, Path]]) -> None:
+    assert sorted({room for room, _ in files} - {"__main__"}) == sorted(room for floor in FLOORS for room in floor)
 
 
 def test_imports_point_downwards(files: list[tuple[str, Path]]) -> None:
+    number = {room: index for index, floor in enumerate(FLOORS) for room in floor}
     wrong = []
-    for part, path in files:
+    for room, path in files:
         for name in imports(path):
-            pieces = name.split(".")
-            if pieces[0] != "onnxpress" or len(pieces) == 1 or pieces[1] == part:
+            module = module_of(name)
+            if module is None:
                 continue
-            mine, other = LAYERS.get(part, BETWEEN), LAYERS.get(pieces[1], BETWEEN)
-            if pieces[1].startswith("__version"):
-                continue
-            folders = part in FOLDERS and pieces[1] in FOLDERS
-            if other > mine or (folders and (part, pieces[1]) not in BETWEEN_FOLDERS):
+            other = room_of(module)
+            if other != room and number[other] >= number[room]:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert wrong == []
+
+
+def test_no_circles_inside_a_room(files: list[tuple[str, Path]]) -> None:
+    arrows = {
+        path.relative_to(PACKAGE): {found for name in imports(path) if (found := module_of(name)) is not None}
+        for _, path in files
+    }
+    open_, done = set[Path](), set[Path]()
+
+    def visit(path: Path, way: list[Path]) -> None:
+        assert path not in open_, f"a circle: {' -> '.join(map(str, [*way[way.index(path) :], path]))}"
+        if path in done:
+            return
+        open_.add(path)
+        for other in sorted(arrows.get(path, ())):
+            if other != path:
+                visit(other, [*way, path])
+        open_.remove(path)
+        done.add(path)
+
+    for path in arrows:
+        visit(path, [])
+
+
+def test_no_room_is_crowded(files: list[tuple[str, Path]]) -> None:
+    sizes = Counter(path.parent.relative_to(PACKAGE) for _, path in files if path.name != "__init__.py")
+    assert {str(folder): size for folder, size in sizes.items() if size > WIDEST} == {}
+
+
+def test_each_room_says_what_lives_there(files: list[tuple[str, Path]]) -> None:
+    silent = []
+    for folder in sorted({path.parent for _, path in files} - {PACKAGE}):
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        if "Imports" not in text:
+            silent.append(str(folder.relative_to(PACKAGE)))
+    assert silent == []
+
+
+def test_tests_mirror_the_rooms(files: list[tuple[str, Path]]) -> None:
+    """A folder of tests is called as what it tests; clients, the pipeline end to end and this house are apart."""
+    rooms = {str(path.parent.relative_to(PACKAGE)) for _, path in files} | {"clients", "house", "pipeline"}
+    folders = {str(path.parent.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")}
+    assert folders - rooms == set()
 
 
 def test_the_exporter_alone_imports_torch_and_its_kin(files: list[tuple[str, Path]]) -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {name}"
         for part, path in files
-        if part != "exporter"
+        if part.split(".")[0] != "exporter"
         for name in imports(path)
         if name.split(".")[0] in ONLY_IN_EXPORTER
     ]
@@ -138,7 +191,7 @@ def test_passes_do_not_import_the_runtime_at_the_top(files: list[tuple[str, Path
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {name}"
         for part, path in files
-        if part == "optimizers"
+        if part.split(".")[0] == "optimizers"
         for name in imports(path, top_only=True)
         if name.split(".")[0] == "onnxruntime"
     ]

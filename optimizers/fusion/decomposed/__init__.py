@@ -1,1 +1,4 @@
-"""Attention that a graph spells out in plain operators: its heads, its mask, how long its cache is."""
+"""Attention that exporters decompose into small operators, recognised part by part.
+
+Imports `graph`, and `calibration` for evaluating small parts of a graph.
+"""

@@ -9,12 +9,10 @@ tokens of the samples as if each stood alone.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-
-Doubles = NDArray[np.float64]
 
 
 def mixed_moments(seen: Doubles, weights: AttentionWeights, hidden: Doubles, share: float) -> Doubles:

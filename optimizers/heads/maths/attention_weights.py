@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
+from onnxpress.arrays import Doubles, Indices
 
 
 @dataclass(frozen=True)

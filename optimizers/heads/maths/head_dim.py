@@ -15,9 +15,9 @@ Both are exact where the product has no higher rank. Heads that share keys and v
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
+from onnxpress.arrays import Doubles
+
 FLOOR = 1e-7
 """Eigenvalues below this share of the largest are rounding errors of sums in float32."""
 

@@ -14,11 +14,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.rotary_planes import plane_dimensions
 
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
 ROUNDS = 8
 """Of turning each head towards the mean of its cluster."""
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.optimizers.fitting.ridge import Normal, penalties, solve
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-
-Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

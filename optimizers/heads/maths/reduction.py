@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles, Indices
 from onnxpress.optimizers.fitting.moments import Moments
 from onnxpress.optimizers.fitting.ridge import penalties
 from onnxpress.optimizers.heads.maths.attention_sinks import mixed_moments
-from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.head_dim import chosen_dimensions, score_bases, value_bases
 from onnxpress.optimizers.heads.maths.kv_merge import merge
 from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.request import HeadPlan
 from onnxpress.optimizers.heads.maths.selection import eliminate_heads, head_blocks, loudest_heads, output_norms
 from onnxpress.optimizers.heads.maths.value_regression import cluster_sums, regress_values, successors
-from onnxpress.optimizers.heads.request import HeadPlan
 
-Doubles = NDArray[np.float64]
 Method = Literal["least-squares", "regress", "slice"]
 VALUE_RIDGE = 0.1
 """Of the regression of values, which has hidden · heads unknowns for each output."""

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.errors import UsageError
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.request import HeadPlan
-
-Doubles = NDArray[np.float64]
+from onnxpress.optimizers.heads.maths.request import HeadPlan
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ of cosines and sines that belong to them. All heads that read one table keep the
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
+from onnxpress.arrays import Doubles, Indices
 
 
 def plane_dimensions(head_dim: int, *, interleaved: bool) -> Indices:

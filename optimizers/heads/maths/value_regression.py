@@ -14,11 +14,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights, Indices
+from onnxpress.arrays import Doubles, Indices
+from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.head_dim import roots
 from onnxpress.optimizers.heads.maths.output_refit import Sums
-
-Doubles = NDArray[np.float64]
 
 
 class HeadProducts:

@@ -13,10 +13,8 @@ had, if the stream is made shorter by c = √(kept/width), which its readers tak
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Doubles = NDArray[np.float64]
+from onnxpress.arrays import AnyFloats, Doubles
 
 
 def principal_directions(covariance: Doubles, kept: int) -> Doubles:
@@ -32,7 +30,7 @@ def lost_share(covariance: Doubles, directions: Doubles) -> float:
     return max(0.0, 1 - inside / total) if total > 0 else 0.0
 
 
-def center(writer: Floats) -> Floats:
+def center(writer: AnyFloats) -> AnyFloats:
     """What writes [..., width] into the stream, without the mean of each row: LayerNorm is an RMS norm behind it."""
     return np.asarray(writer - writer.mean(axis=-1, keepdims=True))
 
@@ -42,7 +40,7 @@ def stream_scale(width: int, kept: int) -> float:
     return float(np.sqrt(kept / width))
 
 
-def tied_mixture(table_moments: Doubles, gain: Floats, directions: Doubles) -> Doubles:
+def tied_mixture(table_moments: Doubles, gain: AnyFloats, directions: Doubles) -> Doubles:
     """A [kept, kept] by which a head goes on multiplying by the table of the embeddings.
 
     The head should be Qᵀ diag(gain) Tᵀ, the sliced table is T Q: A = argmin |Qᵀ diag(gain) Tᵀ − A (T Q)ᵀ|², which is

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Doubles = NDArray[np.float64]
+from onnxpress.arrays import AnyFloats, Doubles
 
 RIDGE = 1e-6
 """Of the mean energy of an input: directions that no sample showed still count a little."""
@@ -28,7 +26,7 @@ class Spectrum(NamedTuple):
     """Vᵀ [min(in, out), out]"""
 
 
-def spectrum_of(weight: Floats, moments: Doubles | None) -> Spectrum:
+def spectrum_of(weight: AnyFloats, moments: Doubles | None) -> Spectrum:
     """Spectrum of x W for inputs of these moments [in, in]; None: inputs that are alike in all directions."""
     matrix = np.asarray(weight, np.float64)
     if moments is not None:
@@ -40,7 +38,7 @@ def spectrum_of(weight: Floats, moments: Doubles | None) -> Spectrum:
     return Spectrum(np.square(values), directions)
 
 
-def factors(weight: Floats, directions: Floats, rank: int) -> tuple[Doubles, Doubles]:
+def factors(weight: AnyFloats, directions: AnyFloats, rank: int) -> tuple[Doubles, Doubles]:
     """A [in, rank] and B [rank, out]."""
     kept = np.asarray(directions[:rank], np.float64)
     return np.asarray(weight, np.float64) @ kept.T, kept

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Mask = NDArray[np.bool_]
+from onnxpress.arrays import Booleans, Floats
+
 Score = Literal["magnitude", "l2", "ratio", "wanda"]
 GONE = np.float32(-1)
 """The score of a weight that is zero, below all others."""
@@ -106,7 +106,7 @@ def importance_ratio(weight: Floats, strength: float) -> Floats:
     return ratio
 
 
-def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Mask:
+def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Booleans:
     """The mask that takes out the lowest scores [inputs, outputs].
 
     Args:
@@ -124,16 +124,16 @@ def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool
     inputs, outputs = found.shape
     if pattern.group:
         grouped = found.reshape(-1, pattern.group, outputs)
-        grouped_mask: Mask = _without_lowest(grouped, pattern.group - pattern.kept).reshape(inputs, outputs)
+        grouped_mask: Booleans = _without_lowest(grouped, pattern.group - pattern.kept).reshape(inputs, outputs)
         return grouped_mask
     if pattern.rows * pattern.columns > 1:
         shape = (inputs // pattern.columns, pattern.columns, outputs // pattern.rows, pattern.rows)
         blocks = np.maximum(found, 0).reshape(shape).sum(axis=(1, 3), dtype=np.float64)
         kept = _without_lowest(blocks.reshape(1, -1, 1), count_of(sparsity, blocks.size)).reshape(blocks.shape)
-        whole: Mask = np.repeat(np.repeat(kept, pattern.columns, axis=0), pattern.rows, axis=1)
+        whole: Booleans = np.repeat(np.repeat(kept, pattern.columns, axis=0), pattern.rows, axis=1)
         return whole
     if per_output:
-        rows: Mask = _without_lowest(found[None], count_of(sparsity, inputs))[0]
+        rows: Booleans = _without_lowest(found[None], count_of(sparsity, inputs))[0]
         return rows
     return _without_lowest(found.reshape(1, -1, 1), count_of(sparsity, found.size)).reshape(found.shape)
 
@@ -149,7 +149,7 @@ def count_of(sparsity: float, size: int) -> int:
     return min(round(sparsity * size), size)
 
 
-def _without_lowest(found: NDArray[np.floating], count: int) -> Mask:
+def _without_lowest(found: NDArray[np.floating], count: int) -> Booleans:
     """[groups, members, columns]: True but for the `count` lowest members of each group and column."""
     mask = np.ones(found.shape, np.bool_)
     if count:
@@ -185,7 +185,7 @@ class Threshold:
         self.ties = count - int(reached[place] - lower[place])
         """How many numbers equal to it go; the first ones."""
 
-    def mask(self, found: Floats) -> Mask:
+    def mask(self, found: Floats) -> Booleans:
         """Of one of the arrays; to be called in the order in which they were read, once for each."""
         bits = _bits(found)
         gone = bits < self.bits

@@ -14,17 +14,15 @@ Alistarh 2023), whose score w² / [H⁻¹]_kk is the same. It solves for each we
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnxpress.optimizers.pruning.maths.masks import GONE, Floats, Mask, Pattern, choose, count_of
+from onnxpress.arrays import Booleans, Doubles, Floats
+from onnxpress.optimizers.pruning.maths.masks import GONE, Pattern, choose, count_of
 from onnxpress.optimizers.quantization.maths.gptq import PANEL, check_gram, damped_gram, upper_root
-
-Doubles = NDArray[np.float64]
 
 
 def sparsegpt(
     weight: Floats, gram: Doubles, sparsity: float, pattern: Pattern, *, damping: float = 0.03
-) -> tuple[Floats, Mask]:
+) -> tuple[Floats, Booleans]:
     """The pruned weight [inputs, outputs], and its mask.
 
     Args:
@@ -76,7 +74,7 @@ def _share(sparsity: float, start: int, end: int, weight: Floats, pattern: Patte
 
 
 def refit(
-    weight: Floats, start: Floats, mask: Mask, gram: Doubles, *, damping: float = 0.03, steps: int = 16
+    weight: Floats, start: Floats, mask: Booleans, gram: Doubles, *, damping: float = 0.03, steps: int = 16
 ) -> Floats:
     """Weights that stay, moved towards the least of tr(Eᵀ H E) by conjugate gradients; those that go are zero.
 

@@ -20,11 +20,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles, Floats, Indices
 from onnxpress.optimizers.fitting.ridge import solve
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 Method = Literal["least-squares", "activation", "l1", "l2", "taylor", "flap"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -1,4 +1,7 @@
-"""Channels that can be rescaled for nothing, see `tracer`: what SmoothQuant, AWQ and equalization work on."""
+"""Where a scale for each channel can be folded into the weights before and behind it.
+
+Imports `graph`.
+"""
 
 from __future__ import annotations
 

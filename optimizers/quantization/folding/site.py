@@ -8,14 +8,11 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Integers
 from onnxpress.graph.linear import Linear, read_matrix
 from onnxpress.graph.matching import add_weight
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
 
 Kind = Literal["norm", "up", "value", "node"]
 FREE: tuple[Kind, ...] = ("norm", "up", "value")

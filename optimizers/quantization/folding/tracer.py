@@ -28,12 +28,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.arrays import Integers
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import Linear, find_linears
 from onnxpress.graph.matching import constant, is_op, scalar, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
-from onnxpress.optimizers.quantization.folding.site import FREE, FoldingSite, Integers, Kind, Slot
+from onnxpress.optimizers.quantization.folding.site import FREE, FoldingSite, Kind, Slot
 
 NORMS = {
     ("", "LayerNormalization"): (1, 2),

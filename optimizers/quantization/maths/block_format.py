@@ -35,8 +35,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+from onnxpress.arrays import Codes, Floats
+
 ZeroPoints = Literal["none", "integer", "float"]
 ScaleType = Literal["float32", "float16", "int8"]
 LARGEST_MULTIPLIER = 127

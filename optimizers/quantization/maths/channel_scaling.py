@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, Floats
+from onnxpress.arrays import Doubles, Floats
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
-
-Doubles = NDArray[np.float64]
 
 FLOOR = 1e-4
 """Channels quieter than this fraction of the loudest count as that loud: their s would only amplify rounding."""

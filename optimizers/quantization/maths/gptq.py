@@ -24,11 +24,11 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, Floats
+from onnxpress.arrays import Doubles, Floats
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.maths.grids import rounded_scales
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 
-Doubles = NDArray[np.float64]
 Order = Literal["activation", "natural"]
 
 PANEL = 128

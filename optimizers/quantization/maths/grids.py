@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onnxpress.arrays import Floats
 from onnxpress.optimizers.quantization.maths.block_format import (
     SMALLEST_HALF,
     BlockFormat,
     Blocks,
-    Floats,
     Levels,
     joined,
     multipliers,

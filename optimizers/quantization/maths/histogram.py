@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.fitting.statistics import Doubles, Floats, require_data, require_finite
+from onnxpress.arrays import Doubles, Floats
+from onnxpress.optimizers.fitting.statistics import require_data, require_finite
 
 Counts = NDArray[np.int64]
 PRECISION = 22

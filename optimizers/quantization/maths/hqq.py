@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, Floats
+from onnxpress.arrays import Floats
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
 from onnxpress.optimizers.quantization.maths.grids import (
     Grid,
     best_grid,

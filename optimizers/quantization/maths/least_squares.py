@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, Floats, split_columns
+from onnxpress.arrays import Floats
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, split_columns
 from onnxpress.optimizers.quantization.maths.grids import (
     Grid,
     best_grid,

@@ -8,20 +8,16 @@ Outliers live in the same few channels whatever the token, so that the split can
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnxpress.optimizers.quantization.maths.block_format import Floats
-
-Doubles = NDArray[np.float64]
-Columns = NDArray[np.int64]
+from onnxpress.arrays import Floats, Indices
 
 
-def outlier_columns(peaks: Floats, threshold: float = 6.0) -> Columns:
+def outlier_columns(peaks: Floats, threshold: float = 6.0) -> Indices:
     """Channels in which some |x| exceeds `threshold`, in order. The paper's 6 suits activations of norms."""
     return np.flatnonzero(peaks > threshold)
 
 
-def fewest_outliers(peaks: Floats, weight: Floats, energy: float, max_error: float, bits: int = 8) -> Columns:
+def fewest_outliers(peaks: Floats, weight: Floats, energy: float, max_error: float, bits: int = 8) -> Indices:
     """The fewest channels, loudest first, without which one range for all tokens is fine enough.
 
     Rounding all other channels to steps of 2 · peak / (2^bits − 2), `peak` being the loudest of those left, adds

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnxpress.optimizers.fitting.statistics import Doubles, Floats, require_data
+from onnxpress.arrays import Doubles, Floats
+from onnxpress.optimizers.fitting.statistics import require_data
 from onnxpress.optimizers.quantization.maths.histogram import Counts, Histogram
 
 Range = tuple[float, float]

@@ -19,19 +19,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Booleans, Floats, Integers
 from onnxpress.optimizers.quantization.maths.block_format import (
     LARGEST_MULTIPLIER,
     BlockFormat,
     Blocks,
-    Floats,
     Levels,
     split_columns,
 )
 
-Integers = NDArray[np.int64]
-Booleans = NDArray[np.bool_]
 CHUNK = 1 << 20
 """Weights at a time."""
 SPARE_BITS = 4

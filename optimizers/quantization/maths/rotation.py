@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxpress.optimizers.quantization.maths.block_format import Floats
+from onnxpress.arrays import Floats
 
 
 def hadamard(size: int) -> Floats:

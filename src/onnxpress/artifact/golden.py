@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, VerificationError
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite
 from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
-from onnxpress.evaluation.texts import Ids
 from onnxpress.runtime.sessions import pool
 
 FOLDER, RECORD, ARRAYS = "golden", "golden.json", "golden.npz"

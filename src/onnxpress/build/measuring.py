@@ -20,7 +20,7 @@ from onnxpress.evaluation.metrics import log_softmax, require_finite
 from onnxpress.evaluation.opening import Opened, companions, open_model, random_feeds
 from onnxpress.evaluation.restriction import restricted
 from onnxpress.evaluation.samples import decoder_windows
-from onnxpress.evaluation.texts import Ids
+from onnxpress.arrays import Ids
 from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.runtime.memory import give_back

@@ -22,7 +22,7 @@ from onnxpress.artifact.structure import RECORD, Record, Structure, read_structu
 from onnxpress.artifact.structure_changes import compare
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
-from onnxpress.calibration.samples import Feeds
+from onnxpress.arrays import Feeds
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import onnx_ir as ir
 
-from onnxpress.calibration.samples import Feeds, feeds_graph
+from onnxpress.arrays import Feeds
+from onnxpress.calibration.samples import feeds_graph
 from onnxpress.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds, Ids
 from onnxpress.calibration.files import Inputs, Record, Recording, Texts, read_records
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.errors import BadInputError, UnsupportedModelError
@@ -21,15 +21,12 @@ from onnxpress.evaluation import probes
 from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
 from onnxpress.evaluation.restriction import restricted
 from onnxpress.evaluation.samples import encoder_rows, first_token, longest
-from onnxpress.evaluation.texts import Ids, cut, load_tokenizer, pad, written_windows
+from onnxpress.evaluation.texts import cut, load_tokenizer, pad, written_windows
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.staging import replacing_file
 from onnxpress.graph.checks import load_graph
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
 from onnxpress.runtime.sessions import EncoderSession
-
-Array = NDArray[Any]
-Feeds = dict[str, Array]
 
 ROWS, LENGTH = 4, 64
 BATCH = 8
@@ -216,8 +213,8 @@ def _text_feeds(tokenizer: Any, texts: Sequence[Texts], length: int, together: b
     else:
         found = [tokenizer.encode(part) for one in texts for part in (one.first, one.second) if part]
     feeds = _encoder_feeds([one.ids[:length] for one in found])
-    feeds["token_type_ids"], _ = pad([one.type_ids[:length] for one in found])
-    return feeds
+    types, _ = pad([one.type_ids[:length] for one in found])
+    return {**feeds, "token_type_ids": types}
 
 
 def _input_feeds(records: Sequence[Inputs]) -> list[Feeds]:

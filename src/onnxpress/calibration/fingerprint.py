@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.calibration.samples import Feeds
+from onnxpress.arrays import Feeds
 from onnxpress.graph.tensors import concrete_shape, rows_of
 
 SLAB_BYTES = 16 * 2**20

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.errors import OutputError
 from onnxpress.graph.tensors import FileTensor
 
-Array = NDArray[Any]
 ALIGNMENT = 64
 
 

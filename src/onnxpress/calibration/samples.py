@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Array, Feeds
 from onnxpress.errors import BadInputError, UnsupportedModelError
 
-Array = NDArray[Any]
-Feeds = Mapping[str, Array]
 """Inputs of one run by name. Names that a graph lacks are allowed: a mask of a decoder that masks by itself."""
 
 PAST = "past_key_values."

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.errors import OutputError
-
-Array = NDArray[Any]
 
 
 class States:

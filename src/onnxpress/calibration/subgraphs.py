@@ -8,19 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
-from numpy.typing import NDArray
 
 from onnxpress.graph.io import copy_graph, save_graph
 from onnxpress.graph.tensors import FileTensor
 
 if TYPE_CHECKING:
     import onnxruntime
-
-Array = NDArray[Any]
 
 
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -35,9 +35,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Array, Feeds
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.results import read_results, write_results
-from onnxpress.calibration.samples import Array, Feeds, Padding, check_samples, feed_of
+from onnxpress.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.calibration.states import States
 from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
+from onnxpress.arrays import Floats, Ids
 
 
 @dataclass

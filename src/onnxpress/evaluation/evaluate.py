@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.opening import Opened, open_model
 from onnxpress.evaluation.quality import Evaluation
@@ -18,7 +19,7 @@ from onnxpress.evaluation.reading import compare_reading
 from onnxpress.evaluation.restriction import restricted
 from onnxpress.evaluation.samples import decoder_windows
 from onnxpress.evaluation.text_quality import evaluate_decoders, evaluate_translators
-from onnxpress.evaluation.texts import Ids, Progress, load_tokenizer
+from onnxpress.evaluation.texts import Progress, load_tokenizer
 from onnxpress.evaluation.vector_quality import evaluate_encoders, evaluate_graphs
 
 __all__ = ["Evaluation", "evaluate"]

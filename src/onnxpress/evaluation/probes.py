@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.metrics import Divergence, require_finite
 from onnxpress.evaluation.texts import pad
 
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
 PADDING_KL = 0.1
 """Nats per token that padding may cost a graph, quantized ones included; where it is not supported it costs several."""
 

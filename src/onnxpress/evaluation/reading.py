@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from onnxpress.arrays import Ids
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.metrics import ROWS, log_softmax
 from onnxpress.evaluation.opening import Opened
 from onnxpress.evaluation.samples import longest
-from onnxpress.evaluation.texts import Ids, load_tokenizer
+from onnxpress.evaluation.texts import load_tokenizer
 
 
 def compare_reading(candidate: Opened, reference: Opened, pieces: Iterable[Ids]) -> dict[str, float]:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError, CorruptFileError
 from onnxpress.evaluation.opening import Opened, read_json
 
-Ids = NDArray[np.int64]
 FILE = "vocabulary.json"
 """Lists the ids that the kept tokens had in the original model."""
 SCHEMA_VERSION = 1

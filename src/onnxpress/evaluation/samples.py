@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.opening import Opened, random_feeds
 from onnxpress.evaluation.texts import (
-    Ids,
     Progress,
     Tokenizer,
     file_windows,

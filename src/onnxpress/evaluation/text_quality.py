@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxpress.arrays import Ids
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.metrics import Divergence, require_finite
 from onnxpress.evaluation.opening import Opened
 from onnxpress.evaluation.quality import Evaluation
 from onnxpress.evaluation.samples import encoder_feeds, padded_rows
-from onnxpress.evaluation.texts import Ids, Progress
+from onnxpress.evaluation.texts import Progress
 
 
 def evaluate_decoders(

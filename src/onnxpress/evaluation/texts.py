@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.evaluation.metrics import log_softmax
 
-Ids = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.metrics import cosine, require_finite, spearman
@@ -15,7 +16,7 @@ from onnxpress.evaluation.opening import Opened, random_feeds
 from onnxpress.evaluation.quality import Evaluation
 from onnxpress.evaluation.restriction import restricted
 from onnxpress.evaluation.samples import encoder_rows
-from onnxpress.evaluation.texts import Ids, Progress, load_tokenizer, pad, read_pairs
+from onnxpress.evaluation.texts import Progress, load_tokenizer, pad, read_pairs
 from onnxpress.runtime.sessions import EncoderSession, pool
 
 

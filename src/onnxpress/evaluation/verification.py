@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats, Ids
 from onnxpress.errors import BadInputError, DestroyedError, VerificationError
 from onnxpress.evaluation import probes
 from onnxpress.evaluation.metrics import Divergence, cosine, require_finite
 from onnxpress.evaluation.opening import Opened, open_model, random_feeds
 from onnxpress.evaluation.samples import encoder_feeds, encoder_rows, padded_rows
-from onnxpress.evaluation.texts import Ids, pad, written_windows
+from onnxpress.evaluation.texts import pad, written_windows
 from onnxpress.runtime.sessions import EncoderSession
 
 EXACT_TOLERANCE = 1e-3
@@ -40,11 +41,11 @@ class Reference:
     name: str
     windows: list[Ids] = field(default_factory=list)
     """Decoders: token ids [1, length]."""
-    prompts: list[probes.Floats] = field(default_factory=list)
+    prompts: list[Floats] = field(default_factory=list)
     """Logits [positions, vocabulary] after all tokens of each window but the last (or a sample of them)."""
     rows: list[Ids] = field(default_factory=list)
     """Rows [length_i] of the padded batch, none where the reference takes no left padding; for encoders, all rows."""
-    alone: list[probes.Floats] = field(default_factory=list)
+    alone: list[Floats] = field(default_factory=list)
     """What each row gives by itself: logits of a decoder, outputs [length_i, width] of an encoder."""
     feeds: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     """Inputs of other graphs, or of the encoder of an encoder-decoder; with `expected`, one for one."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite
 from onnxpress.evaluation.opening import Opened, open_model, read_json
-from onnxpress.evaluation.texts import Ids, load_tokenizer, pad
+from onnxpress.evaluation.texts import load_tokenizer, pad
 from onnxpress.generation import chat
 
 

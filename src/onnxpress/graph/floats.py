@@ -12,9 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-
-Array = NDArray[Any]
 
 _EXPONENTS: dict[Any, int] = {
     np.dtype(np.float16): 0x7C00,

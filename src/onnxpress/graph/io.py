@@ -19,11 +19,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxpress.arrays import Array
 from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError, VerificationError
 from onnxpress.files.aside import FileAside
 from onnxpress.graph import storage
 from onnxpress.graph.checks import load_graph
-from onnxpress.graph.tensors import Array, FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
+from onnxpress.graph.tensors import FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
 
 __all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph", "save_graphs"]
 

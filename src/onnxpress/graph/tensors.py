@@ -21,10 +21,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.errors import CorruptFileError, VerificationError
 from onnxpress.graph.floats import require_finite
-
-Array = NDArray[Any]
 
 
 def concrete_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds, Floats, Ids
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.runtime.sessions import NUMPY_TYPES, Feeds, Floats, Ids, open_session, position_ids
+from onnxpress.runtime.sessions import NUMPY_TYPES, open_session, position_ids
 
 
 def _present_name(past: str, outputs: Sequence[str]) -> str:

@@ -11,13 +11,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds, Floats, Ids
 from onnxpress.errors import BadInputError, CorruptFileError, SourceNotFoundError, UnsupportedModelError, UsageError
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED, DECODER_WITH_PAST, ENCODER
 from onnxpress.runtime.session_options import make_session_options
-
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
-Feeds = Mapping[str, NDArray[Any]]
 
 NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,

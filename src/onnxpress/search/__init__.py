@@ -11,4 +11,6 @@ kernels        how long one unit takes in one format, on this or on another mach
 assignment     cuts, and a format for each unit, so that limits hold and what is left is least
 choosing       which of all assignments to build next
 budget         limits -> assignment -> passes -> measured, and mended where the prediction was off
+
+Imports `build`, on whose work it tries formats and cuts, and what lies below it.
 """

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.calibration.samples import Feeds, feed_of
+from onnxpress.arrays import Feeds, Floats
+from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.subgraphs import session_of
 from onnxpress.evaluation.metrics import cosine
 from onnxpress.graph.io import copy_graph
 from onnxpress.runtime.sessions import pool
 
-Floats = NDArray[np.float32]
 Errors = Mapping[str, Floats]
 """What is added to what units make, by the name of the value."""
 

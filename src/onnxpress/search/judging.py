@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnxpress.arrays import Feeds
 from onnxpress.build.measuring import main_graph
 from onnxpress.build.work import Work
-from onnxpress.calibration.samples import Feeds, token_count
+from onnxpress.calibration.samples import token_count
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples

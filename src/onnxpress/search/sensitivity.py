@@ -20,9 +20,10 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.fingerprint import fingerprint
-from onnxpress.calibration.samples import Feeds, feed_of
+from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.walk import Step, Walk
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format

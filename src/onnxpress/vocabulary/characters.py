@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import cache
 
-from onnxpress.names import unknown_name
+from onnxpress.errors import unknown_name
 
 ASCII, COMMON = "ascii", "common"
 UNNAMED = "unnamed"

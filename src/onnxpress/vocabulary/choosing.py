@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.errors import UsageError
 from onnxpress.vocabulary.characters import characters_by_script, characters_of
 from onnxpress.vocabulary.tokens import Vocabulary
-
-Ids = NDArray[np.int64]
 
 
 def kept_tokens(

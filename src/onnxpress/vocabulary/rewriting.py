@@ -7,13 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from onnxpress.arrays import Ids
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.vocabulary.tokens import pair, read_vocabulary
 
-Ids = NDArray[np.int64]
 Renumber = Callable[[int], int | None]
 
 _ID = re.compile(r"(.*_)?token_(ids?|index)")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Ids
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.calibration.files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
@@ -24,8 +24,6 @@ from onnxpress.vocabulary import rewriting
 from onnxpress.vocabulary.characters import scripts_in
 from onnxpress.vocabulary.choosing import kept_tokens
 from onnxpress.vocabulary.tokens import read_vocabulary
-
-Ids = NDArray[np.int64]
 
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 CHUNK = 2**18

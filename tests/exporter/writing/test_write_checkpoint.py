@@ -25,7 +25,7 @@ from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.graph.editing import set_bias, set_weight
+from onnxpress.graph.anatomy.editing import set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.fusion.clean_up import CleanUp
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.conventions import LAYERS, MODULE
-from onnxpress.graph.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
@@ -25,7 +25,6 @@ from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 
-Array = NDArray[Any]
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[Array]]
 

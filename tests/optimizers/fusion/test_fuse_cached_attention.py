@@ -10,8 +10,8 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
+from onnxpress.graph.anatomy.editing import spelled_out
 from onnxpress.graph.anatomy.roles import NOT_FUSED
-from onnxpress.graph.editing import spelled_out
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.fusion.clean_up import CleanUp
 from onnxpress.optimizers.fusion.fuse_attention import fuse_attention

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
@@ -23,7 +23,6 @@ from onnxpress.optimizers.heads.sites import pack, site_of, table_width
 
 from .test_fuse_cached_attention import CASES
 
-Feeds = dict[str, NDArray[Any]]
 HEADS, SIZE, LAYERS = 4, 16, 2
 SIZES = {
     "vocab_size": 100,

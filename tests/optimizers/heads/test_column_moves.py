@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.heads.column_moves import columns_at
 
-Array = NDArray[Any]
 Graph = Callable[..., ir.Model]
 GROUPS = """
     shape = Constant <value = int64[5] {0, 0, 2, 4, 3}> ()  five = Reshape(x, shape)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.artifact.artifact import Source
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
@@ -21,7 +21,6 @@ from onnxpress.optimizers.heads.packed import packed_columns, unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
 
-Array = NDArray[Any]
 Run = Callable[..., list[Array]]
 Tiny = Callable[[str], ir.Model]
 PACKED = ["gpt2", "phi3", "gpt_neox", "falcon", "modernbert", "llama"]

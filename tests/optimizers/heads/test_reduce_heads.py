@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.artifact.artifact import Source
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
@@ -22,7 +22,6 @@ from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
 
-Array = NDArray[Any]
 Run = Callable[..., list[Array]]
 Exported = Callable[..., ir.Model]
 Tiny = Callable[..., ir.Model]

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.graph.editing import read_weight, set_weight
+from onnxpress.graph.anatomy.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.maths import width as maths
@@ -23,7 +24,6 @@ from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 
 Exported = Callable[..., ir.Model]
 Run = Callable[..., list[NDArray[Any]]]
-Feeds = dict[str, NDArray[Any]]
 
 
 def feeds(model: ir.Model, batch: int = 3, length: int = 12, past: int = 0, seed: int = 0) -> Feeds:

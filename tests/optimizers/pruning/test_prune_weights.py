@@ -47,7 +47,7 @@ def prune(model: ir.Model, **options: Any) -> tuple[ir.Model, Report]:
 
 def weights(model: ir.Model) -> dict[str, NDArray[np.float32]]:
     """Of the products of all blocks, [in, out]."""
-    from onnxpress.graph.editing import read_weight
+    from onnxpress.graph.anatomy.editing import read_weight
 
     return {p.name: read_weight(p) for block in anatomy_of(model).blocks for p in block.products}
 

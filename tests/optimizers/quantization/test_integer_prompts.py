@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from onnxpress.arrays import Feeds
 from onnxpress.optimizers.quantization.integer_prompts import IntegerPrompts
 from onnxpress.optimizers.quantization.maths.block_format import unpack
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 
 Graph = Callable[..., ir.Model]
-Feeds = Mapping[str, np.ndarray]
 
 PRODUCT = """g (int64[B, S] input_ids, float[B, S, 96] x, float[96, 48] w__weight) => (float[B, S, 48] y)
     { y = MatMul(x, w__weight) }"""

@@ -14,15 +14,14 @@ import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import BadInputError
 from onnxpress.graph.anatomy import find_products
 from onnxpress.optimizers.quantization.activation_ranges import METHODS
 from onnxpress.optimizers.quantization.quantize_static import QuantizeStatic
 
-Array = NDArray[Any]
 Graph = Callable[..., ir.Model]
 Run = Callable[..., list[Array]]
 

@@ -1,6 +1,7 @@
-"""The map from a graph to the transformer in it: what structural and calibrated passes speak in terms of.
+"""The map from a graph to the transformer in it, and edits of what it finds.
 
-`anatomy_of(model)` finds it in our exports at any stage and in graphs of others that keep layer names.
+`map.anatomy_of(model)` finds it in our exports at any stage and in graphs of others that keep layer names.
+Imports `graph`.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-
-Doubles = NDArray[np.float64]
 
 
 def make_weights(

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.heads.maths.attention_sinks import mixed_moments, mixed_sums
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 Function = Callable[..., Any]
-Doubles = NDArray[np.float64]
 
 
 def with_one(x: Doubles) -> Doubles:

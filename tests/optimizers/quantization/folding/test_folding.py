@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.samples import feed_of
 from onnxpress.graph.report import Report
@@ -21,7 +21,6 @@ from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantization.smooth import Smooth
 
-Array = NDArray[Any]
 Graph = Callable[..., ir.Model]
 Run = Callable[..., list[Array]]
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.tracing.aten.elementwise import operand
-from onnxpress.exporter.tracing.aten.table import aten
+from onnxpress.exporter.aten.elementwise import operand
+from onnxpress.exporter.aten.table import aten
 from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 Size: TypeAlias = "int | torch.SymInt"
@@ -265,3 +265,9 @@ def zero(r: Recorder, out: Tensor, x: Tensor) -> ir.Value:
 def constant_vector(r: Recorder, number: float, length: int) -> ir.Value:
     """A float32 constant [length] of one number."""
     return r.writer.constant(np.full(length, number, dtype=np.float32))
+
+
+@aten("copy")
+def copy(r: Recorder, out: Tensor, x: Tensor, source: Tensor, non_blocking: bool = False) -> ir.Value:
+    value = expand(r, out, source, out.shape)
+    return r.cast(value, out.dtype)

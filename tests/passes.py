@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array
 from onnxpress.artifact.artifact import Source
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass, PassResult
 
-Array = NDArray[Any]
 HEADER = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>\n'
 
 

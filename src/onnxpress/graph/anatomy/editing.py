@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Attention, Block, Product
 from onnxpress.graph.anatomy.roles import FUSED, NOT_FUSED
 from onnxpress.graph.linear import add_constant, is_shared, match_linear, read_rows
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
-Floats = NDArray[np.float32]
 Tensor = ir.TensorProtocol | NDArray[np.floating]
 
 QK_NORM = "QK-norm"

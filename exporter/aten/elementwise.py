@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.tracing.aten.table import TRANSLATIONS, aten
+from onnxpress.exporter.aten.table import TRANSLATIONS, aten
 from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 FLOATING = (
@@ -253,14 +253,6 @@ def to_copy(r: Recorder, out: Tensor, x: Tensor, **options: Any) -> ir.Value:
 @aten("clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous")
 def same(r: Recorder, out: Tensor, x: Tensor, **options: Any) -> ir.Value:
     return r.value(x)
-
-
-@aten("copy")
-def copy(r: Recorder, out: Tensor, x: Tensor, source: Tensor, non_blocking: bool = False) -> ir.Value:
-    from onnxpress.exporter.tracing.aten.shapes import expand
-
-    value = expand(r, out, source, out.shape)
-    return r.cast(value, out.dtype)
 
 
 def _logical(logical: str, bitwise: str | None) -> Callable[..., ir.Value]:

@@ -11,7 +11,7 @@ import pytest
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.graph.editing import (
+from onnxpress.graph.anatomy.editing import (
     forget_shapes,
     keep_weight,
     read_weight,

@@ -2,7 +2,7 @@
 
 A translation takes the recorder, what the operator returned (tensors of the right shape and type, without values), and
 the operator's own arguments; it writes nodes and returns a value, or one for each output (None for what is not given).
-Names and arguments are those of ATen's `native_functions.yaml`.
+Names and arguments are those of ATen's `native_functions.yaml`. Imports `exporter.tracing`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress.exporter.tracing.aten import elementwise, products, reductions, shapes
-from onnxpress.exporter.tracing.aten.table import TRANSLATIONS
+from onnxpress.exporter.aten import elementwise, products, reductions, shapes
+from onnxpress.exporter.aten.table import TRANSLATIONS
 from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 __all__ = ["elementwise", "products", "reductions", "shapes", "translate"]

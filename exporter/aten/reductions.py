@@ -9,8 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.tracing.aten.shapes import constant_vector
-from onnxpress.exporter.tracing.aten.table import aten
+from onnxpress.exporter.aten.shapes import constant_vector
+from onnxpress.exporter.aten.table import aten
 from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 

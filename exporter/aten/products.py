@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from onnxpress.exporter.tracing.aten.table import aten
+from onnxpress.exporter.aten.table import aten
 from onnxpress.exporter.tracing.record import CannotRecord, Recorder
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from onnxpress.exporter.tracing import aten
+from onnxpress.exporter import aten
 from onnxpress.exporter.tracing.dimensions import Dimensions
 from onnxpress.exporter.tracing.functions import WholeFunctions
 from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from onnxpress.errors import UsageError
-from onnxpress.optimizers.heads.request import HeadRequest, Sizes, Wanted, plan_heads, plan_resampling
+from onnxpress.optimizers.heads.maths.request import HeadRequest, Sizes, Wanted, plan_heads, plan_resampling
 
 
 @pytest.mark.parametrize(
