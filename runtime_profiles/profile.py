@@ -168,5 +168,5 @@ def _parse(label: str, text: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        hint = "docs/recipes-and-profiles.md says what a profile holds"
+        hint = "docs/guide/recipes-and-profiles.md says what a profile holds"
         raise UsageError(f"{label}: {where}: {first['msg']}", hint=hint) from error

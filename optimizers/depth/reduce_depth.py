@@ -4,7 +4,7 @@ A layer adds to the hidden states that it reads; without it the next layer reads
 is told by what they do to the states (`influence`, `angular`) or by what the model loses without them (`loss`); what is
 lost is made up for by adding weights of removed layers to a neighbour's (`merge`, `average`) or by a linear map that is
 folded into the layer before (`linear`). See `depth.choice`, `structure.depth`, `depth.patches`; what each loses is in
-docs/structure-depth.md.
+docs/passes/depth.md.
 """
 
 from __future__ import annotations

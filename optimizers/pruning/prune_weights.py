@@ -1,7 +1,7 @@
 """prune-weights: set weights to zero where they matter least.
 
 The graph stays as it is and so does its speed: no kernel here skips zeros. What is bought is the size of a compressed
-download, see docs/structure-masks.md. Masks are found again in the result: `onnxpress masks FOLDER -o FILE`.
+download, see docs/passes/masks.md. Masks are found again in the result: `onnxpress masks FOLDER -o FILE`.
 """
 
 from __future__ import annotations

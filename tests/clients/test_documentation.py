@@ -1,4 +1,4 @@
-"""The programs in docs/into-your-app.md run as they stand there, on the artifacts that they name."""
+"""The programs in docs/guide/into-your-app.md run as they stand there, on the artifacts that they name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "into-your-app.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "into-your-app.md"
 PROGRAM = re.compile(r"^```(?:python|js)\n(?:#|//) file: (\S+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PROGRAMS = {match[1]: match[2] for match in PROGRAM.finditer(PAGE.read_text(encoding="utf-8"))}
 

@@ -18,7 +18,7 @@ from onnxpress import pipeline
 from .in_optimum import in_optimum
 
 HERE = Path(__file__).parent
-PAGE = (Path(__file__).parents[2] / "docs" / "encoder-decoders.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "encoder-decoders.md").read_text(encoding="utf-8")
 PROGRAMS = {m[1]: m[2] for m in re.finditer(r"^```(?:python|js)\n(?:#|//) file: (\S+)\n(.*?)^```", PAGE, re.S | re.M)}
 STEPS = 12
 ROWS = [[5, 17, 40, 99, 3, 1], [8, 30, 2, 77, 1, 0]]

@@ -50,7 +50,7 @@ def build(model: str, **options: Any) -> None:
     """Build an artifact from MODEL: export it, run the recipe's passes, verify each, measure, hold it to the gates.
 
     With a limit and no --recipe, a search decides which product gets which format; with --max-parameters or
-    --target-size also which block is cut how (docs/search.md).
+    --target-size also which block is cut how (docs/guide/search.md).
 
     Exit codes: 2 usage, 3 bad input, 4 a gate failed (nothing is written), 5 verification failed, 6 cannot write.
 
