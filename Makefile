@@ -5,7 +5,9 @@
 #   make test-all     every test: real models from PyPI, onnxruntime-genai, Node clients from npm
 #   make lint types   ruff; mypy --strict
 #   make wheel-check  build the wheel, install it elsewhere, import every subpackage
-#   make bench        the tables of the README, side by side with other tools
+#   make docs         write docs/reference from the code, build the site into site/
+#   make docs-check   build the site; a link or an anchor that leads nowhere is an error
+#   make bench        times of exports, calibration, decoders and encoders, side by side with other tools
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,8 +16,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TESTS ?= tests
 PYTEST ?= -m "not slow and not client"
 DEMO_MODEL ?= smollm2-135m-instruct
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs
 
-.PHONY: demo test test-all lint types wheel-check bench docs clean
+.PHONY: demo test test-all lint types wheel-check docs docs-check bench clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/onnxpress build $(DEMO_MODEL) -o demo/$(DEMO_MODEL)
@@ -37,16 +40,22 @@ types: $(VENV)/.dev
 wheel-check: $(VENV)/.dev
 	$(VENV)/bin/pytest tests/house/test_wheel.py
 
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/generate.py
+	$(MKDOCS) build --quiet
+
+docs-check: $(VENV)/.docs
+	$(MKDOCS) build --quiet --strict
+
 bench: $(VENV)/.clients
 	$(VENV)/bin/python -m benchmarks
 
-docs: $(VENV)/.dev
-	$(VENV)/bin/python docs/generate.py
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
 
 # torch comes first, from a CPU build, so that nothing after it pulls the CUDA packages: the plain index where it has one
 # (a local wheel folder counts), then PyTorch's own CPU index, then whatever the platform's default is (macOS: a CPU build).
-$(VENV)/.torch: constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch==2.13.0+cpu 2>/dev/null \
 	  || $(PIP) install -q -c constraints.txt torch==2.13.0 --extra-index-url $(TORCH_INDEX)
 	@touch $@
@@ -63,5 +72,10 @@ $(VENV)/.clients: $(VENV)/.export setup.cfg constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[clients]'
 	@touch $@
 
+# Without torch: the reference is made of the passes, the profiles and the recipes alone.
+$(VENV)/.docs: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo src/*.egg-info
+	rm -rf $(VENV) build dist demo site src/*.egg-info
