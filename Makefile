@@ -42,10 +42,10 @@ wheel-check: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python docs/generate.py
-	$(MKDOCS) build --quiet
+	$(MKDOCS) build
 
 docs-check: $(VENV)/.docs
-	$(MKDOCS) build --quiet --strict
+	$(MKDOCS) build --strict
 
 bench: $(VENV)/.clients
 	$(VENV)/bin/python -m benchmarks
