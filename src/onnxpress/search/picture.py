@@ -20,7 +20,7 @@ LEAST, MOST = 1e-7, 1.0
 
 def draw(survey: Survey, path: Path, title: str) -> None:
     """Write an SVG; the colour of a cell is the logarithm of its loss. Raises OutputError."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress"), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress.report"), autoescape=True)
     cells = [(*place(row.unit), row) for row in (*survey.rows, *survey.head_rows) if row.format != FLOAT]
     sites = {site.name: site for site in survey.sites}
     cells += [(sites[row.unit].layer, sites[row.unit].stack, row) for row in survey.cut_rows]
