@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import onnxpress
+
 from .test_imports import FLOORS
 
 ROOT = Path(onnxpress.__file__).parents[2]
