@@ -51,8 +51,8 @@ class Rotary:
 def prepare(model: nn.Module, positions: int) -> Rotary:
     """Compute the tables of every rotary module for `positions` positions and recognise the rotation applied with them.
 
-    The model's buffers must be real (see `kinds.materialise`). RoPE variants that rescale with the length of the text
-    (dynamic, longrope beyond their original length) have no one table and are refused by `context_limit` beforehand.
+    The model's buffers must be real (see `signatures.materialise`). RoPE variants that rescale with the length of the
+    text (dynamic, longrope beyond their original length) have no one table: `context_limit` refuses them beforehand.
     """
     rotary = Rotary()
     rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]

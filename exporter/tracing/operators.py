@@ -2,7 +2,7 @@
 
 Each function takes and returns torch tensors; it writes one ONNX node into the graph being recorded (see `record.py`)
 instead of computing anything. `onnxpress::Linear` and `onnxpress::Experts` are ours: placeholders for products with
-parameters, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
+parameters, lowered once parameters are bound to the checkpoint (see `binding.py`), so that no weight is ever
 rearranged by torch.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from onnxpress.exporter.tracing import record
-from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN
+from onnxpress.exporter.tracing.lowering import PLACEHOLDERS
 from onnxpress.graph.conventions import MICROSOFT
 
 
@@ -25,7 +25,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     out_features = weight.shape[1 if transposed else 0]
     inputs = [states, weight] if bias is None else [states, weight, bias]
     output = (states.dtype, [*states.shape[:-1], out_features])
-    return record.active().node(LINEAR_DOMAIN, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
+    return record.active().node(PLACEHOLDERS, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
 
 
 def experts(states: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, k: int, normalized: bool) -> Tensor:
@@ -36,7 +36,7 @@ def experts(states: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, k:
     """
     attributes = {"k": k, "normalized": int(normalized)}
     output = (states.dtype, states.shape)
-    return record.active().node(LINEAR_DOMAIN, "Experts", [states, logits, gate_up, down], attributes, [output])[0]
+    return record.active().node(PLACEHOLDERS, "Experts", [states, logits, gate_up, down], attributes, [output])[0]
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onnxpress.exporter.sources.binding import IR_DTYPES, to_numpy
+from onnxpress.exporter.sources.torch_arrays import IR_DTYPES, to_numpy
 from onnxpress.exporter.tracing.dimensions import Dimensions
 from onnxpress.exporter.tracing.writer import Dimension, GraphWriter
 

@@ -110,18 +110,18 @@ def test_saving_leaves_the_graph_in_memory_alone(tmp_path: Path, stored: Callabl
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
-    turned=st.booleans(),
+    transposed=st.booleans(),
     dtype=st.sampled_from([np.float16, ml_dtypes.bfloat16]),
 )
 def test_any_slab_of_any_shape(
-    rows: int, columns: int, turned: bool, dtype: Any, tmp_path_factory: pytest.TempPathFactory
+    rows: int, columns: int, transposed: bool, dtype: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     values = np.random.default_rng(rows).standard_normal((rows, columns)).astype(dtype)
     path = tmp_path_factory.mktemp("weights") / "w"
     path.write_bytes(b"head" + values.tobytes())
     half = FileTensor(path, 4, ir.DataType.from_numpy(values.dtype), values.shape, finite=True)
-    tensor = StoredTensor(half, turned=turned)
-    expected = (values.T if turned else values).astype(np.float32)
+    tensor = StoredTensor(half, transposed=transposed)
+    expected = (values.T if transposed else values).astype(np.float32)
     np.testing.assert_array_equal(tensor.numpy(), expected)
     middle = len(expected) // 2
     slabs = [tensor.rows(0, middle), tensor.rows(middle, len(expected))]

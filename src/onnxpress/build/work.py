@@ -6,7 +6,6 @@ memory holds a few tensors, never the model.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,20 +14,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
+from onnxpress.arrays import Feeds
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
 from onnxpress.artifact.structure_changes import compare
+from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
-from onnxpress.arrays import Feeds
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
-from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fusion.last_logits import LastLogits
@@ -105,7 +104,7 @@ class Work:
     def check_export(self, step: Step, checkpoint: Checkpoint) -> None:
         """Verify against torch what `step` exported, if memory holds the checkpoint. Raises VerificationError."""
         metrics: Mapping[str, float] = {}
-        needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        needed = 4 * sum(tensor.size for tensor in checkpoint.tensors.values())
         if needed > available_memory() / 2:
             self.notes.append(
                 f"the export was not verified against torch: the checkpoint takes {needed / 1e9:.0f} GB of memory"

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType as Type
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
 from onnxpress.exporter import parity
 from onnxpress.exporter.export import export
-from onnxpress.exporter.sources.binding import bind
 from onnxpress.exporter.sources.gguf import GgufTensor
 from onnxpress.exporter.sources.gguf_header import read_header
+from onnxpress.exporter.sources.parameters import match_parameters
 from onnxpress.exporter.sources.source import Checkpoint, resolve
 
 from .tiny_gguf import TOKENS, decoder_metadata, decoder_shapes, random_tensors, write_gguf
@@ -130,7 +130,7 @@ def test_values_and_configuration_equal_transformers(name: str, tmp_path: Path) 
     expected = t.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
     model = on_meta(found)
     assert type(model) is type(expected)
-    binding = bind(model, found.tensors)
+    binding = match_parameters(model, found.tensors)
     assert binding.unused == []
     for key, value in expected.state_dict().items():
         np.testing.assert_array_equal(binding[key].numpy(), value.numpy(), err_msg=key)
@@ -211,7 +211,7 @@ def test_experts_are_read_one_parameter_at_a_time(tmp_path: Path) -> None:
     np.testing.assert_array_equal(down.numpy(), raw["blk.1.ffn_down_exps.weight"])
     assert tensors["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 64)
     found = checkpoint(path)
-    bind(on_meta(found), found.tensors)
+    match_parameters(on_meta(found), found.tensors)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_head_dimension_of_its_own(tmp_path: Path) -> None:
     metadata = decoder_metadata(**{"attention.key_length": 32})
     found = checkpoint(write_gguf(tmp_path / "tiny.gguf", "qwen3", metadata, random_tensors(shapes)))
     assert found.config["head_dim"] == 32
-    bind(on_meta(found), found.tensors)
+    match_parameters(on_meta(found), found.tensors)
 
 
 def test_gemma3_scales_its_global_layers_only(tmp_path: Path) -> None:
@@ -301,7 +301,9 @@ def exported_differences(path: Path, folder: Path, **expected: Any) -> tuple[dic
     for key, value in expected.items():
         setattr(config, key, value)
     model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = {name: torch.from_numpy(source.numpy()) for name, source in bind(model, found.tensors).items()}
+    weights = {
+        name: torch.from_numpy(source.numpy()) for name, source in match_parameters(model, found.tensors).items()
+    }
     model.load_state_dict({name: value * (0.15 if value.dim() > 1 else 1) for name, value in weights.items()})
     for source in found.tensors.values():  # standard normal weights saturate: the comparison wants finer answers
         if len(source.shape) > 1:
@@ -441,7 +443,7 @@ def test_wrong_shapes_show_when_bound(tmp_path: Path) -> None:
     path = llama(tmp_path / "x.gguf", feed_forward_length=64)
     found = checkpoint(path)
     with pytest.raises(CorruptFileError, match=r"has shape \[\d+, \d+\].*requires"):
-        bind(on_meta(found), found.tensors)
+        match_parameters(on_meta(found), found.tensors)
 
 
 def test_folder_with_one_gguf_or_several(tmp_path: Path) -> None:

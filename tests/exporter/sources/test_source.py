@@ -24,7 +24,7 @@ from onnxpress.errors import (
     UsageError,
 )
 from onnxpress.exporter.export import export
-from onnxpress.exporter.sources.binding import bind
+from onnxpress.exporter.sources.parameters import match_parameters
 from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve
 from onnxpress.models.catalog import Pooling
 
@@ -179,7 +179,7 @@ def test_wrong_shape_shows_when_bound(folder: Path) -> None:
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(found.folder))
     with pytest.raises(CorruptFileError, match=r"has shape .* requires"):
-        bind(model, found.tensors)
+        match_parameters(model, found.tensors)
 
 
 def test_nan_weights(folder: Path) -> None:
@@ -187,9 +187,9 @@ def test_nan_weights(folder: Path) -> None:
     arrays["model.norm.weight"][3] = np.nan
     save_file(arrays, folder / "model.safetensors")
     tensors = checkpoint(folder).tensors
-    tensors["lm_head.weight"].lazy("head").numpy()
+    tensors["lm_head.weight"].checked("head").numpy()
     with pytest.raises(CorruptFileError, match=r"weight norm holds NaN or infinity \(1 of 32 "):
-        tensors["model.norm.weight"].lazy("norm").numpy()
+        tensors["model.norm.weight"].checked("norm").numpy()
 
 
 def test_unknown_architecture(folder: Path) -> None:
