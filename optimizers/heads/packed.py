@@ -23,7 +23,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import columns_of, select
 from onnxpress.graph.anatomy.roles import FUSED
-from onnxpress.graph.linear import add_constant, add_initializers, drop_unused
+from onnxpress.graph.edits import add_constant, add_initializers, drop_unused
 from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.heads.column_moves import Columns, columns_at
 from onnxpress.optimizers.heads.maths.request import Sizes

@@ -26,7 +26,7 @@ from onnxpress.graph.anatomy.editing import (
 )
 from onnxpress.graph.anatomy.layers import NORMS
 from onnxpress.graph.anatomy.roles import FUSED, ROTARY_INPUTS
-from onnxpress.graph.linear import add_initializers
+from onnxpress.graph.edits import add_initializers
 from onnxpress.graph.sizes import size_of
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 

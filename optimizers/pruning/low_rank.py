@@ -19,7 +19,8 @@ from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.calibration.walk import Step
 from onnxpress.graph.anatomy import Product, find_products
 from onnxpress.graph.anatomy.editing import set_weight
-from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, is_shared, read_rows
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import Linear, by_activation, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram

@@ -18,7 +18,8 @@ from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import keep_weight, require_editable, select
 from onnxpress.graph.anatomy.map import Embedding
-from onnxpress.graph.linear import add_constant, match_linear
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import match_linear
 from onnxpress.graph.matching import scalar
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape

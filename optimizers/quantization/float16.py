@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Array
 from onnxpress.errors import UsageError
+from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.floats import narrow
-from onnxpress.graph.matching import add_weight, drop_unused_weights
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import apply_to_rows
 from onnxpress.optimizers.base import Pass

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
+from onnxpress.graph.edits import add_constant, drop_unused, replace
+from onnxpress.graph.linear import Linear, by_activation, chosen_linears
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.activation_error import TINY, Coarseness

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.graph.edits import add_initializers, replace
+from onnxpress.graph.linear import find_linears, selected, shape_of
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, block_operands, flat_codes

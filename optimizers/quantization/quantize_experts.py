@@ -10,8 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
+from onnxpress.graph.edits import add_initializers, drop_unused, replace
 from onnxpress.graph.floats import require_finite
-from onnxpress.graph.linear import add_initializers, drop_unused, replace, selected
+from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, concrete_shape, rows_of

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Floats
-from onnxpress.graph.linear import ROTATION, Linear, add_constant, by_activation, chosen_linears, is_shared
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import ROTATION, Linear, by_activation, chosen_linears, is_shared
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Pass

@@ -16,17 +16,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Floats, Indices
 from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.graph.linear import (
-    OUTLIERS,
-    Linear,
-    add_constant,
-    add_initializers,
-    by_activation,
-    chosen_linears,
-    is_shared,
-    read_rows,
-    replace,
-)
+from onnxpress.graph.edits import add_constant, add_initializers, replace
+from onnxpress.graph.linear import OUTLIERS, Linear, by_activation, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibrated_pass import CalibratedPass

@@ -12,7 +12,8 @@ from onnxpress.arrays import Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Attention, Block, Product
 from onnxpress.graph.anatomy.roles import FUSED, NOT_FUSED
-from onnxpress.graph.linear import add_constant, is_shared, match_linear, read_rows
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import is_shared, match_linear, read_rows
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Tensor = ir.TensorProtocol | NDArray[np.floating]
