@@ -32,7 +32,7 @@ DEFAULT_POSITIONS = 2048
 """Length of rotary tables where the config names no limit."""
 
 
-def read_config(checkpoint: Checkpoint) -> Any:
+def transformers_config(checkpoint: Checkpoint) -> Any:
     """The configuration as transformers takes it. Raises CorruptFileError for values that it refuses."""
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -48,7 +48,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: int | None) -> TracedCheckpoint:
     """Trace the model of a checkpoint for a task. Raises what `export.export` says."""
     check_architecture(checkpoint.folder, checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    config = read_config(checkpoint)
+    config = transformers_config(checkpoint)
     task = (task or checkpoint.task or tasks.infer_task(config)).removesuffix("-with-past")
     model_class = tasks.model_class(config, task)
     limit, reason = rotary.context_limit(config, context_length)

@@ -37,7 +37,7 @@ class Table:
 
 @dataclass
 class Rotary:
-    """What the tracer needs to replace a model's rotations."""
+    """The rotations of a model, as the tracer replaces them."""
 
     tables: dict[tuple[int, str | None], Table] = field(default_factory=dict)
     """By id of the rotary module and the `layer_type` it is called with (None when it takes none)."""
@@ -48,7 +48,7 @@ class Rotary:
     """Why rotations are traced as they stand, if they are."""
 
 
-def prepare(model: nn.Module, positions: int) -> Rotary:
+def find_rotations(model: nn.Module, positions: int) -> Rotary:
     """Compute the tables of every rotary module for `positions` positions and recognise the rotation applied with them.
 
     The model's buffers must be real (see `signatures.materialise`). RoPE variants that rescale with the length of the

@@ -111,11 +111,11 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
         signatures.keep_layers(model, stack, chosen)
     use_implementation(model)
     signatures.materialise(model)
-    tables = rotary.prepare(model, positions) if plan.use_rotary else rotary.Rotary()
-    mixtures = experts.prepare(model)
+    tables = rotary.find_rotations(model, positions) if plan.use_rotary else rotary.Rotary()
+    mixtures = experts.find_mixtures(model)
     fusion = Fusion(rotary=tables, experts=mixtures, fuse_attention=plan.fuse_attention, defer_rotary=plan.defer_rotary)
     ready = wrap(model, fusion, chosen)
-    with fuse.installed(fusion, model):
+    with fuse.fused_forms(fusion, model):
         try:
             graph = trace.trace(
                 ready.wrapper, ready.inputs, ready.dynamic_shapes, ready.input_names, ready.output_names

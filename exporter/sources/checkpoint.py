@@ -79,7 +79,7 @@ def load_folder(
         raise BadInputError(
             f"{folder} has weights but no config.json", hint="copy the config.json of the original model into it"
         )
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     check_config(folder, config, trust_remote_code=trust_remote_code)
     return Checkpoint(
         source=source,
@@ -142,7 +142,7 @@ def find_companions(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -187,7 +187,7 @@ def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, WeightTensor
 
 def _read_shards(index: Path) -> dict[str, WeightTensor]:
     """The tensors of all shards that an index names; the index is untrusted."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFileError(f"{index} has no weight_map from names to files", hint="fetch it again")
     tensors: dict[str, WeightTensor] = {}
@@ -225,7 +225,7 @@ def read_pooling(folder: Path) -> Pooling | None:
         raise UnsafeInputError(f"{path} points outside its folder: {place}", hint="do not use this checkpoint")
     if not (folder / place / "config.json").is_file():
         return None
-    chosen = list(_pooling_modes(read_json(folder / place / "config.json")))
+    chosen = list(_pooling_modes(read_json_object(folder / place / "config.json")))
     if len(chosen) != 1 or chosen[0] is None:
         return None
     return Pooling(mode=chosen[0], normalize="Normalize" in modules)

@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_SIZES, dequantize
 from onnxpress.arrays import Array, Floats
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json
+from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json_object
 from onnxpress.exporter.sources.gguf_header import Header, TensorInfo, read_header
 from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.graph.tensors import WeightTensor, concrete_shape, map_file
@@ -175,7 +175,7 @@ def load_gguf(path: Path, source: Source, *, say: Say = lambda _: None) -> Check
         source = Source(source.name, source.kind, source.revision, licence, source.sha256)
     return Checkpoint(
         source=source,
-        config=read_json(folder / "config.json"),
+        config=read_json_object(folder / "config.json"),
         files=find_companions(folder),
         folder=folder,
         tensors=_parameters(header, folder),

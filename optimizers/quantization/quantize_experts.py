@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_initializers, drop_unused, replace
-from onnxpress.graph.floats import require_finite
+from onnxpress.graph.floats import require_finite_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.storage import StoredTensor
@@ -133,7 +133,7 @@ class QuantizeExperts(Pass):
             read = rows_of(tensor)
             results = [np.empty(shape, kind.numpy()) for kind, shape in specs]
             for expert in range(experts):
-                matrix = require_finite(np.asarray(read(expert, expert + 1)[0], dtype=np.float32), name)
+                matrix = require_finite_weight(np.asarray(read(expert, expert + 1)[0], dtype=np.float32), name)
                 for result, operand in zip(results, METHODS[self.method](matrix.T, format).matmul_nbits(), strict=True):
                     result[expert] = operand.reshape(outputs, -1)
             return results

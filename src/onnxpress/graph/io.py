@@ -93,7 +93,7 @@ def save_graphs(
     plan = _Plan(folder, external_data, Path(reuse) if reuse is not None else None)
     stored = {path: model.clone() for path, model in models.items()}
     for model in stored.values():
-        storage.encode(model)
+        storage.encode_weights(model)
         for value in _initializers(model):
             value.const_value = plan.place(value)
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.floats import require_finite
+from onnxpress.graph.floats import require_finite_weight
 from onnxpress.graph.report import Report
 
 OFFSETS, OUTLIERS, ROTATION = ".offsets", ".outliers", ".rotation"
@@ -51,7 +51,7 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out)"""
-        rows, columns = shape_of(self.weight)
+        rows, columns = matrix_shape(self.weight)
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -84,7 +84,7 @@ def chosen_linears(
             yield linear
 
 
-def by_activation(linears: Iterable[Linear]) -> dict[ir.Value, list[Linear]]:
+def group_by_activation(linears: Iterable[Linear]) -> dict[ir.Value, list[Linear]]:
     """Products that read the same activation together, in the order of the first of each."""
     groups: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
@@ -140,7 +140,7 @@ def _obstacle(weight: ir.Value) -> str | None:
     return None
 
 
-def shape_of(weight: ir.Value) -> tuple[int, int]:
+def matrix_shape(weight: ir.Value) -> tuple[int, int]:
     assert weight.const_value is not None
     rows, columns = (int(size) for size in weight.const_value.shape)  # type: ignore[arg-type]
     return rows, columns
@@ -154,7 +154,7 @@ def read_rows(linear: Linear) -> NDArray[np.float32]:
 
 def read_matrix(tensor: ir.TensorProtocol, name: str, *, transpose: bool = False) -> NDArray[np.float32]:
     """A matrix that is about to be quantized, checked to be finite."""
-    matrix: NDArray[np.float32] = require_finite(np.asarray(tensor.numpy(), dtype=np.float32), name)
+    matrix: NDArray[np.float32] = require_finite_weight(np.asarray(tensor.numpy(), dtype=np.float32), name)
     return np.ascontiguousarray(matrix.T) if transpose else matrix
 
 

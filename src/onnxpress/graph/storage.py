@@ -3,9 +3,9 @@
     in memory       MatMul(x, W)                           W float32 [in, out], a StoredTensor
     in the file     MatMul(x, Transpose(Cast(W)))          W bfloat16 [out, in]: the checkpoint's own bytes
 
-`decode` runs whenever a graph is loaded and `encode` whenever one is saved, so that no pass ever sees the Casts: to
-them it is the float32 graph, and what they leave alone keeps its bytes. Cast and Transpose are standard ONNX; runtimes
-compute them once, when they load the graph. onnxruntime's CPU provider multiplies no bfloat16.
+`decode_weights` runs whenever a graph is loaded and `encode_weights` whenever one is saved, so that no pass ever sees
+the Casts: to them it is the float32 graph, and what they leave alone keeps its bytes. Cast and Transpose are standard
+ONNX; runtimes compute them once, when they load the graph. onnxruntime's CPU provider multiplies no bfloat16.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def stored(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return tensor.source if isinstance(tensor, StoredTensor) else tensor
 
 
-def decode(model: ir.Model) -> None:
+def decode_weights(model: ir.Model) -> None:
     """Cast(W), and the Transpose of it, become W itself where nothing reads the narrow weight as it is.
 
     Nothing is read. Left alone: a weight that is an input or output of the graph, or that other nodes read, too.
@@ -84,8 +84,8 @@ def decode(model: ir.Model) -> None:
                 graph.remove(node, safe=True)
 
 
-def encode(model: ir.Model) -> None:
-    """The opposite of `decode`: weights in the format of their file, widened and transposed by nodes of the graph."""
+def encode_weights(model: ir.Model) -> None:
+    """Undo `decode_weights`: weights in the format of their file, widened and transposed by nodes of the graph."""
     for graph in model.graphs():
         nodes: list[ir.Node] = []
         values = list(graph.initializers.values())

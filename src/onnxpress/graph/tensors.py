@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Array
 from onnxpress.errors import CorruptFileError, VerificationError
-from onnxpress.graph.floats import require_finite
+from onnxpress.graph.floats import require_finite_weight
 
 
 def concrete_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class WeightTensor(ir.LazyTensor):
 
     def checked(self, name: str) -> WeightTensor:
         """The same weight under another name; reading it raises CorruptFileError where it holds NaN or infinity."""
-        return apply_to_rows(self, lambda values: require_finite(values, name), name=name)
+        return apply_to_rows(self, lambda values: require_finite_weight(values, name), name=name)
 
 
 class RowTensor(WeightTensor):
@@ -130,7 +130,7 @@ class FileTensor(WeightTensor):
         """Columns `[start, stop)` of a matrix, as a read-only view of the mapped file."""
         raw = map_file(self.path, self.offset, self.nbytes)
         part = raw.view(self.dtype.numpy()).reshape(concrete_shape(self))[:, start:stop]
-        return require_finite(part, self.name) if self.finite else part
+        return require_finite_weight(part, self.name) if self.finite else part
 
     def read(self, start: int, length: int) -> NDArray[np.uint8]:
         """Bytes `[start, start + length)` of the tensor, both multiples of its elements' size.
@@ -149,7 +149,7 @@ class FileTensor(WeightTensor):
         except OSError as error:
             raise CorruptFileError(f"Cannot read tensor {self.name!r} from {self.path}: {error.strerror}.") from error
         if self.finite:
-            require_finite(raw.view(self.dtype.numpy()), self.name)
+            require_finite_weight(raw.view(self.dtype.numpy()), self.name)
         return raw
 
     def tobytes(self) -> bytes:
