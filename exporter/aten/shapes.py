@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxpress.exporter.aten.elementwise import operand
 from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 Size: TypeAlias = "int | torch.SymInt"
 LAST = (1 << 63) - 1

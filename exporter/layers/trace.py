@@ -16,7 +16,7 @@ from onnxpress.exporter import aten
 from onnxpress.exporter.tracing.dimensions import Dimensions
 from onnxpress.exporter.tracing.functions import WholeFunctions
 from onnxpress.exporter.tracing.lowering import PLACEHOLDERS
-from onnxpress.exporter.tracing.record import Recorder, recording
+from onnxpress.exporter.tracing.recorder import Recorder, recording
 from onnxpress.graph.conventions import MICROSOFT
 
 OPSET = 21

@@ -21,7 +21,7 @@ from onnxpress.exporter.export import export
 from onnxpress.exporter.sources.gguf import GgufTensor
 from onnxpress.exporter.sources.gguf_header import read_header
 from onnxpress.exporter.sources.parameters import match_parameters
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 
 from .tiny_gguf import TOKENS, decoder_metadata, decoder_shapes, random_tensors, write_gguf
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def checkpoint(path: Path, **options: Any) -> Checkpoint:
-    found = resolve(str(path), **options)
+    found = resolve_source(str(path), **options)
     assert isinstance(found, Checkpoint)
     return found
 
@@ -387,7 +387,7 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(case: str, tmp
     path.write_bytes(content)
     tracemalloc.start()
     with pytest.raises(CorruptFileError, match=message) as caught:
-        resolve(str(path))
+        resolve_source(str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "\n" not in str(caught.value)
@@ -406,7 +406,7 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(case: str, tmp
 def test_unsupported_files(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UnsupportedModelError, match=message):
-        resolve(str(tmp_path / "x.gguf"))
+        resolve_source(str(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
@@ -415,7 +415,7 @@ def test_truncated_file(keep: float, tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(CorruptFileError, match=r"truncated|more than the file can hold"):
-        resolve(str(path))
+        resolve_source(str(path))
 
 
 def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
 def test_unknown_architecture(tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", "mystery", decoder_metadata(), random_tensors(decoder_shapes()))
     with pytest.raises(UnsupportedModelError, match="architecture mystery are not read"):
-        resolve(str(path))
+        resolve_source(str(path))
     assert not any((cache / "gguf").iterdir()), "nothing half-made stays"
 
 
@@ -451,4 +451,4 @@ def test_folder_with_one_gguf_or_several(tmp_path: Path) -> None:
     assert checkpoint(tmp_path).source.kind == "gguf"
     llama(tmp_path / "b.gguf")
     with pytest.raises(BadInputError, match=r"holds 2 \.gguf files"):
-        resolve(str(tmp_path))
+        resolve_source(str(tmp_path))

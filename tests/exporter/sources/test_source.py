@@ -25,7 +25,7 @@ from onnxpress.errors import (
 )
 from onnxpress.exporter.export import export
 from onnxpress.exporter.sources.parameters import match_parameters
-from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve
+from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve_source
 from onnxpress.models.catalog import Pooling
 
 SIZES = {
@@ -67,7 +67,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def refused(error: type[OnnxpressError], model: object, match: str, **options: Any) -> OnnxpressError:
     with pytest.raises(error, match=match) as caught:
-        resolve(str(model), **options)
+        resolve_source(str(model), **options)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert caught.value.hint
@@ -75,13 +75,13 @@ def refused(error: type[OnnxpressError], model: object, match: str, **options: A
 
 
 def checkpoint(model: object, **options: Any) -> Checkpoint:
-    found = resolve(str(model), **options)
+    found = resolve_source(str(model), **options)
     assert isinstance(found, Checkpoint)
     return found
 
 
 def onnx_source(model: object) -> OnnxSource:
-    found = resolve(str(model))
+    found = resolve_source(str(model))
     assert isinstance(found, OnnxSource)
     return found
 

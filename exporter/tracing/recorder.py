@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):
 _active: list[Recorder] = []
 
 
-def active() -> Recorder:
+def active_recorder() -> Recorder:
     """The recorder of the trace that is under way."""
     return _active[-1]
 
