@@ -34,8 +34,8 @@ from onnxpress.search.recipe_choice import STRUCTURE, budget, check_search, chec
 
 if TYPE_CHECKING:
     from onnxpress.exporter.sources.checkpoint import Checkpoint
-    from onnxpress.exporter.sources.weights import TensorSource
-    from onnxpress.exporter.tracing.lowering import WeightType
+    from onnxpress.exporter.tracing.binding import WeightType
+    from onnxpress.graph.tensors import WeightTensor
     from onnxpress.search.kernels import KernelTable
     from onnxpress.search.survey import Survey
 
@@ -323,7 +323,7 @@ def _press(
     last_logits: bool,
     search_options: SearchOptions | None = None,
     checkpoint: Path | None = None,
-    originals: Mapping[str, TensorSource] | None = None,
+    originals: Mapping[str, WeightTensor] | None = None,
 ) -> Manifest:
     """[pass -> verify]* -> evaluate -> gate -> package. Without a recipe nothing changes and nothing is measured.
 

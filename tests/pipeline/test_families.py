@@ -10,7 +10,8 @@ from onnxpress import finished, pipeline
 from onnxpress.artifact.folder import graph_paths
 from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.exporter import architectures
-from onnxpress.graph.io import FileTensor, load_graph
+from onnxpress.graph.io import load_graph
+from onnxpress.graph.tensors import FileTensor
 
 
 @pytest.mark.parametrize("architecture", ["t5", "whisper", "vit", "wav2vec2", "clip", "deberta-v2"])

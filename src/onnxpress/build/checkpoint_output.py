@@ -10,13 +10,13 @@ from onnxpress.artifact.structure import Record
 from onnxpress.build.measuring import Meter, available_memory
 from onnxpress.build.work import Work
 from onnxpress.errors import UnsupportedModelError, VerificationError
-from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
+from onnxpress.graph.tensors import WeightTensor
 
 
-def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, TensorSource] | None = None) -> None:
+def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
     """Write the graphs as they were before weights were packed or quantized to an empty folder, and verify it.
 
     originals: tensors of the checkpoint that the model came from, for what no graph has: a pooler, another task's head.

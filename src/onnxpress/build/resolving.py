@@ -33,7 +33,7 @@ def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> A
         return artifact_folder.load(Path(model))
     progress = progress or Progress(enabled=False)
     with progress.stage(f"resolving {model}"):
-        found = sources.resolve(model, progress=progress.message, **flags)
+        found = sources.resolve_source(model, progress=progress.message, **flags)
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
 
 

@@ -6,7 +6,6 @@ memory holds a few tensors, never the model.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,7 +104,7 @@ class Work:
     def check_export(self, step: Step, checkpoint: Checkpoint) -> None:
         """Verify against torch what `step` exported, if memory holds the checkpoint. Raises VerificationError."""
         metrics: Mapping[str, float] = {}
-        needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        needed = 4 * sum(tensor.size for tensor in checkpoint.tensors.values())
         if needed > available_memory() / 2:
             self.notes.append(
                 f"the export was not verified against torch: the checkpoint takes {needed / 1e9:.0f} GB of memory"

@@ -13,7 +13,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from onnxpress.calibration.subgraphs import extract
-from onnxpress.graph.linear import find_linears, shape_of
+from onnxpress.graph.linear import find_linears, matrix_shape
 from onnxpress.optimizers.quantization.quantize_embedding import looks_up, tables
 
 SMALLEST = 32
@@ -109,9 +109,9 @@ def find_units(graph: ir.Graph) -> list[Unit]:
                     outputs=tuple(str(node.outputs[0].name) for node in nodes),
                     shapes=tuple(shapes[node] for node in nodes if node in shapes),
                     parameters=sum(
-                        rows * columns for rows, columns in map(shape_of, {weights[node] for node in nodes})
+                        rows * columns for rows, columns in map(matrix_shape, {weights[node] for node in nodes})
                     ),
-                    table=shape_of(looked_up) if looked_up is not None else None,
+                    table=matrix_shape(looked_up) if looked_up is not None else None,
                 ),
             )
         )

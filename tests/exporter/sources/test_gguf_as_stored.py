@@ -14,7 +14,7 @@ from onnxpress import pipeline
 from onnxpress.artifact.folder import load
 from onnxpress.build.gates import Gates
 from onnxpress.errors import NothingMatchedError
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 from onnxpress.optimizers.quantization.maths.block_format import unpack
 
 from .tiny_gguf import decoder_metadata, decoder_shapes, random_tensors, write_gguf
@@ -64,7 +64,7 @@ def test_weights_are_those_of_the_file(
     kept = next(step for step in result.steps if step.name == "keep-blocks")
     assert not kept.skipped
     assert result.manifest.metrics["kl"] < 0.01
-    checkpoint = resolve(str(path))
+    checkpoint = resolve_source(str(path))
     assert isinstance(checkpoint, Checkpoint)
     matrices = [source.numpy() for source in checkpoint.tensors.values() if len(source.shape) == 2]
     expected = [matrix + np.float32(0) for matrix in matrices]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onnxpress.exporter.sources.binding import IR_DTYPES, to_numpy
+from onnxpress.exporter.sources.torch_arrays import IR_DTYPES, to_numpy
 from onnxpress.exporter.tracing.dimensions import Dimensions
 from onnxpress.exporter.tracing.writer import Dimension, GraphWriter
 
@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):
 _active: list[Recorder] = []
 
 
-def active() -> Recorder:
+def active_recorder() -> Recorder:
     """The recorder of the trace that is under way."""
     return _active[-1]
 

@@ -1,4 +1,4 @@
-"""Ties every parameter of a model to its place in a checkpoint, without reading a single weight.
+"""Finds the checkpoint tensor of every parameter of a model, without reading a single weight.
 
 transformers renames, splits and merges checkpoint tensors while it loads them: `bert.` prefixes come and go, experts
 are stacked, `gamma` becomes `weight`, a head shares the embedding. The rules live in transformers
@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import onnx_ir as ir
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,45 +27,29 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from onnxpress.arrays import Array
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.sources.weights import ArrayTensor, TensorSource, same_values
+from onnxpress.exporter.sources.torch_arrays import IR_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from onnxpress.graph.tensors import ArrayTensor, WeightTensor, concrete_shape, slabs_of
 
 logger = logging.getLogger(__name__)
 
-with (
-    warnings.catch_warnings()
-):  # torch says once per process that arrays over mapped files are read-only: let it be now
-    warnings.simplefilter("ignore")
-    torch.from_numpy(np.frombuffer(b"read-only", dtype=np.uint8))
 
-TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
-    ir.DataType.BOOL: torch.bool,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.DOUBLE: torch.float64,
-}
-IR_DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
+class Parameters(dict[str, WeightTensor]):
+    """Every name of `model.state_dict()` -> the tensor that holds its values. Tied names share one tensor."""
 
-
-class Binding(dict[str, TensorSource]):
-    """Every name of `model.state_dict()` -> where its values come from. Tied names share one TensorSource object."""
-
-    def __init__(self, sources: Mapping[str, TensorSource], unused: list[str]) -> None:
+    def __init__(self, sources: Mapping[str, WeightTensor], unused: list[str]) -> None:
         super().__init__(sources)
         self.unused = unused
         """Checkpoint tensors that no parameter wants, sorted; buffers known to be obsolete are left out."""
 
 
-def bind(model: torch.nn.Module, tensors: Mapping[str, TensorSource], *, optional: Collection[str] = ()) -> Binding:
+def match_parameters(
+    model: torch.nn.Module, tensors: Mapping[str, WeightTensor], *, optional: Collection[str] = ()
+) -> Parameters:
     """Map every parameter and persistent buffer of a transformers model to a tensor of the checkpoint.
 
-    Sources keep the element type of the checkpoint: they are not cast to the model's.
+    Tensors keep the element type of the checkpoint: they are not cast to the model's.
 
     Args:
         model: a PreTrainedModel; on the meta device it costs no memory. Its parameters give the required shapes.
@@ -96,7 +76,7 @@ def bind(model: torch.nn.Module, tensors: Mapping[str, TensorSource], *, optiona
     unused = sorted(name for name in unused if not _is_obsolete(model, name))
     if unused:
         logger.warning("%d checkpoint tensors are not used by %s: %s", len(unused), type(model).__name__, _some(unused))
-    return Binding({name: matched[name] for name in required if name in matched}, unused)
+    return Parameters({name: matched[name] for name in required if name in matched}, unused)
 
 
 @dataclass
@@ -106,7 +86,7 @@ class _Pieces:
     converter: WeightConverter
     target: str
     """The first of the parameters made, as a full name."""
-    inputs: dict[str, list[TensorSource]] = field(default_factory=lambda: defaultdict(list))
+    inputs: dict[str, list[WeightTensor]] = field(default_factory=lambda: defaultdict(list))
     """By source pattern, in natural order of their names (expert 2 before expert 10)."""
 
     @property
@@ -120,7 +100,7 @@ class _Pieces:
         )
 
     def part(self, start: int, stop: int) -> _Pieces:
-        """What makes rows [start, stop)."""
+        """The tensors that rows [start, stop) are made from."""
         inputs = {pattern: sources[start:stop] for pattern, sources in self.inputs.items()}
         return _Pieces(self.converter, self.target, inputs)
 
@@ -134,34 +114,31 @@ class _Pieces:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-class ConvertedTensor(TensorSource):
+class ConvertedTensor(WeightTensor):
     """A parameter that transformers makes from checkpoint tensors: stacked experts, a chunk of a packed projection.
 
     Reading it reads its pieces, so the peak is about twice the parameter; experts can be read one at a time.
     """
 
     def __init__(self, name: str, meta: torch.Tensor, pieces: _Pieces, model: torch.nn.Module) -> None:
-        super().__init__(name, tuple(meta.shape), IR_DTYPES[meta.dtype])
+        super().__init__(lambda: self._read(pieces), IR_DTYPES[meta.dtype], tuple(meta.shape), name=name)
         self._pieces = pieces
         self._model = model
-
-    def numpy(self) -> np.ndarray:
-        return self._read(self._pieces)
 
     @property
     def reads_rows(self) -> bool:
         return self._pieces.stacked and all(len(sources) == self.shape[0] for sources in self._pieces.inputs.values())
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int) -> Array:
         return self._read(self._pieces.part(start, stop)) if self.reads_rows else super().rows(start, stop)
 
-    def _read(self, pieces: _Pieces) -> np.ndarray:
-        return to_numpy(pieces.convert(self._model, lambda source: to_torch(source.numpy()))[self.name])
+    def _read(self, pieces: _Pieces) -> Array:
+        return to_numpy(pieces.convert(self._model, lambda source: to_torch(source.numpy()))[str(self.name)])
 
 
 def _match_names(
-    model: torch.nn.Module, tensors: Mapping[str, TensorSource], required: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, TensorSource], list[str]]:
+    model: torch.nn.Module, tensors: Mapping[str, WeightTensor], required: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, WeightTensor], list[str]]:
     """Follow transformers' rules from checkpoint names to parameter names; also the names that led nowhere."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -169,7 +146,7 @@ def _match_names(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
 
-    matched: dict[str, TensorSource] = {}
+    matched: dict[str, WeightTensor] = {}
     groups: dict[str, _Pieces] = {}
     unused: list[str] = []
     for name in sorted(tensors, key=dot_natural_key):
@@ -188,12 +165,12 @@ def _match_names(
     return matched, unused
 
 
-def _converted(model: torch.nn.Module, target: str, group: _Pieces) -> dict[str, TensorSource]:
+def _converted(model: torch.nn.Module, target: str, group: _Pieces) -> dict[str, WeightTensor]:
     """The parameters of one converter: it runs on meta tensors, which yields names and shapes but reads nothing."""
     try:
         made = group.convert(model, _to_meta)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        inputs = [source.name for sources in group.inputs.values() for source in sources]
+        inputs = [str(source.name) for sources in group.inputs.values() for source in sources]
         raise CorruptFileError(
             f"parameter {target} cannot be made from {_some(inputs)}: {error}",
             hint="the checkpoint's tensors and its config.json disagree",
@@ -201,12 +178,12 @@ def _converted(model: torch.nn.Module, target: str, group: _Pieces) -> dict[str,
     return {name: ConvertedTensor(name, meta, group, model) for name, meta in made.items()}
 
 
-def _check(required: Mapping[str, torch.Tensor], matched: Mapping[str, TensorSource]) -> None:
+def _check(required: Mapping[str, torch.Tensor], matched: Mapping[str, WeightTensor]) -> None:
     for name, source in matched.items():
         parameter = required.get(name)
         if parameter is None:
             continue
-        if source.shape != tuple(parameter.shape):
+        if concrete_shape(source) != tuple(parameter.shape):
             raise CorruptFileError(
                 f"parameter {name} has shape {list(source.shape)} in the checkpoint; "
                 f"its config.json requires {list(parameter.shape)}",
@@ -220,13 +197,13 @@ def _check(required: Mapping[str, torch.Tensor], matched: Mapping[str, TensorSou
             )
 
 
-def _tie(model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, TensorSource]) -> None:
+def _tie(model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, WeightTensor]) -> None:
     """Give parameters that share storage one source, whichever of their names the checkpoint has.
 
     Like transformers: where the checkpoint holds several with different values, they stay apart whatever the config
     says.
     """
-    for group in _tied_groups(model, required):
+    for group in tied_groups(model, required):
         present = [name for name in group if name in matched]
         if not present:
             continue
@@ -238,7 +215,16 @@ def _tie(model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: 
                 logger.warning("%s and %s are declared tied but differ in the checkpoint: kept apart", present[0], name)
 
 
-def _tied_groups(model: torch.nn.Module, required: Mapping[str, torch.Tensor]) -> list[list[str]]:
+def same_values(a: WeightTensor, b: WeightTensor, *, chunk: int = 1 << 24) -> bool:
+    """Whether two tensors are equal bit for bit, compared in pieces of `chunk` bytes."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(x.tobytes() == y.tobytes() for x, y in zip(slabs_of(a, chunk), slabs_of(b, chunk), strict=True))
+
+
+def tied_groups(model: torch.nn.Module, required: Mapping[str, torch.Tensor]) -> list[list[str]]:
     """Names that are one parameter, by declaration (target -> source) or because one tensor has several names."""
     declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     groups: dict[Any, list[str]] = defaultdict(list)
@@ -254,7 +240,7 @@ def _tied_groups(model: torch.nn.Module, required: Mapping[str, torch.Tensor]) -
 
 
 def _fill_computed(
-    model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, TensorSource]
+    model: torch.nn.Module, required: Mapping[str, torch.Tensor], matched: dict[str, WeightTensor]
 ) -> None:
     """Add tables that checkpoints may leave out because the model computes them, like sinusoidal positions.
 
@@ -272,7 +258,7 @@ def _fill_computed(
 
 
 def _initial_value(model: torch.nn.Module, module_path: str, leaf: str, seed: int) -> torch.Tensor:
-    """What transformers initialises a parameter to, computed on a copy of the small module that owns it."""
+    """The value that transformers initialises a parameter to, computed on a copy of the small module that owns it."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         module = deepcopy(model.get_submodule(module_path)).to_empty(device="cpu", recurse=False)
@@ -295,28 +281,14 @@ def _is_obsolete(model: torch.nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _to_meta(source: TensorSource) -> torch.Tensor:
+def _to_meta(source: WeightTensor) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None:
         raise UnsupportedModelError(
             f"tensor {source.name} of type {source.dtype} cannot be merged into a parameter",
             hint="start from the unquantized checkpoint (BF16, F16 or F32)",
         )
-    return torch.empty(source.shape, dtype=dtype, device="meta")
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
-    """The array as a tensor of the same type; shares memory that may be a read-only file: never write to it."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor as an array of the same type; bfloat16 becomes ml_dtypes'."""
-    is_bfloat16 = tensor.dtype == torch.bfloat16
-    array: np.ndarray = (tensor.view(torch.int16) if is_bfloat16 else tensor).contiguous().numpy()
-    return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+    return torch.empty(concrete_shape(source), dtype=dtype, device="meta")
 
 
 def _some(names: list[str], limit: int = 5) -> str:

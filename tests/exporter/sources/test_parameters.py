@@ -13,8 +13,10 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.sources.binding import Binding, bind, to_torch
-from onnxpress.exporter.sources.weights import ArrayTensor, TensorSource, read_safetensors
+from onnxpress.exporter.sources.parameters import Parameters, match_parameters, same_values
+from onnxpress.exporter.sources.safetensors import read_safetensors
+from onnxpress.exporter.sources.torch_arrays import to_torch
+from onnxpress.graph.tensors import ArrayTensor, WeightTensor, concrete_shape
 
 DECODER = {
     "vocab_size": 64,
@@ -112,12 +114,12 @@ def randomised(model: t.PreTrainedModel) -> t.PreTrainedModel:
     return model
 
 
-def save(model: t.PreTrainedModel, folder: Path, **options: Any) -> dict[str, TensorSource]:
+def save(model: t.PreTrainedModel, folder: Path, **options: Any) -> dict[str, WeightTensor]:
     model.save_pretrained(folder, **options)
     return read_folder(folder)
 
 
-def read_folder(folder: Path) -> dict[str, TensorSource]:
+def read_folder(folder: Path) -> dict[str, WeightTensor]:
     return {
         name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_safetensors(file).items()
     }
@@ -128,7 +130,7 @@ def on_meta(model_class: type[t.PreTrainedModel], config: t.PreTrainedConfig, **
         return model_class(config, **more)
 
 
-def assert_same(binding: Binding, loaded: t.PreTrainedModel) -> None:
+def assert_same(binding: Parameters, loaded: t.PreTrainedModel) -> None:
     expected = loaded.state_dict()
     assert set(binding) == set(expected)
     for name, value in expected.items():
@@ -144,7 +146,7 @@ def assert_same(binding: Binding, loaded: t.PreTrainedModel) -> None:
 def test_every_key_equals_from_pretrained(name: str, tmp_path: Path) -> None:
     model = randomised(MODELS[name]())
     tensors = save(model, tmp_path, max_shard_size="40KB")
-    binding = bind(on_meta(type(model), model.config), tensors)
+    binding = match_parameters(on_meta(type(model), model.config), tensors)
     assert_same(binding, type(model).from_pretrained(tmp_path))
     assert binding.unused == []
 
@@ -152,7 +154,7 @@ def test_every_key_equals_from_pretrained(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_class", MORE, ids=lambda model_class: model_class.__name__)
 def test_more_architectures(model_class: type[t.PreTrainedModel], tmp_path: Path) -> None:
     model = randomised(model_class(model_class.config_class(**MORE[model_class])))
-    binding = bind(on_meta(model_class, model.config), save(model, tmp_path))
+    binding = match_parameters(on_meta(model_class, model.config), save(model, tmp_path))
     assert_same(binding, model_class.from_pretrained(tmp_path))
     assert binding.unused == []
 
@@ -160,7 +162,7 @@ def test_more_architectures(model_class: type[t.PreTrainedModel], tmp_path: Path
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "bert"])
 def test_bfloat16_stays_bfloat16(name: str, tmp_path: Path) -> None:
     model = randomised(MODELS[name]()).to(torch.bfloat16)
-    binding = bind(on_meta(type(model), model.config), save(model, tmp_path))
+    binding = match_parameters(on_meta(type(model), model.config), save(model, tmp_path))
     assert_same(binding, type(model).from_pretrained(tmp_path, dtype=torch.bfloat16))
 
 
@@ -168,7 +170,7 @@ def test_base_model_reads_a_checkpoint_with_a_head(tmp_path: Path) -> None:
     masked = randomised(t.BertForMaskedLM(t.BertConfig(**BERT)))
     tensors = save(masked, tmp_path)
     assert any(name.startswith("bert.") for name in tensors)
-    binding = bind(on_meta(t.BertModel, masked.config, add_pooling_layer=False), tensors)
+    binding = match_parameters(on_meta(t.BertModel, masked.config, add_pooling_layer=False), tensors)
     assert_same(binding, t.BertModel.from_pretrained(tmp_path, add_pooling_layer=False))
     assert binding.unused
     assert all(name.startswith("cls.") for name in binding.unused)
@@ -181,7 +183,7 @@ def test_model_with_a_head_reads_prefixless_names(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     assert not any(name.startswith("transformer.") for name in weights)
     save_file({**weights, "h.0.attn.bias": torch.ones(1, 1, 16, 16)}, tmp_path / "model.safetensors", {"format": "pt"})
-    binding = bind(on_meta(t.GPT2LMHeadModel, model.config), read_folder(tmp_path))
+    binding = match_parameters(on_meta(t.GPT2LMHeadModel, model.config), read_folder(tmp_path))
     assert_same(binding, t.GPT2LMHeadModel.from_pretrained(tmp_path))
 
 
@@ -195,14 +197,14 @@ def test_legacy_layer_norm_names(tmp_path: Path) -> None:
     }
     assert old.keys() != weights.keys()
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
-    assert_same(bind(on_meta(t.BertModel, model.config), read_folder(tmp_path)), model)
+    assert_same(match_parameters(on_meta(t.BertModel, model.config), read_folder(tmp_path)), model)
 
 
 def test_tied_names_share_one_source(tmp_path: Path) -> None:
     model = randomised(llama(tie_word_embeddings=True))
     tensors = save(model, tmp_path)
     assert "lm_head.weight" not in tensors
-    binding = bind(on_meta(t.LlamaForCausalLM, model.config), tensors)
+    binding = match_parameters(on_meta(t.LlamaForCausalLM, model.config), tensors)
     assert binding["lm_head.weight"] is binding["model.embed_tokens.weight"]
 
 
@@ -211,22 +213,23 @@ def test_declared_tie_yields_to_different_values(equal: bool, tmp_path: Path) ->
     model = randomised(llama(tie_word_embeddings=True))
     tensors = save(model, tmp_path)
     head = model.lm_head.weight.detach().numpy() + (0 if equal else 1)
-    binding = bind(on_meta(t.LlamaForCausalLM, model.config), {**tensors, "lm_head.weight": ArrayTensor("head", head)})
+    binding = match_parameters(
+        on_meta(t.LlamaForCausalLM, model.config), {**tensors, "lm_head.weight": ArrayTensor("head", head)}
+    )
     assert (binding["lm_head.weight"] is binding["model.embed_tokens.weight"]) == equal
     np.testing.assert_array_equal(binding["lm_head.weight"].numpy(), head)
 
 
-class Unreadable(TensorSource):
-    def numpy(self) -> np.ndarray:
-        raise AssertionError(f"{self.name} was read")
+def unreadable(name: str, tensor: WeightTensor) -> WeightTensor:
+    return WeightTensor(lambda: pytest.fail(f"{name} was read"), tensor.dtype, concrete_shape(tensor), name=name)
 
 
 def test_binding_reads_nothing(tmp_path: Path) -> None:
     for name in ("llama-tied", "mixtral", "t5"):
         model = MODELS[name]()
         tensors = save(model, tmp_path / name)
-        blind = {key: Unreadable(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-        assert len(bind(on_meta(type(model), model.config), blind)) == len(model.state_dict())
+        blind = {key: unreadable(key, tensor) for key, tensor in tensors.items()}
+        assert len(match_parameters(on_meta(type(model), model.config), blind)) == len(model.state_dict())
 
 
 def test_missing_parameter_is_named(tmp_path: Path) -> None:
@@ -235,8 +238,8 @@ def test_missing_parameter_is_named(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     meta = on_meta(t.LlamaForCausalLM, model.config)
     with pytest.raises(CorruptFileError, match=r"lacks 1 of the \d+.*model\.layers\.1\.mlp\.up_proj\.weight"):
-        bind(meta, tensors)
-    assert "model.layers.1.mlp.up_proj.weight" not in bind(meta, tensors, optional=[r"up_proj"])
+        match_parameters(meta, tensors)
+    assert "model.layers.1.mlp.up_proj.weight" not in match_parameters(meta, tensors, optional=[r"up_proj"])
 
 
 def test_random_head_is_not_invented(tmp_path: Path) -> None:
@@ -244,14 +247,14 @@ def test_random_head_is_not_invented(tmp_path: Path) -> None:
     model = MODELS["bert"]()
     tensors = save(model, tmp_path)
     with pytest.raises(CorruptFileError, match=r"lacks .* of BertForMaskedLM"):
-        bind(on_meta(t.BertForMaskedLM, model.config), tensors)
+        match_parameters(on_meta(t.BertForMaskedLM, model.config), tensors)
 
 
 def test_wrong_shape_names_found_and_required(tmp_path: Path) -> None:
     tensors = save(llama(), tmp_path)
     config = t.LlamaConfig(**{**DECODER, "intermediate_size": 50})
     with pytest.raises(CorruptFileError, match=r"mlp\.\w+_proj\.weight has shape \[\d+, \d+\].*requires \[\d+, \d+\]"):
-        bind(on_meta(t.LlamaForCausalLM, config), tensors)
+        match_parameters(on_meta(t.LlamaForCausalLM, config), tensors)
 
 
 def test_lost_expert_is_a_wrong_shape(tmp_path: Path) -> None:
@@ -259,7 +262,7 @@ def test_lost_expert_is_a_wrong_shape(tmp_path: Path) -> None:
     tensors = save(model, tmp_path)
     del tensors[next(name for name in tensors if ".experts.3.w2" in name)]
     with pytest.raises(CorruptFileError, match=r"experts\.down_proj has shape \[11, 32, 48\].*\[12, 32, 48\]"):
-        bind(on_meta(t.MixtralForCausalLM, model.config), tensors)
+        match_parameters(on_meta(t.MixtralForCausalLM, model.config), tensors)
 
 
 def test_experts_of_different_shapes(tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_experts_of_different_shapes(tmp_path: Path) -> None:
     name = next(name for name in tensors if ".experts.3.w2" in name)
     tensors[name] = ArrayTensor(name, np.zeros((32, 47), np.float32))
     with pytest.raises(CorruptFileError, match=r"experts\.down_proj cannot be made from"):
-        bind(on_meta(t.MixtralForCausalLM, model.config), tensors)
+        match_parameters(on_meta(t.MixtralForCausalLM, model.config), tensors)
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
@@ -277,12 +280,24 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = ArrayTensor(name, np.zeros(tensors[name].shape, np.int8))
     with pytest.raises(UnsupportedModelError, match=r"up_proj\.weight is stored as INT8"):
-        bind(on_meta(t.LlamaForCausalLM, model.config), tensors)
+        match_parameters(on_meta(t.LlamaForCausalLM, model.config), tensors)
 
 
 def test_unused_tensors_are_reported(tmp_path: Path) -> None:
     model = llama()
     extra = {"model.layers.7.mlp.up_proj.weight": ArrayTensor("x", np.zeros(3, np.float32))}
     obsolete = {"model.layers.0.self_attn.rotary_emb.inv_freq": ArrayTensor("x", np.zeros(3, np.float32))}
-    binding = bind(on_meta(t.LlamaForCausalLM, model.config), {**save(model, tmp_path), **extra, **obsolete})
+    binding = match_parameters(
+        on_meta(t.LlamaForCausalLM, model.config), {**save(model, tmp_path), **extra, **obsolete}
+    )
     assert binding.unused == ["model.layers.7.mlp.up_proj.weight"]
+
+
+def test_same_values_compares_bits() -> None:
+    ones = ArrayTensor("a", np.ones(10, np.float32))
+    assert same_values(ones, ArrayTensor("b", np.ones(10, np.float32)), chunk=3)
+    assert not same_values(ones, ArrayTensor("b", np.ones(10, np.float16)), chunk=3)
+    assert not same_values(ones, ArrayTensor("b", np.ones((2, 5), np.float32)), chunk=3)
+    other = np.ones(10, np.float32)
+    other[9] = 2
+    assert not same_values(ones, ArrayTensor("b", other), chunk=3)

@@ -1,30 +1,23 @@
-"""Weights as lazy tensors: known by name, shape and type, read only when asked, never kept.
+"""The header of a .safetensors file: where each tensor lies, so that it is read only when it is asked for.
 
-`TensorSource` is what the rest of the exporter sees. The safetensors reader here parses headers itself, because the
-export needs to know where each tensor lies in its file; the format is
-https://huggingface.co/docs/safetensors/index#format. Headers are untrusted: every size is checked against the file
-before anything is allocated or mapped.
+The format is https://huggingface.co/docs/safetensors/index#format. Headers are untrusted: every size is checked against
+the file before anything is allocated or mapped.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import struct
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.graph import tensors
-from onnxpress.graph.floats import require_finite
-from onnxpress.graph.tensors import RowTensor
+from onnxpress.graph.tensors import FileTensor
 
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 
 SAFETENSORS_DTYPES: Mapping[str, ir.DataType] = {
@@ -46,92 +39,6 @@ SAFETENSORS_DTYPES: Mapping[str, ir.DataType] = {
 }
 
 
-class TensorSource(ABC):
-    """One tensor of a checkpoint. `numpy()` reads it anew each time; nothing is cached."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> None:
-        self.name = name
-        """As in the checkpoint."""
-        self.shape = shape
-        self.dtype = dtype
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that `numpy()` returns."""
-        return self.size * self.dtype.numpy().itemsize
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes in the checkpoint's file."""
-        return self.nbytes
-
-    @abstractmethod
-    def numpy(self) -> np.ndarray:
-        """The values, of `shape` and `dtype` (bfloat16, float8: ml_dtypes'); possibly a read-only view of a file."""
-
-    @property
-    def reads_rows(self) -> bool:
-        """Whether `rows` costs only the rows asked for."""
-        return False
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """`numpy()[start:stop]` along the leading axis."""
-        return self.numpy()[start:stop]
-
-    def lazy(self, name: str) -> ir.LazyTensor:
-        """The same as a weight of a graph. Reading it raises CorruptFileError where it holds NaN or infinity."""
-        if self.reads_rows and self.shape:
-            rows = lambda start, stop: require_finite(self.rows(start, stop), name)  # noqa: E731
-            return RowTensor(rows, self.dtype, self.shape, name=name)
-        evaluate = lambda: ir.Tensor(require_finite(self.numpy(), name), dtype=self.dtype)  # noqa: E731
-        return ir.LazyTensor(evaluate, dtype=self.dtype, shape=ir.Shape(self.shape), name=name)
-
-    def __repr__(self) -> str:
-        shape = ",".join(map(str, self.shape))
-        return f"{type(self).__name__}({self.name}: {self.dtype}[{shape}])"
-
-
-class FileTensor(TensorSource):
-    """Elements lying in a file, row-major and little-endian.
-
-    Each `numpy()` maps just this tensor, and the mapping ends with the array: resident memory never adds up over the
-    tensors of a large file.
-    """
-
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: ir.DataType, path: Path, offset: int) -> None:
-        super().__init__(name, shape, dtype)
-        self.path = path
-        self.offset = offset
-        """Bytes from the start of the file."""
-
-    @property
-    def reads_rows(self) -> bool:  # a mapping costs what is touched of it
-        return True
-
-    def numpy(self) -> np.ndarray:
-        dtype = self.dtype.numpy()
-        return tensors.map_file(self.path, self.offset, self.nbytes).view(dtype).reshape(self.shape)
-
-    def lazy(self, name: str) -> ir.LazyTensor:
-        return tensors.FileTensor(self.path, self.offset, self.dtype, self.shape, name=name, finite=True)
-
-
-class ArrayTensor(TensorSource):
-    """Values that are in memory already: small constants."""
-
-    def __init__(self, name: str, array: np.ndarray) -> None:
-        super().__init__(name, array.shape, ir.DataType.from_numpy(array.dtype))
-        self._array = array
-
-    def numpy(self) -> np.ndarray:
-        return self._array
-
-
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """The tensors of a .safetensors file, by name; reads only its header.
 
@@ -141,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """
     header, start, file_size = _read_header(path)
     header.pop("__metadata__", None)
-    found: dict[str, FileTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     extents: list[tuple[int, int]] = []
     for name, entry in header.items():
         shape, code, begin, end = _parse_entry(path, name, entry)
@@ -156,14 +63,14 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
                 f"{path}: tensor {name} lies at {begin}..{end}, but the file holds {file_size - start} bytes of data",
                 hint="the file is truncated or damaged; fetch it again",
             )
-        tensor = FileTensor(name, shape, dtype, path, start + begin)
+        tensor = FileTensor(path, start + begin, dtype, shape, name=name)
         if end - begin != tensor.nbytes:
             raise CorruptFileError(
                 f"{path}: tensor {name} of shape {list(shape)} and type {code} needs {tensor.nbytes} bytes, "
                 f"its offsets give {end - begin}",
                 hint="the header is damaged; fetch the file again",
             )
-        found[name] = tensor
+        tensors[name] = tensor
         extents.append((begin, end))
     position = 0
     for begin, end in sorted(extents):
@@ -172,7 +79,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
         position = end
     if position != file_size - start:
         raise CorruptFileError(f"{path}: {file_size - start - position} bytes belong to no tensor")
-    return found
+    return tensors
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -183,7 +90,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             file.seek(0)
             prefix = file.read(8)
             header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
+            if not 2 <= header_size <= min(MAX_HEADER_BYTES, file_size - 8):
                 raise CorruptFileError(
                     f"{path}: not a safetensors file, or truncated (header of {header_size} bytes in {file_size})",
                     hint="fetch the file again; a Git LFS pointer is a text file of about 130 bytes",
@@ -215,19 +122,3 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], st
     if not sizes_are_sane or not isinstance(code, str):
         raise CorruptFileError(f"{path}: damaged header entry for tensor {name}", hint="fetch the file again")
     return tuple(shape), code, begin, end
-
-
-def _pieces(array: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    flat = array.reshape(-1)
-    for begin in range(0, flat.size, chunk):
-        yield flat[begin : begin + chunk]
-
-
-def same_values(a: TensorSource, b: TensorSource, *, chunk: int = 1 << 22) -> bool:
-    """Whether two tensors are equal bit for bit, compared in pieces of `chunk` elements."""
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    pairs = zip(_pieces(a.numpy(), chunk), _pieces(b.numpy(), chunk), strict=True)
-    return all(x.tobytes() == y.tobytes() for x, y in pairs)
