@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxpress.build.gates import costs
+from onnxpress.building.gates import costs
 from onnxpress.report.figures import amount, before_after, label
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnxpress.report.inspection import Port
     from onnxpress.report.overview import Overview
     from onnxpress.search.sensitivity import Measurement
-    from onnxpress.search.survey import Survey
+    from onnxpress.search.sensitivity_profile import SensitivityProfile
 
 _WIDTH = 110
 _CACHE = ("past_key_values.", "present")
@@ -147,8 +147,8 @@ def _bar(bar: Bar, most: int) -> str:
     return f"[cyan]{'█' * left}[/][dim]{'░' * cut}[/] {f'{bar.after:,}' if bar.after else ''}".strip()
 
 
-def print_survey(found: Survey) -> None:
-    """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
+def print_sensitivity(found: SensitivityProfile) -> None:
+    """Print a row for each group of products, a column for each format: what the model loses.
 
     And a row for each block, a column for each cut: what the model loses, and how much of the block is gone. And a row
     for each attention, with the order of its heads.
@@ -156,25 +156,25 @@ def print_survey(found: Survey) -> None:
     console = _console()
     if found.formats:
         names = [one.name for one in found.formats]
-        rows = {(row.unit, row.format): row for row in found.rows}
+        rows = {(row.part, row.format): row for row in found.rows}
         table = _table("loss with only this in", "float32", *names)
-        for unit in found.units:
-            losses = (_loss(rows.get((unit.name, name))) for name in names)
-            table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *losses)
+        for group in found.groups:
+            losses = (_loss(rows.get((group.name, name))) for name in names)
+            table.add_row(escape(group.name), _megabytes(group.parameters * 4), *losses)
         console.print(table)
         console.print(
             "[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]"
         )
     if found.cuts:
         names = [one.name for one in found.cuts]
-        rows = {(row.unit, row.format): row for row in found.cut_rows}
+        rows = {(row.part, row.format): row for row in found.cut_rows}
         table = _table("loss with only this cut", "parameters", *names)
-        for site in found.sites:
+        for candidate in found.candidates:
             cells = []
             for name in names:
-                row = rows.get((site.name, name))
-                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / site.parameters:.0%}[/]" if row else ""))
-            table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
+                row = rows.get((candidate.name, name))
+                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / candidate.parameters:.0%}[/]" if row else ""))
+            table.add_row(escape(candidate.name), f"{candidate.parameters:,}", *cells)
         console.print(table)
     if found.attentions:
         table = _table("loss without one head", "least", "most", "heads, from the least loss to the most")
@@ -195,8 +195,8 @@ def _heat(loss: float) -> str:
     return ("blue", "cyan", "green", "yellow", "red")[max(0, min(4, int(math.log10(max(loss, 1e-9)) + 7)))]
 
 
-def print_trial(found: Mapping[str, Any]) -> None:
-    """What `run` has to add to the text that it streamed: speed, or the similarity of texts."""
+def print_run(found: Mapping[str, Any]) -> None:
+    """Print what `run` has to add to the text that it streamed: speed, or the similarity of texts."""
     if "texts" in found:
         print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in found["texts"]])
         return

@@ -1,6 +1,6 @@
-"""Formats: what a unit may become. Each is a pass of the recipe, or a few in a row, tried on a unit alone.
+"""Formats: what a group may become. Each is a pass of the recipe, or a few in a row, tried on a group alone.
 
-Nothing here knows what a pass does: the unit is run before and after it, so that what the kernels themselves lose, as
+Nothing here knows what a pass does: the group is run before and after it, so that what the kernels themselves lose, as
 by quantizing activations, counts too. What a block may become is a format as well, see `cuts`.
 """
 
@@ -26,11 +26,11 @@ from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.search.units import Part
+from onnxpress.search.groups import Part
 
 Arrays = Mapping[str, NDArray[Any]]
 Shapes = Mapping[str, Sequence[Sequence[int]]]
-"""(inputs, outputs) of each product of a unit, by the unit's name."""
+"""(inputs, outputs) of each product of a group, by the group's name."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Format:
         """The part in this format, a graph of its own; None where a pass finds nothing or a weight stays as it was.
 
         Args:
-            part: `of` as it is, see `units.part_model`; it is not changed.
+            part: `of` as it is, see `groups.part_model`; it is not changed.
             calibration: with inputs of the part.
         """
         model = self.run_passes(part, of, calibration)
@@ -78,12 +78,12 @@ class Format:
         return model
 
     def left(self, before: ir.Model, after: ir.Model) -> Shapes | None:
-        """What is left of the units inside a part, those that changed; None where this is no longer told."""
+        """What is left of the groups inside a part, those that changed; None where this is no longer told."""
         return {}
 
 
 FLOAT = "float32"
-"""The name of leaving a unit as it is."""
+"""The name of leaving a group as it is."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From sums over units to what is measured of a whole model, mended whenever one was measured."""
+"""From sums over groups to what is measured of a whole model, mended whenever one was measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from onnxpress.build.gates import Gates
+from onnxpress.requests import Gates
 from onnxpress.search.assignment import Program
 
 MARGIN = 0.97
@@ -32,11 +32,11 @@ class Prediction:
     loss_factor: float = 1.0
     cut_factor: float = 1.0
     size_rest: float = 0.0
-    """Bytes beside the units."""
+    """Bytes beside the groups."""
     parameters_rest: float = 0.0
-    """Parameters beside the units."""
+    """Parameters beside the groups."""
     latency_rest: float = 0.0
-    """Microseconds beside the units."""
+    """Microseconds beside the groups."""
     memory_rest: float = 0.0
     """Bytes of memory beside the weights."""
 

@@ -25,7 +25,7 @@ def best_choice(program: Program, limits: Mapping[str, float], objective: str) -
     for name in others:
         most: dict[str, float] = {}
         for choice in program.choices:
-            most[choice.unit] = max(most.get(choice.unit, 0.0), choice.costs[name])
+            most[choice.group] = max(most.get(choice.group, 0.0), choice.costs[name])
         weights[name] = TIES / len(others) / (sum(most.values()) or 1.0)
     return program.assign(limits, weights) or first
 
@@ -48,9 +48,9 @@ def most_alike(program: Program, limits: Mapping[str, float], objective: str) ->
 
 def _removed(program: Program) -> dict[str, float]:
     """Parameters that each cut removes."""
-    whole = {one.unit: one.costs["parameters"] for one in program.choices if one.cut is None}
-    left = {(one.cut, one.unit): one.costs["parameters"] for one in program.choices if one.cut is not None}
+    whole = {one.group: one.costs["parameters"] for one in program.choices if one.cut is None}
+    left = {(one.cut, one.group): one.costs["parameters"] for one in program.choices if one.cut is not None}
     return {
-        cut.name: sum(whole[unit] - parameters for (name, unit), parameters in left.items() if name == cut.name)
+        cut.name: sum(whole[group] - parameters for (name, group), parameters in left.items() if name == cut.name)
         for cut in program.cuts
     }

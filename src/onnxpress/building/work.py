@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
+from onnxpress.arrays import Feeds
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
 from onnxpress.artifact.structure_changes import compare
+from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
-from onnxpress.arrays import Feeds
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
-from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fusion.last_logits import LastLogits
@@ -90,7 +90,7 @@ class Work:
     def __post_init__(self) -> None:
         """Write the graphs as they came."""
         self.home = self.folder
-        artifact_folder.write_companions(self.artifact, self.home)
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
         not_fused = self.artifact.export.get("not_fused", {})
         self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
@@ -135,7 +135,7 @@ class Work:
             if companions is not None:
                 self.home = self.folder / f"companions-{len(self.steps)}"
                 self.artifact = companions.follow(self.artifact, self.home)
-                artifact_folder.write_companions(self.artifact, self.home)
+                artifact_folder.write_sidecar_files(self.artifact, self.home)
                 self.notes += companions.notes
                 self.samples.clear()
             before, self.current = self.current, self._save(graphs, spec.name)
@@ -182,7 +182,7 @@ class Work:
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
         self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
         self.structure, self.floats = found, self.current
-        artifact_folder.write_companions(self.artifact, self.home)
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
 
     def _calibrations(self, one: Pass) -> dict[str, Calibration]:
         """Samples of each graph, by its stem, for a pass that looks at activations."""

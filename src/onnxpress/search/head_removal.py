@@ -23,7 +23,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.search.formats import Format
-from onnxpress.search.units import Part
+from onnxpress.search.groups import Part
 
 
 @dataclass(frozen=True)
