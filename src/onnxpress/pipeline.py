@@ -70,8 +70,8 @@ def build(
     recipe: RecipeRequest | None = None,
     profile: str = "cpu",
     judging: Judging | None = None,
-    output: Path | None = None,
-    checkpoint: Path | None = None,
+    output: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Make a verified artifact of a model, however it is named.
@@ -91,8 +91,7 @@ def build(
     target = profiles.load(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
-    output = output or default_output(source.model)
-    _check_folders(output, checkpoint)
+    output, checkpoint = _folders(output or default_output(source.model), checkpoint)
     found = resolve(source, progress)
     with replacing(output) as stage, _beside(checkpoint) as beside:
         work = _start(stage.work, found, source, target, judging, progress)
@@ -111,7 +110,7 @@ def export(
     *,
     dtype: WeightType = "float32",
     threads: int | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Make an artifact with the float32 graph of a checkpoint, verified against it, and nothing else.
@@ -123,8 +122,7 @@ def export(
     """
     source, progress = ModelSource.of(source), progress or Progress(enabled=False)
     judging = Judging(benchmark=False, threads=threads)
-    output = output or default_output(source.model)
-    check_target(output)
+    output, _ = _folders(output or default_output(source.model))
     found = resolve(source, progress)
     with replacing(output) as stage:
         work = _start(stage.work, found, source, ANY_TARGET, judging, progress, dtype)
@@ -137,11 +135,11 @@ def export(
 def optimize(
     source: str | Path | ModelSource,
     *,
-    output: Path,
+    output: str | Path,
     recipe: RecipeRequest | None = None,
     profile: str = "cpu",
     judging: Judging | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Run passes on an artifact or on an ONNX graph made by anyone; the reference is what came in.
@@ -152,7 +150,7 @@ def optimize(
     target = profiles.load(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
-    _check_folders(output, checkpoint)
+    output, checkpoint = _folders(output, checkpoint)
     artifact = resolve(source)
     if not isinstance(artifact, Artifact):
         raise UsageError(
@@ -207,7 +205,7 @@ def sensitivity(
 
 def kernels(
     source: str | Path | ModelSource,
-    output: Path,
+    output: str | Path,
     *,
     recipe: RecipeRequest | None = None,
     profile: str = "cpu",
@@ -219,7 +217,7 @@ def kernels(
 
     with _prepared(source, recipe, profile, judging or Judging(), progress) as (work, chosen):
         table = time_kernels(work, chosen)
-    with replacing_file(output) as path:
+    with replacing_file(Path(output)) as path:
         path.write_text(table.to_json(), encoding="utf-8")
     return table
 
@@ -262,7 +260,8 @@ def _start(
     dtype: WeightType = "float32",
 ) -> Work:
     """Take the graphs to start from, those of a checkpoint exported and verified against it."""
-    data = Data(judging.text, judging.pairs, judging.calibration)
+    text, pairs = (None if path is None else Path(path) for path in (judging.text, judging.pairs))
+    data = Data(text, pairs, judging.calibration)
     if isinstance(found, Artifact):
         if dtype != "float32":
             raise UsageError("--dtype is for checkpoints; this is ONNX already", hint="see: onnxpress list passes")
@@ -330,11 +329,12 @@ def _beside(checkpoint: Path | None) -> Iterator[Path | None]:
         yield stage.result
 
 
-def _check_folders(output: Path, checkpoint: Path | None) -> None:
-    """Raise UsageError, before the long work, for a folder that cannot take what is to be written to it."""
+def _folders(output: str | Path, checkpoint: str | Path | None = None) -> tuple[Path, Path | None]:
+    """Return both as paths. Raises UsageError, before the long work, for one that cannot take what is written to it."""
+    output, checkpoint = Path(output), None if checkpoint is None else Path(checkpoint)
     check_target(output)
-    if checkpoint is None:
-        return
-    check_target(checkpoint, option="--checkpoint")
-    if checkpoint.resolve() == output.resolve():
-        raise UsageError("--checkpoint and --output are the same folder", hint="give the checkpoint one of its own")
+    if checkpoint is not None:
+        check_target(checkpoint, option="--checkpoint")
+        if checkpoint.resolve() == output.resolve():
+            raise UsageError("--checkpoint and --output are the same folder", hint="give the checkpoint one of its own")
+    return output, checkpoint

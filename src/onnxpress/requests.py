@@ -114,7 +114,7 @@ class SearchOptions:
 
     minimize: Objective | None = None
     """What is to be least: the loss, the bytes, the time of a token (decoders) or a call, or that of a prompt."""
-    kernel_table: Path | None = None
+    kernel_table: str | Path | None = None
     """A file of another device's kernel times, see `onnxpress.pipeline.kernels`; None: those of this machine are
     measured."""
     structure: bool = False
@@ -135,9 +135,9 @@ class SearchOptions:
 class Judging:
     """What a model is measured on and held to."""
 
-    text: Path | None = None
+    text: str | Path | None = None
     """Text that quality is measured on; None: text that the reference writes itself."""
-    pairs: Path | None = None
+    pairs: str | Path | None = None
     """Scored sentence pairs that an encoder is measured on, CSV or TSV: two texts and a score."""
     calibration: CalibrationData = field(default_factory=CalibrationData)
     """The samples for passes that look at activations."""

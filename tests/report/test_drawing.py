@@ -121,7 +121,7 @@ def test_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_picture_has_every_layer() -> None:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("onnxpress"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("onnxpress.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     drawing = draw(RECORD)
     tree = ElementTree.fromstring(environment.get_template("structure.svg.j2").render(drawing=drawing))

@@ -72,7 +72,7 @@ def test_nothing_is_better(program: Program, limits: dict[str, float], weights: 
     assert score <= expected + 1e-3 * abs(expected) + 1e-6, "within the solver's gap"
 
 
-def test_a_unit_is_as_its_cut_leaves_it_and_cuts_of_other_units_combine() -> None:
+def test_a_group_is_as_its_cut_leaves_it_and_cuts_of_other_groups_combine() -> None:
     def of(group: str, cut: str | None, size: float) -> Choice:
         return Choice(group, "float", {"loss": 0.0, "size": size}, cut)
 
@@ -95,7 +95,7 @@ def test_a_unit_is_as_its_cut_leaves_it_and_cuts_of_other_units_combine() -> Non
     assert kept.assign({"size": 19}, {"loss": 1.0}) == program.assign({"size": 19}, {"loss": 1.0})
 
 
-def test_hundreds_of_units_of_very_different_scales_are_solved() -> None:
+def test_hundreds_of_groups_of_very_different_scales_are_solved() -> None:
     choices = [
         Choice(f"group{i}", f, {"loss": loss * (1 + i % 7), "size": size})
         for i in range(300)
@@ -106,7 +106,7 @@ def test_hundreds_of_units_of_very_different_scales_are_solved() -> None:
     assert found is not None
     sums = program.totals(found)
     assert 0.019 < sums["loss"] <= 0.02 * (1 + 1e-6)
-    assert all(f == "4 bits" for group, f in found.formats.items() if int(group[4:]) % 7 == 0), (
+    assert all(f == "4 bits" for group, f in found.formats.items() if int(group[5:]) % 7 == 0), (
         "the cheapest come first"
     )
     assert program.assign({"loss": 0.02, "size": 1e6}, {"size": 1.0}) is None

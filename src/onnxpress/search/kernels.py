@@ -85,8 +85,9 @@ def shape_key(group: Group) -> str:
     return products + (f"@{group.table[0]}x{group.table[1]}" if group.table else "")
 
 
-def read_table(path: Path) -> KernelTable:
-    """A table that was given. Raises SourceNotFoundError, BadInputError."""
+def read_table(path: str | Path) -> KernelTable:
+    """Read a table that was given. Raises SourceNotFoundError, BadInputError."""
+    path = Path(path)
     if not path.is_file():
         raise SourceNotFoundError(f"no such kernel table: {path}", hint="measure one: onnxpress kernels MODEL -o FILE")
     try:

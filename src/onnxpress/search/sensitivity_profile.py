@@ -140,7 +140,7 @@ def cut_name(block: str, cut: str) -> str:
 def measure_profile(
     work: Work,
     recipe: Recipe,
-    kernel_table: Path | None = None,
+    kernel_table: str | Path | None = None,
     *,
     every: bool = False,
     heads: bool = False,
