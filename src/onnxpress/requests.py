@@ -1,4 +1,4 @@
-"""What users ask for: where a model comes from, and how what is made of it is judged.
+"""Requests: the source of a model, and how what is made of it is judged.
 
 The command line makes these objects from its options, the Python API takes them as they are: one list of fields for
 both.
@@ -21,7 +21,7 @@ Objective = Literal["loss", "size", "latency", "prompt"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, how it is exported, and what is allowed on the way."""
+    """The place that a model comes from, how it is exported, and what is allowed on the way."""
 
     model: str
     """A catalog name, a Hugging Face folder, `hf:owner/name[@revision]`, a .gguf file, an ONNX file or a folder."""
@@ -82,7 +82,7 @@ class Gates:
 
     @property
     def need_benchmark(self) -> bool:
-        """Whether a limit is on what only a benchmark tells."""
+        """True if a limit is on what only a benchmark tells."""
         return self.max_latency is not None or self.max_memory is not None
 
     def check(self, after: Mapping[str, float]) -> list[GateRecord]:
@@ -110,7 +110,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a search decides between mixes of formats and cuts that all keep the gates."""
+    """The choice between mixes of formats and cuts that all keep the gates."""
 
     minimize: Objective | None = None
     """What is to be least: the loss, the bytes, the time of a token (decoders) or a call, or that of a prompt."""
@@ -133,7 +133,7 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Judging:
-    """What a model is measured on and held to."""
+    """The data that a model is measured on, and the limits that it is held to."""
 
     text: str | Path | None = None
     """Text that quality is measured on; None: text that the reference writes itself."""

@@ -99,6 +99,7 @@ def _unpack_processor(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON with an indent of two, and a line break at its end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

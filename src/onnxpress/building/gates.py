@@ -1,4 +1,4 @@
-"""What follows from gates that failed: an error that says which pass cost what."""
+"""Gates that failed: an error that says which pass cost what."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
 
 
 def _losses(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
-    """(unit, what was lost since the reference) for each measure of quality that there is."""
+    """List (unit, what was lost since the reference) for each measure of quality that there is."""
     found = []
     if "kl" in metrics:
         found.append(("KL", metrics["kl"]))

@@ -22,7 +22,7 @@ from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import overview
 from onnxpress.report.figures import before_after
-from onnxpress.report.files import write_report
+from onnxpress.report.pages import write_report
 from onnxpress.requests import Judging
 
 

@@ -19,7 +19,7 @@ from onnxpress.arrays import Feeds
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
-from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
+from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
 from onnxpress.artifact.structure_changes import compare
 from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
@@ -172,11 +172,11 @@ class Work:
             return
         export = self.artifact.export
         changed = reduced_config(self.artifact.config, self.structure, found)
-        earlier = Record.of(export)
+        earlier = StructureChange.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
         if reasons or compare(before, found):
-            export = {**export, RECORD: Record(before, found, tuple(reasons)).to_dict()}
+            export = {**export, EXPORT_KEY: StructureChange(before, found, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]

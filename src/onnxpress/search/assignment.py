@@ -49,7 +49,7 @@ class CutChoice:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What was chosen."""
+    """A choice of formats and cuts."""
 
     formats: Mapping[str, str]
     """By group."""
@@ -58,7 +58,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Program:
-    """All that can be chosen from."""
+    """The integer program: all that can be chosen from."""
 
     choices: Sequence[Choice]
     cuts: Sequence[CutChoice] = ()
@@ -66,7 +66,7 @@ class Program:
     """Cuts, and how many of them may be made."""
 
     def without(self, cuts: Collection[str]) -> Program:
-        """What is left to choose from where these cuts are not made."""
+        """Return the program that is left where these cuts are not made."""
         return Program(
             [one for one in self.choices if one.cut not in cuts],
             [one for one in self.cuts if one.name not in cuts],
@@ -75,11 +75,11 @@ class Program:
 
     @cached_property
     def names(self) -> list[str]:
-        """Of costs."""
+        """The names of all costs."""
         return list(dict.fromkeys(name for costs in self._costs for name in costs))
 
     def assign(self, limits: Mapping[str, float], weights: Mapping[str, float]) -> Assignment | None:
-        """The best choice, or None where none keeps the limits.
+        """Find the best choice, or None where none keeps the limits.
 
         Args:
             limits: upper bounds of the sums of costs.
@@ -109,7 +109,7 @@ class Program:
         )
 
     def totals(self, assignment: Assignment) -> dict[str, float]:
-        """The sums of costs of an assignment."""
+        """Sum the costs of an assignment."""
         changed = {one.group: one.cut for one in self.choices if one.cut in assignment.cuts}
         taken: list[Choice | CutChoice] = [
             one
@@ -145,5 +145,5 @@ class Program:
 
     @cached_property
     def _costs(self) -> list[Mapping[str, float]]:
-        """Of each variable."""
+        """The costs of each variable."""
         return [*(one.costs for one in self.choices), *(cut.costs for cut in self.cuts)]

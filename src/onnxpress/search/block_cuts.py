@@ -35,7 +35,7 @@ REMOVED = PassSpec(ReduceDepth.name, {"drop": 1})
 
 @dataclass(frozen=True)
 class CutCandidate:
-    """A block, by the values between which it lies."""
+    """A block that may be cut, by the values between which it lies."""
 
     name: str
     """`model.layers.3`"""
@@ -48,10 +48,12 @@ class CutCandidate:
 
     @property
     def stack(self) -> str:
+        """`model.layers`"""
         return self.name.rpartition(".")[0]
 
     @property
     def layer(self) -> int:
+        """Its number in the stack."""
         return int(self.name.rpartition(".")[2])
 
 
@@ -63,11 +65,11 @@ class Cut(Format):
 
     @property
     def removes(self) -> bool:
-        """Whether it takes blocks out."""
+        """True if it takes blocks out."""
         return any(spec.name == REMOVED.name for spec in self.specs)
 
     def passes_at(self, candidates: Sequence[CutCandidate], weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
-        """The passes for these blocks only, as lines of a recipe and built; one for each stack that loses blocks.
+        """Make the passes for these blocks only, as lines of a recipe and built; one for each stack that loses blocks.
 
         Args:
             weights: of the groups that change there.
@@ -111,12 +113,12 @@ class Cut(Format):
 
 
 def find_candidates(model: ir.Model) -> list[CutCandidate]:
-    """The blocks of a graph, in their order. Raises UnsupportedModelError where none are recognised."""
+    """Find the blocks of a graph, in their order. Raises UnsupportedModelError where none are recognised."""
     return [_site(block) for blocks in stacks_of(anatomy_of(model)).values() for block in blocks]
 
 
 def check_cuts(cuts: Mapping[str, Sequence[PassSpec]]) -> list[Cut]:
-    """The cuts of a recipe. Raises UsageError for a removal that is more than that."""
+    """Read the cuts of a recipe. Raises UsageError for a removal that is more than that."""
     found = [Cut(name, tuple(specs)) for name, specs in cuts.items()]
     for cut in found:
         if cut.removes and [(spec.name, dict(spec.options)) for spec in cut.specs] != [(REMOVED.name, REMOVED.options)]:
@@ -128,7 +130,7 @@ def check_cuts(cuts: Mapping[str, Sequence[PassSpec]]) -> list[Cut]:
 
 
 def linked(left: Mapping[str, Shapes], groups: Iterable[Group]) -> dict[str, dict[str, Group]]:
-    """By cut, the groups of a graph that it changes, by name, as it leaves them; cuts that change none are left out.
+    """Return by cut the groups that it changes, by name, as it leaves them; cuts that change none are left out.
 
     A group that reaches beyond a block, as the products of all layers that read what an encoder made, is in none: it
     counts as uncut until the model is built.
@@ -146,7 +148,7 @@ def linked(left: Mapping[str, Shapes], groups: Iterable[Group]) -> dict[str, dic
 
 
 def numbering(candidates: Iterable[CutCandidate], removed: Sequence[CutCandidate]) -> Callable[[str], str]:
-    """What weights are called once blocks are gone: the layers that stay are numbered from 0."""
+    """Return a function from names of weights to those once blocks are gone: layers that stay are numbered from 0."""
     numbers: dict[str, dict[int, int]] = {}
     for candidate in candidates:
         if candidate not in removed:
@@ -175,7 +177,7 @@ def _site(block: Block) -> CutCandidate:
 
 
 def _bypassed(part: ir.Model, of: Part) -> ir.Model | None:
-    """A block that hands on what it reads; None where that is more than one value, or has another shape."""
+    """Make a block that hands on what it reads; None where that is more than one value, or has another shape."""
     model = copy_graph(part)
     inputs = {value.name: value for value in model.graph.inputs}
     hidden, outputs = inputs.get(of.inputs[0]), list(model.graph.outputs)

@@ -1,4 +1,4 @@
-"""How long a group takes in a format: measured once on a machine for each kind of group, and kept.
+"""The time that a group takes in a format: measured once on a machine for each kind of group, and kept.
 
 A table is a JSON file that names its machine. One measured on a phone can be given to a search on a desk.
 
@@ -49,11 +49,11 @@ class KernelTable:
     microseconds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def get(self, group: Group, format: Format | None, tokens: int) -> float | None:
-        """What is known; `format` None is float32."""
+        """Look up microseconds, None where they are not known; `format` None is float32."""
         return self.microseconds.get(kernel_of(format), {}).get(shape_key(group), {}).get(str(tokens))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each kernel and shape."""
+        """List a row for each kernel and shape."""
         return [
             {"kernel": kernel, "shape": shape, **{f"{n} tokens, µs": round(time, 1) for n, time in times.items()}}
             for kernel, shapes in sorted(self.microseconds.items())
@@ -62,11 +62,12 @@ class KernelTable:
         ]
 
     def to_json(self) -> str:
+        """Write the text of the file."""
         return json.dumps(vars(self), indent=1, sort_keys=True) + "\n"
 
 
 def kernel_of(format: Format | None) -> str:
-    """The name of the kernels that a format ends in."""
+    """Name the kernels that a format ends in."""
     if format is None:
         return FLOAT
     return " + ".join(
@@ -102,7 +103,7 @@ def read_table(path: str | Path) -> KernelTable:
 
 
 def host_table(folder: Path, threads: int | None) -> tuple[KernelTable, Path]:
-    """This machine's table as far as it was measured, and the file that it is kept in."""
+    """Return this machine's table as far as it was measured, and the file that it is kept in."""
     table = KernelTable(machine(), onnxruntime.__version__, threads or 0)
     name = f"{table.machine} onnxruntime {table.onnxruntime} threads {table.threads}"
     path = folder / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
@@ -117,7 +118,7 @@ def complete(
     threads: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> bool:
-    """Measure what a table lacks for these groups and formats; whether there was anything to measure."""
+    """Measure what a table lacks for these groups and formats; return whether there was anything to measure."""
     kinds = {shape_key(group): group for group in groups}
     wanted = {(kernel_of(one), shape): (one, group) for one in (None, *formats) for shape, group in kinds.items()}
     missing = {key: pair for key, pair in wanted.items() if key[1] not in table.microseconds.get(key[0], {})}
@@ -131,7 +132,7 @@ def complete(
 def _measure(
     group: Group, format: Format | None, session_options: Mapping[str, str], threads: int | None
 ) -> dict[str, float]:
-    """Microseconds by tokens; nothing where the format does not take this kind of group."""
+    """Measure microseconds by tokens; nothing where the format does not take this kind of group."""
     model = _stand_in(group)
     names = list(model.graph.initializers)
     if format is not None:
@@ -149,7 +150,7 @@ def _measure(
 
 
 def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
-    """The quickest of a few runs, each with the caches full of something else."""
+    """Time the quickest of a few runs, each with the caches full of something else."""
     call()
     found: list[float] = []
     while len(found) < 5 or (sum(found) < 0.1 and len(found) < 15):
@@ -161,7 +162,7 @@ def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
 
 
 def _stand_in(group: Group) -> ir.Model:
-    """The group with random weights."""
+    """Make the group with random weights."""
     generator = np.random.default_rng(0)
     weights: list[ir.Value] = []
 

@@ -46,7 +46,7 @@ def draw(profile: SensitivityProfile, path: Path, title: str) -> None:
 
 
 def place(group: str) -> tuple[int, str]:
-    """(layer, what it is in the layer); layer −1 for what is outside of all."""
+    """Return (layer, what it is in the layer); layer −1 for what is outside of all."""
     found = layer_of(f"{group}.")
     if found is None:
         return -1, group.rpartition(".")[2]
@@ -66,5 +66,5 @@ def _by_number(name: str) -> tuple[str, int]:
 
 
 def share(loss: float) -> float:
-    """Where a loss lies on the scale, 0 to 1."""
+    """Place a loss on the scale, 0 to 1."""
     return (math.log(min(max(loss, LEAST), MOST)) - math.log(LEAST)) / (math.log(MOST) - math.log(LEAST))

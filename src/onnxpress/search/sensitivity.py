@@ -42,7 +42,7 @@ class Measurement:
     part: str
     format: str
     nbytes: int
-    """Of its constants."""
+    """The bytes of its constants."""
     error: float
     """|Δy|² / |y|² of what it makes, averaged over tokens."""
     loss: float
@@ -50,7 +50,7 @@ class Measurement:
     measured: bool
     """Whether the loss was measured; otherwise it follows from the error."""
     left: Shapes = field(default_factory=dict)
-    """Of the groups of a block that a cut made smaller, what is left: (inputs, outputs) of each product."""
+    """What is left of the groups of a block that a cut made smaller: (inputs, outputs) of each product."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class TrialInputs:
     """Inputs of a graph, each one run."""
 
     fit: Sequence[Feeds]
-    """That formats are fitted to."""
+    """What formats are fitted to."""
     judge: Sequence[Feeds]
-    """That they are judged by: none of those above."""
+    """What they are judged by: none of those above."""
 
 
 def measure(
@@ -120,12 +120,12 @@ def measure(
 
 
 def _is_known(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> bool:
-    """Whether nothing about a part is left to measure."""
+    """Tell whether nothing about a part is left to measure."""
     return all(records.get(part.name, one) for one in formats) and not _unmeasured(part, formats, records, every)
 
 
 def _unmeasured(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> list[Format]:
-    """The formats whose losses have to be measured and are not: the coarsest of those that lose alike, or every one."""
+    """List the formats whose losses are still to be measured: the coarsest of those that lose alike, or every one."""
     known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
     chosen: list[tuple[Format, TrialRecord]] = []
     for one, record in sorted(known, key=lambda pair: -pair[1].error):
@@ -177,7 +177,7 @@ class _PartTrials:
             records.add(replace(record, loss=self._loss(before, after)))
 
     def _loss(self, before: Trial, after: Trial) -> float:
-        """The mean of all samples."""
+        """Average the loss over all samples."""
         losses = []
         for number, (expected, found) in enumerate(zip(before.outputs, after.outputs, strict=True)):
             losses.append(self.lost(number, {name: found[name] - expected[name] for name in expected}))
@@ -203,13 +203,13 @@ def _distance(one: TrialRecord, other: TrialRecord) -> float:
 
 
 def _is_complete(part: Part, step: Step, model: ir.Model) -> bool:
-    """Whether all that a part reads is at hand."""
+    """Tell whether all that a part reads is at hand."""
     inputs = {str(value.name) for value in model.graph.inputs}
     return all(name in step.values or name in inputs for name in part.inputs)
 
 
 def _inputs(step: Step, part: Part) -> list[Arrays]:
-    """What a part reads of each sample, in the order of its inputs."""
+    """Collect what a part reads of each sample, in the order of its inputs."""
     walk = step.walk
     given = {str(value.name): value for value in walk.model.graph.inputs if value.name in part.inputs}
     found = [{name: feed_of(value, sample) for name, value in given.items()} for sample in walk.samples]

@@ -67,7 +67,7 @@ class SensitivityProfile:
         return Program(found, cuts, self._removals())
 
     def _removals(self) -> list[tuple[list[str], int]]:
-        """The cuts that remove blocks, by stack: one block of each must stay."""
+        """List the cuts that remove blocks, by stack: one block of each must stay."""
         stacks: dict[str, list[str]] = {}
         for cut in self.cuts:
             for candidate in self.candidates if cut.removes else ():
@@ -77,7 +77,7 @@ class SensitivityProfile:
         return [(names, depths[stack] - 1) for stack, names in stacks.items()]
 
     def _choices(self, row: Measurement, cut: str | None, importance: Mapping[str, float], tokens: int) -> list[Choice]:
-        """A group in a format, whole or after a cut; none where the given table does not know its kernel."""
+        """Make the choice of a group in a format, whole or after a cut; none where the table does not know its kernel."""
         group = next(group for group in self.groups if group.name == row.part)
         rest = group if cut is None else self.cut_groups[cut][row.part]
         format = next((one for one in self.formats if one.name == row.format), None)
@@ -230,7 +230,7 @@ def _formats(recipe: Recipe) -> list[Format]:
 
 
 def _factor(importance: Mapping[str, float], weights: Sequence[str]) -> float:
-    """How much a loss of these weights counts: what the first pattern says that fits one of them."""
+    """Return how much a loss of these weights counts: what the first pattern says that fits one of them."""
     fits = (value for pattern, value in importance.items() if any(fnmatchcase(w, pattern) for w in weights))
     return next(fits, 1.0)
 

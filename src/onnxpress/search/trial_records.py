@@ -23,7 +23,7 @@ class TrialRecord:
     format: str
     """Its `key`: pass and options."""
     nbytes: int
-    """Of the part's constants; −1 where the format does not take the part."""
+    """The bytes of the part's constants; −1 where the format does not take the part."""
     error: float = 0.0
     """Relative to what the part makes: the mean of all tokens."""
     peak: float = 0.0
@@ -31,10 +31,10 @@ class TrialRecord:
     loss: float | None = None
     """None as long as it was not measured."""
     left: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
-    """Of a block that was cut: (inputs, outputs) of the products of each group that changed."""
+    """(inputs, outputs) of the products of each group that changed, for a block that was cut."""
 
     def alike(self, other: TrialRecord) -> bool:
-        """Whether both lose in the same way, more or less of it: spread over tokens, or in a few of them.
+        """Tell whether both lose in the same way, more or less of it: spread over tokens, or in a few of them.
 
         What a whole model loses follows the mean error within a factor of 1.5 where that holds (SmolLM2-135M, blocks
         and int8 per token), and does not where one range for a prompt lets a few tokens pay for all.
@@ -44,11 +44,12 @@ class TrialRecord:
 
     @property
     def fits(self) -> bool:
+        """True if the format takes the part."""
         return self.nbytes >= 0
 
 
 class TrialRecords:
-    """What was found out, by part and format; in memory only without a path. The last word on a pair counts."""
+    """All records by part and format; in memory only without a path. The last word on a pair counts."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -67,6 +68,7 @@ class TrialRecords:
                 file.write("\n")
 
     def get(self, part: str, format: Format) -> TrialRecord | None:
+        """Look up what is known of a part in a format."""
         return self._known.get((part, format.key))
 
     def add(self, record: TrialRecord) -> TrialRecord:
