@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.manifest import Manifest
 from onnxpress.building.measuring import Data
+from onnxpress.building.outputs import artifact_name, checkpoint_folder, default_output, output_folders
 from onnxpress.building.packaging import package
-from onnxpress.building.resolving import default_output, resolve
+from onnxpress.building.resolving import resolve
 from onnxpress.building.work import Work, graph_bytes
 from onnxpress.errors import UsageError
 from onnxpress.evaluation.evaluate import Evaluation
-from onnxpress.files.staging import check_target, replacing, replacing_file
+from onnxpress.files.staging import replacing, replacing_file
 from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.progress import Progress
@@ -91,9 +92,9 @@ def build(
     target = profiles.load(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
-    output, checkpoint = _folders(output or default_output(source.model), checkpoint)
+    output, checkpoint = output_folders(output or default_output(source.model), checkpoint)
     found = resolve(source, progress)
-    with replacing(output) as stage, _beside(checkpoint) as beside:
+    with replacing(output) as stage, checkpoint_folder(checkpoint) as beside:
         work = _start(stage.work, found, source, target, judging, progress)
         judging = _in_amounts(judging, work)
         chosen, quality = _run(work, chosen or default_recipe(source.model, work.artifact, target, judging), judging)
@@ -101,7 +102,7 @@ def build(
             _write_checkpoint(work, beside, None if isinstance(found, Artifact) else found.tensors)
         if source.logits != "all":
             _cut_logits(work)
-        record = package(_name(source.model), work, stage.result, chosen, quality, judging)
+        record = package(artifact_name(source.model), work, stage.result, chosen, quality, judging)
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
 
@@ -122,13 +123,13 @@ def export(
     """
     source, progress = ModelSource.of(source), progress or Progress(enabled=False)
     judging = Judging(benchmark=False, threads=threads)
-    output, _ = _folders(output or default_output(source.model))
+    output, _ = output_folders(output or default_output(source.model))
     found = resolve(source, progress)
     with replacing(output) as stage:
         work = _start(stage.work, found, source, ANY_TARGET, judging, progress, dtype)
         if source.logits == "last":
             _cut_logits(work)
-        record = package(_name(source.model), work, stage.result, None, None, judging)
+        record = package(artifact_name(source.model), work, stage.result, None, None, judging)
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
 
@@ -150,13 +151,13 @@ def optimize(
     target = profiles.load(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
-    output, checkpoint = _folders(output, checkpoint)
+    output, checkpoint = output_folders(output, checkpoint)
     artifact = resolve(source)
     if not isinstance(artifact, Artifact):
         raise UsageError(
             f"{source.model} is a checkpoint", hint="optimize takes ONNX; from a checkpoint: onnxpress build"
         )
-    with replacing(output) as stage, _beside(checkpoint) as beside:
+    with replacing(output) as stage, checkpoint_folder(checkpoint) as beside:
         work = _start(stage.work, artifact, source, target, judging, progress)
         judging = _in_amounts(judging, work)
         chosen = with_our_operators(chosen or default_recipe(source.model, artifact, target, judging), artifact)
@@ -165,7 +166,7 @@ def optimize(
             _write_checkpoint(work, beside)
         if source.logits == "last":
             _cut_logits(work)
-        record = package(_name(artifact.source.name), work, stage.result, chosen, quality, judging)
+        record = package(artifact_name(artifact.source.name), work, stage.result, chosen, quality, judging)
     return BuildResult(output, record, work.steps, tuple(work.notes))
 
 
@@ -312,29 +313,3 @@ def _write_checkpoint(work: Work, folder: Path, originals: Mapping[str, TensorSo
     from onnxpress.building.checkpoint_output import write_checkpoint
 
     write_checkpoint(work, folder, originals)
-
-
-def _name(model: str) -> str:
-    """Name an artifact after the model that it is of."""
-    return default_output(model).name.removesuffix("-onnx")
-
-
-@contextmanager
-def _beside(checkpoint: Path | None) -> Iterator[Path | None]:
-    """Yield an empty folder that becomes `checkpoint` if all goes well; None if none is wanted."""
-    if checkpoint is None:
-        yield None
-        return
-    with replacing(checkpoint, option="--checkpoint") as stage:
-        yield stage.result
-
-
-def _folders(output: str | Path, checkpoint: str | Path | None = None) -> tuple[Path, Path | None]:
-    """Return both as paths. Raises UsageError, before the long work, for one that cannot take what is written to it."""
-    output, checkpoint = Path(output), None if checkpoint is None else Path(checkpoint)
-    check_target(output)
-    if checkpoint is not None:
-        check_target(checkpoint, option="--checkpoint")
-        if checkpoint.resolve() == output.resolve():
-            raise UsageError("--checkpoint and --output are the same folder", hint="give the checkpoint one of its own")
-    return output, checkpoint

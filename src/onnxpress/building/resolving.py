@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,13 +38,6 @@ def resolve(source: ModelSource, progress: Progress | None = None) -> Artifact |
             progress=progress.message,
         )
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
-
-
-def default_output(model: str) -> Path:
-    """Return `./NAME-onnx`, NAME being the last part of what the model is called by."""
-    last = re.split(r"[/:]", model.split("@")[0].rstrip("/"))[-1]
-    stem = re.sub(r"\.(gguf|onnx)$", "", last)
-    return Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('.-') or 'model'}-onnx")
 
 
 def _foreign(found: OnnxSource) -> Artifact:

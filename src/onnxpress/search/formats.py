@@ -1,7 +1,7 @@
 """Formats: what a group may become. Each is a pass of the recipe, or a few in a row, tried on a group alone.
 
 Nothing here knows what a pass does: the group is run before and after it, so that what the kernels themselves lose, as
-by quantizing activations, counts too. What a block may become is a format as well, see `cuts`.
+by quantizing activations, counts too. What a block may become is a format as well, see `block_cuts`.
 """
 
 from __future__ import annotations

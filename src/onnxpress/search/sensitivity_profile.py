@@ -77,7 +77,7 @@ class SensitivityProfile:
         return [(names, depths[stack] - 1) for stack, names in stacks.items()]
 
     def _choices(self, row: Measurement, cut: str | None, importance: Mapping[str, float], tokens: int) -> list[Choice]:
-        """Make the choice of a group in a format, whole or after a cut; none where the table does not know its kernel."""
+        """Make the choice of a group in a format, whole or after a cut; none where the table lacks its kernel."""
         group = next(group for group in self.groups if group.name == row.part)
         rest = group if cut is None else self.cut_groups[cut][row.part]
         format = next((one for one in self.formats if one.name == row.format), None)
