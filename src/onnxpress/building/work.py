@@ -18,9 +18,9 @@ from onnxpress.arrays import Feeds
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
-from onnxpress.artifact.structure import RECORD, Record, Structure, read_structure
+from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
 from onnxpress.artifact.structure_changes import compare
-from onnxpress.build.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
@@ -89,7 +89,7 @@ class Work:
     def __post_init__(self) -> None:
         """Write the graphs as they came."""
         self.home = self.folder
-        artifact_folder.write_companions(self.artifact, self.home)
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
         not_fused = self.artifact.export.get("not_fused", {})
         self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
@@ -134,7 +134,7 @@ class Work:
             if companions is not None:
                 self.home = self.folder / f"companions-{len(self.steps)}"
                 self.artifact = companions.follow(self.artifact, self.home)
-                artifact_folder.write_companions(self.artifact, self.home)
+                artifact_folder.write_sidecar_files(self.artifact, self.home)
                 self.notes += companions.notes
                 self.samples.clear()
             before, self.current = self.current, self._save(graphs, spec.name)
@@ -171,17 +171,17 @@ class Work:
             return
         export = self.artifact.export
         changed = reduced_config(self.artifact.config, self.structure, found)
-        earlier = Record.of(export)
+        earlier = StructureChange.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
         if reasons or compare(before, found):
-            export = {**export, RECORD: Record(before, found, tuple(reasons)).to_dict()}
+            export = {**export, EXPORT_KEY: StructureChange(before, found, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
         self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
         self.structure, self.floats = found, self.current
-        artifact_folder.write_companions(self.artifact, self.home)
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
 
     def _calibrations(self, one: Pass) -> dict[str, Calibration]:
         """Samples of each graph, by its stem, for a pass that looks at activations."""

@@ -1,10 +1,10 @@
-"""The masks of an artifact's weights, taken out of its graphs into a file of their own."""
+"""Take the masks of an artifact's weights out of its graphs into a file of their own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact.folder import graph_paths
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph
@@ -13,7 +13,7 @@ from onnxpress.optimizers.pruning.masked_weights import extract_masks
 
 
 def extract(model: str, output: Path) -> dict[str, int | float]:
-    """Write the masks of all float products that have zeros; how many there are, and their share of zeros.
+    """Write the masks of all float products that have zeros; return how many there are, and their share of zeros.
 
     Args:
         model: an artifact folder, an ONNX file, or a folder with ONNX files.
@@ -22,7 +22,7 @@ def extract(model: str, output: Path) -> dict[str, int | float]:
     """
     path = Path(model)
     if is_artifact(path):
-        files = list(artifact_folder.graph_paths(path).values())
+        files = list(graph_paths(path).values())
     else:
         files = [path] if path.is_file() else sorted(path.rglob("*.onnx"))
     if not files:

@@ -1,4 +1,4 @@
-"""The second thing that a build can write: the float model as a Hugging Face checkpoint, verified against its graph."""
+"""The float model as a Hugging Face checkpoint, written beside the artifact and verified against its graph."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from onnxpress.artifact.structure import Record
-from onnxpress.build.measuring import Meter, available_memory
-from onnxpress.build.work import Work
+from onnxpress.artifact.structure import StructureChange
+from onnxpress.building.measuring import Meter, available_memory
+from onnxpress.building.work import Work
 from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.graph.conventions import DECODER_MERGED
@@ -29,7 +29,7 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
     if work.floats is None or not work.artifact.config:
         reason = "has no config.json" if not work.artifact.config else "has no float layers that were recognised"
         raise UnsupportedModelError(f"no checkpoint can be written: {work.artifact.source.name} {reason}", hint=hint)
-    record = Record.of(work.artifact.export)
+    record = StructureChange.of(work.artifact.export)
     if record is not None and record.onnx_only:
         raise UnsupportedModelError(
             f"the reduced model is for ONNX only, no checkpoint can hold it: {'; '.join(record.onnx_only)}", hint=hint
@@ -37,7 +37,7 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
     from onnxpress.exporter.writing.write_checkpoint import write_checkpoint as write
 
     with work.progress.stage("writing the checkpoint"):
-        graphs = [load_graph(path) for stem, path in work.floats.items() if stem != DECODER_MERGED]
+        graphs = [load_graph(path) for name, path in work.floats.items() if name != DECODER_MERGED]
         artifact = work.artifact
         written = write(
             folder, place_weights(graphs), artifact.config, artifact.files, artifact.task, originals=originals
@@ -53,7 +53,7 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
 
 
 def _verify(work: Work, folder: Path, parameters: int) -> float:
-    """The largest difference; NaN, with a note, where memory does not hold the model."""
+    """Return the largest difference; NaN, with a note, where memory does not hold the model."""
     if 4 * parameters > available_memory() / 2:
         work.notes.append(f"the checkpoint was not verified: it takes {4 * parameters / 1e9:.0f} GB of memory")
         return math.nan

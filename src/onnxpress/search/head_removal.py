@@ -23,7 +23,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.search.formats import Format
-from onnxpress.search.units import Part
+from onnxpress.search.groups import Part
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class WithoutHead(Format):
 
     @classmethod
     def of(cls, head: int) -> WithoutHead:
+        """Make the format without this head, named after it."""
         return cls(f"head {head}", (), head)
 
     @property
@@ -79,7 +80,7 @@ class WithoutHead(Format):
 
 
 def find_attention_outputs(model: ir.Model) -> list[AttentionOutput]:
-    """Of all attentions whose number of heads is told. Raises UnsupportedModelError where there are none."""
+    """Find those of all attentions whose number of heads is told. Raises UnsupportedModelError where there are none."""
     attentions = [attention for block in anatomy_of(model).blocks for attention in block.attentions]
     found = [one for attention in attentions if (one := _output_of(attention)) is not None]
     if not found:
@@ -90,7 +91,7 @@ def find_attention_outputs(model: ir.Model) -> list[AttentionOutput]:
 
 
 def without_heads(outputs: Sequence[AttentionOutput]) -> list[WithoutHead]:
-    """A format for each head that any of them has."""
+    """Make a format for each head that any of them has."""
     return [WithoutHead.of(head) for head in range(max((one.heads for one in outputs), default=0))]
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact import manifest
+from onnxpress.artifact.folder import size_bytes, write_graphs, write_sidecar_files
 from onnxpress.artifact.genai_config import write_genai_config
 from onnxpress.artifact.golden import write_golden
 from onnxpress.artifact.manifest import Manifest, StepRecord
-from onnxpress.build import measuring
-from onnxpress.build.gates import Gates, require
-from onnxpress.build.work import Work, graph_bytes
+from onnxpress.building import measuring
+from onnxpress.building.gates import require
+from onnxpress.building.work import Work, graph_bytes
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.files.layout import MANIFEST
 from onnxpress.graph.conventions import DECODER_MERGED
@@ -22,51 +22,52 @@ from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import overview
 from onnxpress.report.figures import before_after
-from onnxpress.report.files import write_report
+from onnxpress.report.pages import write_report
+from onnxpress.requests import Judging
 
 
 def package(
-    name: str,
+    title: str,
     work: Work,
     result: Path,
-    *,
     recipe: Recipe | None,
     quality: Evaluation | None,
-    gates: Gates,
-    benchmark: bool,
+    judging: Judging,
 ) -> Manifest:
-    """Write the artifact `name` to the folder `result`, graphs first: size and speed are those of the files to ship.
+    """Write the artifact `title` to the folder `result`, graphs first: size and speed are those of the files to ship.
 
-    recipe: None for an export, which is not measured. benchmark: measure speed even where no gate asks for it.
+    Args:
+        recipe, quality: what was run, and how good the outcome is; None for an export, which is not measured.
+
     Raises GateFailedError.
     """
     progress, options = work.progress, work.profile.session_options
-    graphs = {stem: load_graph(path) for stem, path in work.current.items()}
+    graphs = {name: load_graph(path) for name, path in work.current.items()}
     with progress.stage("writing the artifact") as update:
-        paths = artifact_folder.write_graphs(graphs, result, progress=update)
+        paths = write_graphs(graphs, result, progress=update)
     if DECODER_MERGED in paths:
         work.check_merged(paths)
-    artifact_folder.write_companions(work.artifact, result)
-    for stem, model in graphs.items():
-        work.notes += overview.objections(paths[stem].name, model, work.profile)
+    write_sidecar_files(work.artifact, result)
+    for name, model in graphs.items():
+        work.notes += overview.objections(paths[name].name, model, work.profile)
 
     before = {"size_bytes": float(graph_bytes(work.reference))}
-    after = {"size_bytes": float(artifact_folder.size_bytes(result))}
+    after = {"size_bytes": float(size_bytes(result))}
     if work.structure is not None:
         after["parameters"] = float(work.structure.parameters)
     if quality is not None:
         after |= measuring.figures(quality)
         if quality.reference_perplexity is not None:
             before["perplexity"] = quality.reference_perplexity
-    if recipe is not None and (benchmark or gates.need_benchmark):
+    if recipe is not None and (judging.benchmark or judging.gates.need_benchmark):
         with progress.stage("measuring speed and memory"):
             before |= measuring.speed(work.reference, work.threads, options)
             after |= measuring.speed(paths, work.threads, options)
-    checked = gates.check(after)
+    checked = judging.gates.check(after)
     require(checked, before, work.steps)
 
     record = Manifest(
-        name=name,
+        name=title,
         task=work.artifact.task,
         model_type=work.artifact.config.get("model_type"),
         source=manifest.source_record(work.artifact.source),
@@ -93,7 +94,7 @@ def package(
 
 
 def _write_configs(result: Path, work: Work, graphs: Mapping[str, ir.Model], paths: Mapping[str, Path]) -> None:
-    """genai_config.json, for a decoder of one graph."""
+    """Write genai_config.json, for a decoder of one graph."""
     if "model" in graphs:
         inside = paths["model"].relative_to(result).as_posix()
         write_genai_config(result, graphs["model"], inside, work.artifact.config, work.profile.session_options)

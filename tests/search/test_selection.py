@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress.search.assignment import Choice, CutChoice, Program
-from onnxpress.search.choosing import best_choice, most_alike
+from onnxpress.search.selection import best_choice, most_alike
 
 
 def program_of(blocks: list[list[tuple[int, int]]]) -> Program:
-    """One unit of ten parameters for each block, and cuts of it, as (parameters left, loss)."""
+    """One group of ten parameters for each block, and cuts of it, as (parameters left, loss)."""
     choices, cuts = [], []
     for block, options in enumerate(blocks):
-        unit = f"block{block}"
-        choices.append(Choice(unit, "float32", {"loss": 0.0, "parameters": 10.0}))
+        group = f"block{block}"
+        choices.append(Choice(group, "float32", {"loss": 0.0, "parameters": 10.0}))
         for number, (left, loss) in enumerate(options):
-            name = f"{unit}.cut{number}"
-            choices.append(Choice(unit, "float32", {"loss": 0.0, "parameters": float(left)}, name))
+            name = f"{group}.cut{number}"
+            choices.append(Choice(group, "float32", {"loss": 0.0, "parameters": float(left)}, name))
             cuts.append(CutChoice(name, {"loss": float(loss)}))
     return Program(choices, cuts)
 

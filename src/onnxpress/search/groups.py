@@ -1,7 +1,7 @@
-"""Units: the smallest parts of a graph that get a format of their own.
+"""Groups of products: the smallest parts of a graph that get a format of their own.
 
-A unit is the products that read one activation (query, key and value; gate and up), since they share its quantization,
-together with whatever shares a weight with them: an embedding and the head that is tied to it are one unit.
+A group is the products that read one activation (query, key and value; gate and up), since they share its quantization,
+together with whatever shares a weight with them: an embedding and the head that is tied to it are one group.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from onnxpress.graph.linear import find_linears, matrix_shape
 from onnxpress.optimizers.quantization.quantize_embedding import looks_up, tables
 
 SMALLEST = 32
-"""Products with fewer inputs or outputs are no unit: passes leave them alone."""
+"""Products with fewer inputs or outputs are in no group: passes leave them alone."""
 
 
 class Part(Protocol):
-    """Nodes of a graph that are tried alone: a unit, or a block (`cuts.Site`)."""
+    """Nodes of a graph that are tried alone: a group, or a block (`block_cuts.CutCandidate`)."""
 
     @property
     def name(self) -> str: ...
@@ -43,7 +43,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Unit:
+class Group:
     """Nodes, by the values between which they lie."""
 
     weights: tuple[str, ...]
@@ -62,24 +62,24 @@ class Unit:
         """`model.layers.3.mlp.down_proj`: the first weight, as the checkpoint calls the module that it is of."""
         return self.weights[0].removesuffix(".weight")
 
-    def with_shapes(self, shapes: Sequence[Sequence[int]]) -> Unit:
-        """The unit with products of other shapes."""
+    def with_shapes(self, shapes: Sequence[Sequence[int]]) -> Group:
+        """Return the group with products of other shapes."""
         pairs = tuple((int(inputs), int(outputs)) for inputs, outputs in shapes)
         return replace(self, shapes=pairs, parameters=sum(inputs * outputs for inputs, outputs in pairs))
 
 
-def find_units(graph: ir.Graph) -> list[Unit]:
-    """All units of a float graph, in the order in which they are complete."""
+def find_groups(graph: ir.Graph) -> list[Group]:
+    """Find all groups of a float graph, in the order in which they are complete."""
     order = {node: number for number, node in enumerate(graph)}
-    groups: dict[object, list[ir.Node]] = {}
+    joined: dict[object, list[ir.Node]] = {}
     members: dict[ir.Node, object] = {}
 
     def join(node: ir.Node, *keys: ir.Value) -> None:
         """Put a node into one group with all others that share a key."""
         merged = [node]
         for key in {members[other] for value in keys for other in known.get(value, ())}:
-            merged += groups.pop(key)
-        groups[node] = merged
+            merged += joined.pop(key)
+        joined[node] = merged
         members.update(dict.fromkeys(merged, node))
         for value in keys:
             known.setdefault(value, []).append(node)
@@ -96,14 +96,14 @@ def find_units(graph: ir.Graph) -> list[Unit]:
         if min(linear.shape) >= SMALLEST:
             weights[linear.node], shapes[linear.node] = linear.weight, linear.shape
             join(linear.node, linear.activation, linear.weight)
-    units = []
-    for nodes in groups.values():
+    groups = []
+    for nodes in joined.values():
         nodes.sort(key=order.__getitem__)
         looked_up = next((weights[node] for node in nodes if node not in shapes), None)
-        units.append(
+        groups.append(
             (
                 order[nodes[-1]],
-                Unit(
+                Group(
                     weights=_names(weights[node] for node in nodes),
                     inputs=_names(_read(node, node in shapes) for node in nodes),
                     outputs=tuple(str(node.outputs[0].name) for node in nodes),
@@ -115,11 +115,11 @@ def find_units(graph: ir.Graph) -> list[Unit]:
                 ),
             )
         )
-    return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
+    return [group for _, group in sorted(groups, key=lambda pair: pair[0])]
 
 
 def part_model(model: ir.Model, part: Part, types: Mapping[str, ir.DataType] | None = None) -> ir.Model:
-    """A part alone, as a graph of its own; weights stay lazy, and shapes of inputs known.
+    """Take a part out as a graph of its own; weights stay lazy, and shapes of inputs known.
 
     Args:
         types: of its inputs, where the graph does not tell them.
@@ -138,7 +138,7 @@ def part_model(model: ir.Model, part: Part, types: Mapping[str, ir.DataType] | N
 
 
 def _size(shape: ir.Shape, place: int) -> int | ir.SymbolicDim | None:
-    """A size that a part may rely on: features, and heads or a single one where there are four dimensions.
+    """Return a size that a part may rely on: features, and heads or a single one where there are four dimensions.
 
     Other parts of the graph may know how long a sequence is; the part does not care.
     """

@@ -1,4 +1,4 @@
-"""The samples of a search: some to fit formats to, others to judge them by."""
+"""Sample the inputs of a search's trials: some to fit formats to, others to judge them by."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from dataclasses import replace
 import numpy as np
 
 from onnxpress.arrays import Feeds
-from onnxpress.build.measuring import main_graph
-from onnxpress.build.work import Work
+from onnxpress.building.measuring import main_graph
+from onnxpress.building.work import Work
 from onnxpress.calibration.samples import token_count
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import Recipe
-from onnxpress.search.sensitivity import Samples
+from onnxpress.search.sensitivity import TrialInputs
 
 ROWS, LENGTH = 4, 64
-"""What losses are measured on: enough to rank units by, and a few runs for each of them."""
+"""What losses are measured on: enough to rank groups by, and a few runs for each of them."""
 SENTENCES = 16
 """At most as many, where rows are short."""
 MASK = "attention_mask"
 
 
-def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
-    """By graph: rows for the pass that wants most, and a few more for judging; none of them padded on the right."""
+def sample_inputs(work: Work, recipe: Recipe) -> dict[str, TrialInputs]:
+    """Sample for each graph the rows that the most demanding pass wants, and a few to judge by; no row is padded on the
+    right."""
     kinds = (*recipe.formats.values(), *recipe.cuts.values())
     passes = [spec.build() for specs in kinds for spec in specs]
     calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
@@ -42,18 +43,18 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
         wanted = parts * (data.samples or rows or ROWS) + SENTENCES
         other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
         every = other.feeds(graph, wanted, length, work.threads, work.home)
-        judge = {stem: _last(list(_single(feeds))) for stem, feeds in every.items()}
+        judge = {name: _last(list(_single(feeds))) for name, feeds in every.items()}
     found = {}
-    for stem in work.current:
-        key = stem if stem in judge else ""
+    for name in work.current:
+        key = name if name in judge else ""
         if key in judge:
             fitted = [one for batch in fit.get(key, ()) for one in _together(_single([batch]))]
-            found[stem] = Samples(fitted, list(_together(_single(judge[key]))))
+            found[name] = TrialInputs(fitted, list(_together(_single(judge[key]))))
     return found
 
 
 def _last(rows: Sequence[Feeds]) -> list[Feeds]:
-    """The last few rows: as many as hold the tokens of `ROWS` long ones, where they are text."""
+    """Keep the last few rows: as many as hold the tokens of `ROWS` long ones, where they are text."""
     found: list[Feeds] = []
     for row in reversed(rows):
         full = token_count(found) >= ROWS * LENGTH or token_count([row]) == 0
@@ -64,7 +65,7 @@ def _last(rows: Sequence[Feeds]) -> list[Feeds]:
 
 
 def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:
-    """Each row alone, without the padding on its right."""
+    """Yield each row alone, without the padding on its right."""
     for batch in batches:
         count = len(next(iter(batch.values())))
         for row in range(count):
@@ -77,7 +78,7 @@ def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:
 
 
 def _together(rows: Iterable[Feeds]) -> Iterator[Feeds]:
-    """Rows of the same shapes as one batch."""
+    """Join rows of the same shapes in one batch."""
     groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Feeds]] = {}
     for row in rows:
         groups.setdefault(tuple((name, array.shape) for name, array in row.items()), []).append(row)

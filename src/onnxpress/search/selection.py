@@ -1,4 +1,4 @@
-"""Which of all choices to build next: the best as far as sums tell, or blocks cut as alike as can be."""
+"""Select which of all choices to build next: the best as far as sums tell, or blocks cut as alike as can be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIES = 0.02
 
 
 def best_choice(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
-    """The assignment with the least of the objective; among those that hardly differ, with little of everything else.
+    """Find the assignment with the least of the objective; of those that hardly differ, with little of all else.
 
     Everything else counts as a share of the most that it could be, all of it together for `TIES` of the least.
     """
@@ -25,13 +25,13 @@ def best_choice(program: Program, limits: Mapping[str, float], objective: str) -
     for name in others:
         most: dict[str, float] = {}
         for choice in program.choices:
-            most[choice.unit] = max(most.get(choice.unit, 0.0), choice.costs[name])
+            most[choice.group] = max(most.get(choice.group, 0.0), choice.costs[name])
         weights[name] = TIES / len(others) / (sum(most.values()) or 1.0)
     return program.assign(limits, weights) or first
 
 
 def most_alike(program: Program, limits: Mapping[str, float], objective: str) -> Assignment | None:
-    """The best choice of those whose deepest cut is least deep, in parameters: blocks are cut as much as each other.
+    """Find the best choice of those whose deepest cut is least deep, in parameters: blocks are cut alike.
 
     What was measured on some text is not quite what other text loses: where sums hardly differ, cuts that are alike are
     the safer choice.
@@ -47,10 +47,10 @@ def most_alike(program: Program, limits: Mapping[str, float], objective: str) ->
 
 
 def _removed(program: Program) -> dict[str, float]:
-    """Parameters that each cut removes."""
-    whole = {one.unit: one.costs["parameters"] for one in program.choices if one.cut is None}
-    left = {(one.cut, one.unit): one.costs["parameters"] for one in program.choices if one.cut is not None}
+    """Count the parameters that each cut removes."""
+    whole = {one.group: one.costs["parameters"] for one in program.choices if one.cut is None}
+    left = {(one.cut, one.group): one.costs["parameters"] for one in program.choices if one.cut is not None}
     return {
-        cut.name: sum(whole[unit] - parameters for (name, unit), parameters in left.items() if name == cut.name)
+        cut.name: sum(whole[group] - parameters for (name, group), parameters in left.items() if name == cut.name)
         for cut in program.cuts
     }

@@ -7,8 +7,8 @@ import pytest
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.io import copy_graph
-from onnxpress.search.heads import AttentionOutput, find_attention_outputs, without_heads
-from onnxpress.search.sensitivity import Measurement, Samples, measure
+from onnxpress.search.head_removal import AttentionOutput, find_attention_outputs, without_heads
+from onnxpress.search.sensitivity import Measurement, TrialInputs, measure
 
 from .conftest import Exported, language_model, lost, samples_of
 
@@ -16,13 +16,13 @@ HEADS, SIZE = 4, 16
 """Of each attention of the tiny models."""
 
 
-def measured(model: ir.Model, samples: Samples) -> dict[tuple[str, str], Measurement]:
+def measured(model: ir.Model, samples: TrialInputs) -> dict[tuple[str, str], Measurement]:
     found = find_attention_outputs(model)
-    rows = measure(model, [], [], samples, sites=found, cuts=without_heads(found), session_options={})
-    return {(row.unit, row.format): row for row in rows if row.format != "float32"}
+    rows = measure(model, [], [], samples, others=found, cuts=without_heads(found), session_options={})
+    return {(row.part, row.format): row for row in rows if row.format != "float32"}
 
 
-def true_loss(model: ir.Model, weight: str, head: int, samples: Samples) -> float:
+def true_loss(model: ir.Model, weight: str, head: int, samples: TrialInputs) -> float:
     """KL, or 1 − cosine, with these rows of W [in, out] zero; W is transposed where the graph holds it as [out, in]."""
     changed = copy_graph(model)
     value = changed.graph.initializers[weight]
@@ -46,15 +46,15 @@ def test_losses_are_those_of_the_model_without_that_head(
     model = exported(name, stem)
     samples = samples_of(model)
     found = measured(model, samples)
-    units = list(dict.fromkeys(unit for unit, _ in found))
-    assert len(units) % attentions == 0
-    assert len(found) == HEADS * len(units)
-    for unit in units[-attentions:]:
+    groups = list(dict.fromkeys(group for group, _ in found))
+    assert len(groups) % attentions == 0
+    assert len(found) == HEADS * len(groups)
+    for group in groups[-attentions:]:
         for head in range(HEADS):
-            row = found[unit, f"head {head}"]
+            row = found[group, f"head {head}"]
             assert row.measured
-            expected = true_loss(model, f"{unit}.weight", head, samples)
-            assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), (unit, head)
+            expected = true_loss(model, f"{group}.weight", head, samples)
+            assert row.loss == pytest.approx(expected, rel=0.02, abs=2e-6), (group, head)
     assert max(row.loss for row in found.values()) > 1e-4, "above what rounding explains"
 
 
@@ -65,10 +65,10 @@ def test_an_attention_with_fewer_heads_has_fewer_to_lose(exported: Exported) -> 
         for one, heads in zip(find_attention_outputs(model)[:2], (2, 4), strict=True)
     )
     rows = measure(
-        model, [], [], samples_of(model), sites=[few, many], cuts=without_heads([few, many]), session_options={}
+        model, [], [], samples_of(model), others=[few, many], cuts=without_heads([few, many]), session_options={}
     )
-    assert [row.format for row in rows if row.unit == few.name] == ["float32", "head 0", "head 1"]
-    assert [row.format for row in rows if row.unit == many.name][1:] == [f"head {head}" for head in range(4)]
+    assert [row.format for row in rows if row.part == few.name] == ["float32", "head 0", "head 1"]
+    assert [row.format for row in rows if row.part == many.name][1:] == [f"head {head}" for head in range(4)]
 
 
 def test_without_attention_there_are_no_heads() -> None:

@@ -1,8 +1,7 @@
-"""What the user calls a model, opened: a checkpoint to export, or graphs that are there already."""
+"""Open what the user calls a model: a checkpoint to export, or graphs that are there already."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,50 +9,41 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact
+from onnxpress.artifact.folder import read_artifact
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.progress import Progress
+from onnxpress.requests import ModelSource
 
 if TYPE_CHECKING:
     from onnxpress.exporter.sources.checkpoint import Checkpoint
     from onnxpress.exporter.sources.onnx_files import OnnxSource
 
 
-def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> Artifact | Checkpoint:
-    """An Artifact for ONNX (ours or anyone's), a Checkpoint for everything else.
-
-    `flags`: `offline`, `allow_pickle`, `trust_remote_code`.
-    """
+def resolve(source: ModelSource, progress: Progress | None = None) -> Artifact | Checkpoint:
+    """Open what a source names: an Artifact for ONNX (ours or anyone's), a Checkpoint for everything else."""
     from onnxpress.exporter.sources import source as sources
 
-    if is_artifact(Path(model)):
-        return artifact_folder.load(Path(model))
+    if is_artifact(Path(source.model)):
+        return read_artifact(Path(source.model))
     progress = progress or Progress(enabled=False)
-    with progress.stage(f"resolving {model}"):
-        found = sources.resolve_source(model, progress=progress.message, **flags)
+    with progress.stage(f"resolving {source.model}"):
+        found = sources.resolve_source(
+            source.model,
+            trust_remote_code=source.trust_remote_code,
+            allow_pickle=source.allow_pickle,
+            offline=source.offline,
+            progress=progress.message,
+        )
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
 
 
-def load(source: str) -> Artifact | None:
-    """An artifact or a foreign graph; None for a checkpoint."""
-    found = resolve(source)
-    return found if isinstance(found, Artifact) else None
-
-
-def default_output(model: str) -> Path:
-    """`./NAME-onnx`, NAME being the last part of what the model is called by."""
-    last = re.split(r"[/:]", model.split("@")[0].rstrip("/"))[-1]
-    stem = re.sub(r"\.(gguf|onnx)$", "", last)
-    return Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('.-') or 'model'}-onnx")
-
-
 def _foreign(found: OnnxSource) -> Artifact:
-    """A graph that someone else made, with the files beside it."""
+    """Take a graph that someone else made, with the files beside it."""
     merged_too = DECODER in found.graphs  # then it is made of the others when they are written
-    graphs = {stem: load_graph(path) for stem, path in found.graphs.items() if stem != DECODER_MERGED or not merged_too}
+    graphs = {name: load_graph(path) for name, path in found.graphs.items() if name != DECODER_MERGED or not merged_too}
     for graph in graphs.values():
         _size_caches(graph, found.config.get("head_dim"))
     return Artifact(
@@ -76,12 +66,12 @@ def _size_caches(model: ir.Model, head_dim: Any) -> None:
 
 
 def _task(graphs: Mapping[str, ir.Model], config: Mapping[str, Any]) -> str:
-    """optimum's task name: what config.json says, else what the inputs and outputs look like."""
+    """Infer optimum's task name: what config.json says, else what the inputs and outputs look like."""
     if config.get("architectures") and config.get("model_type"):
         from onnxpress.exporter.tasks import infer_task
 
         return infer_task(SimpleNamespace(architectures=config["architectures"], model_type=config["model_type"]))
-    if any(stem.startswith("encoder_model") for stem in graphs):
+    if any(name.startswith("encoder_model") for name in graphs):
         return "text2text-generation"
     graph = next(iter(graphs.values())).graph
     caches = any((value.name or "").startswith("past_key_values.") for value in graph.inputs)

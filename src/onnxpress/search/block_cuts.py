@@ -1,8 +1,8 @@
 """Cuts: what a block may become. Each is a structural pass of the recipe, or a few in a row, tried on a block alone.
 
 A cut is a format of a block: it is run on what the block reads in the float model, and the error of the hidden states
-that it hands on is injected into the whole model. Nothing here knows what a pass does to a block. Which units it made
-smaller is seen in the block; two cuts of a block that change different units, as those of attention and of the
+that it hands on is injected into the whole model. Nothing here knows what a pass does to a block. Which groups it made
+smaller is seen in the block; two cuts of a block that change different groups, as those of attention and of the
 feed-forward network do, may be chosen together.
 
 `reduce-depth` with drop = 1 stands for the removal of the block itself, whatever it adds to the hidden states.
@@ -27,15 +27,15 @@ from onnxpress.optimizers.depth.cuts import renumbered, stacks_of
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import Format, Shapes
-from onnxpress.search.units import Part, Unit, find_units
+from onnxpress.search.groups import Group, Part, find_groups
 
 REMOVED = PassSpec(ReduceDepth.name, {"drop": 1})
 """The pass of a cut that removes blocks."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """A block, by the values between which it lies."""
+class CutCandidate:
+    """A block that may be cut, by the values between which it lies."""
 
     name: str
     """`model.layers.3`"""
@@ -48,10 +48,12 @@ class Site:
 
     @property
     def stack(self) -> str:
+        """`model.layers`"""
         return self.name.rpartition(".")[0]
 
     @property
     def layer(self) -> int:
+        """Its number in the stack."""
         return int(self.name.rpartition(".")[2])
 
 
@@ -63,20 +65,20 @@ class Cut(Format):
 
     @property
     def removes(self) -> bool:
-        """Whether it takes blocks out."""
+        """True if it takes blocks out."""
         return any(spec.name == REMOVED.name for spec in self.specs)
 
-    def passes_at(self, sites: Sequence[Site], weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
-        """The passes for these blocks only, as lines of a recipe and built; one for each stack that loses blocks.
+    def passes_at(self, candidates: Sequence[CutCandidate], weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
+        """Make the passes for these blocks only, as lines of a recipe and built; one for each stack that loses blocks.
 
         Args:
-            weights: of the units that change there.
+            weights: of the groups that change there.
         """
         if not self.removes:
             return self.passes_for(weights)
         layers: dict[str, list[int]] = {}
-        for site in sites:
-            layers.setdefault(site.stack, []).append(site.layer)
+        for candidate in candidates:
+            layers.setdefault(candidate.stack, []).append(candidate.layer)
         specs = [
             PassSpec(REMOVED.name, {"layers": sorted(numbers), "include": [glob.escape(stack)]})
             for stack, numbers in layers.items()
@@ -92,30 +94,31 @@ class Cut(Format):
         return self.run_passes(part, of, replace(calibration, samples=samples))
 
     def left(self, before: ir.Model, after: ir.Model) -> Shapes | None:
-        """What is left of the units that the cut made smaller; nothing of a unit that is gone.
+        """Return what is left of the groups that the cut made smaller; nothing of a group that is gone.
 
-        None where no unit is smaller, or where other units took their place: what they weigh in a format is not known.
+        None where no group is smaller, or where others took their place: what they weigh in a format is not known.
         """
         old, new = (
-            {unit.name: unit for unit in find_units(model.graph) if unit.table is None} for model in (before, after)
+            {group.name: group for group in find_groups(model.graph) if group.table is None}
+            for model in (before, after)
         )
         if self.removes:
-            return {name: [[0, 0]] * len(unit.shapes) for name, unit in old.items()}
+            return {name: [[0, 0]] * len(group.shapes) for name, group in old.items()}
         changed = {
-            name: [list(shape) for shape in unit.shapes]
-            for name, unit in new.items()
-            if name in old and unit.shapes != old[name].shapes
+            name: [list(shape) for shape in group.shapes]
+            for name, group in new.items()
+            if name in old and group.shapes != old[name].shapes
         }
         return changed if changed and old.keys() == new.keys() else None
 
 
-def find_sites(model: ir.Model) -> list[Site]:
-    """The blocks of a graph, in their order. Raises UnsupportedModelError where none are recognised."""
+def find_candidates(model: ir.Model) -> list[CutCandidate]:
+    """Find the blocks of a graph, in their order. Raises UnsupportedModelError where none are recognised."""
     return [_site(block) for blocks in stacks_of(anatomy_of(model)).values() for block in blocks]
 
 
 def check_cuts(cuts: Mapping[str, Sequence[PassSpec]]) -> list[Cut]:
-    """The cuts of a recipe. Raises UsageError for a removal that is more than that."""
+    """Read the cuts of a recipe. Raises UsageError for a removal that is more than that."""
     found = [Cut(name, tuple(specs)) for name, specs in cuts.items()]
     for cut in found:
         if cut.removes and [(spec.name, dict(spec.options)) for spec in cut.specs] != [(REMOVED.name, REMOVED.options)]:
@@ -126,13 +129,13 @@ def check_cuts(cuts: Mapping[str, Sequence[PassSpec]]) -> list[Cut]:
     return found
 
 
-def linked(left: Mapping[str, Shapes], units: Iterable[Unit]) -> dict[str, dict[str, Unit]]:
-    """By cut, the units of a graph that it changes, by name, as it leaves them; cuts that change none are left out.
+def linked(left: Mapping[str, Shapes], groups: Iterable[Group]) -> dict[str, dict[str, Group]]:
+    """Return by cut the groups that it changes, by name, as it leaves them; cuts that change none are left out.
 
-    A unit that reaches beyond a block, as the products of all layers that read what an encoder made, is in none: it
+    A group that reaches beyond a block, as the products of all layers that read what an encoder made, is in none: it
     counts as uncut until the model is built.
     """
-    known = {unit.name: unit for unit in units}
+    known = {group.name: group for group in groups}
     found = {
         cut: {
             name: known[name].with_shapes(shapes)
@@ -144,13 +147,13 @@ def linked(left: Mapping[str, Shapes], units: Iterable[Unit]) -> dict[str, dict[
     return {cut: units_left for cut, units_left in found.items() if units_left}
 
 
-def numbering(sites: Iterable[Site], removed: Sequence[Site]) -> Callable[[str], str]:
-    """What weights are called once blocks are gone: the layers that stay are numbered from 0."""
+def numbering(candidates: Iterable[CutCandidate], removed: Sequence[CutCandidate]) -> Callable[[str], str]:
+    """Return a function from names of weights to those once blocks are gone: layers that stay are numbered from 0."""
     numbers: dict[str, dict[int, int]] = {}
-    for site in sites:
-        if site not in removed:
-            kept = numbers.setdefault(site.stack, {})
-            kept[site.layer] = len(kept)
+    for candidate in candidates:
+        if candidate not in removed:
+            kept = numbers.setdefault(candidate.stack, {})
+            kept[candidate.layer] = len(kept)
 
     def name(weight: str) -> str:
         for stack, kept in numbers.items():
@@ -160,11 +163,11 @@ def numbering(sites: Iterable[Site], removed: Sequence[Site]) -> Callable[[str],
     return name
 
 
-def _site(block: Block) -> Site:
+def _site(block: Block) -> CutCandidate:
     hidden = [str(value.name) for value in block.hidden]
     rest = [str(value.name) for value in block.inputs]
     weights = tuple(dict.fromkeys(product.name for product in block.products))
-    return Site(
+    return CutCandidate(
         block.title,
         weights,
         tuple(dict.fromkeys([*hidden, *rest])),
@@ -174,7 +177,7 @@ def _site(block: Block) -> Site:
 
 
 def _bypassed(part: ir.Model, of: Part) -> ir.Model | None:
-    """A block that hands on what it reads; None where that is more than one value, or has another shape."""
+    """Make a block that hands on what it reads; None where that is more than one value, or has another shape."""
     model = copy_graph(part)
     inputs = {value.name: value for value in model.graph.inputs}
     hidden, outputs = inputs.get(of.inputs[0]), list(model.graph.outputs)

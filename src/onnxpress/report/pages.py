@@ -1,4 +1,4 @@
-"""What an artifact says of itself: README.md, the model card, and report.html, with what was cut as a picture."""
+"""The two pages in an artifact: README.md, the model card, and report.html, with what was cut as a picture."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jinja2
 
 from onnxpress.artifact.folder import CARD, GRAPHS, REPORT
 from onnxpress.artifact.manifest import Manifest
-from onnxpress.artifact.structure import Record
-from onnxpress.artifact.structure_changes import Row, compare
+from onnxpress.artifact.structure import StructureChange
+from onnxpress.artifact.structure_changes import BeforeAfter, compare
 from onnxpress.report.drawing import draw
 
 
-def write_report(folder: Path, record: Manifest, rows: Sequence[Row]) -> None:
+def write_report(folder: Path, record: Manifest, rows: Sequence[BeforeAfter]) -> None:
     """Write both to an artifact folder. `rows` are (measure, before, after), as the command line shows them."""
-    structure = Record.of(record.export)
+    structure = StructureChange.of(record.export)
     content = {
         "record": record,
         "rows": rows,
