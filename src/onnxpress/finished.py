@@ -9,7 +9,7 @@ from typing import Any
 from onnxpress.artifact import manifest
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.artifact.golden import replay_golden
-from onnxpress.build.resolving import resolve
+from onnxpress.build.resolving import open_any, resolve
 from onnxpress.errors import UsageError
 from onnxpress.evaluation.benchmark import benchmark as measure_speed
 from onnxpress.evaluation.evaluate import evaluate as measure_quality
@@ -40,9 +40,8 @@ def evaluate(
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     sides = [_measurable(side, flags, progress) for side in (model, reference)]
     with progress.stage("evaluating") as update:
-        found = measure_quality(
-            *sides, text=text, pairs=pairs, threads=threads, progress=lambda what, *done: update(*done)
-        )
+        opened = [open_any(side, threads=threads) for side in sides]
+        found = measure_quality(*opened, text=text, pairs=pairs, threads=threads, progress=update)
     return found.to_dict()
 
 
@@ -81,7 +80,7 @@ def verify(folder: Path, *, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def _measurable(model: str, flags: Mapping[str, bool], progress: Progress) -> Any:
-    """What `onnxpress.evaluation.evaluate` can open: a path to ONNX or an artifact, or a Checkpoint."""
+    """What `open_any` can open: a path to ONNX or an artifact, or a Checkpoint."""
     path = Path(model)
     if path.suffix == ".onnx" or is_artifact(path):
         return path

@@ -12,6 +12,9 @@ import onnx_ir as ir
 
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact
+from onnxpress.errors import BadInputError
+from onnxpress.evaluation.kind import Opened
+from onnxpress.evaluation.opening import find_graphs, open_model
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED
 from onnxpress.graph.io import load_graph
@@ -35,6 +38,28 @@ def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> A
     with progress.stage(f"resolving {model}"):
         found = sources.resolve(model, progress=progress.message, **flags)
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
+
+
+def open_any(what: str | Path | Checkpoint, *, threads: int | None = None) -> Opened:
+    """Open ONNX in onnxruntime, with the logits of all positions, and a checkpoint in torch, in float32.
+
+    Raises BadInputError where torch is missing or cannot load the checkpoint, and the errors of `open_model`.
+    """
+    if isinstance(what, str | Path) and (not Path(what).is_dir() or find_graphs(Path(what))):
+        return open_model(what, threads=threads, all_logits=True)
+    return open_checkpoint(what)
+
+
+def open_checkpoint(checkpoint: str | Path | Checkpoint, task: str | None = None) -> Opened:
+    """Open a checkpoint in torch, in float32. Raises BadInputError where torch is missing or cannot load it."""
+    try:
+        from onnxpress.exporter import reference
+    except ImportError as error:
+        raise BadInputError(
+            f"{checkpoint} is a checkpoint, and running one needs torch ({error})",
+            hint="pip install 'onnxpress[export]'",
+        ) from error
+    return reference.open_checkpoint(checkpoint, task=task)
 
 
 def load(source: str) -> Artifact | None:

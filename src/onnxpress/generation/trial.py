@@ -32,7 +32,7 @@ def run(
     """
     if not folder.exists():
         raise SourceNotFoundError(f"no such folder: {folder}", hint="make one with: onnxpress build MODEL")
-    if open_model(folder, threads=threads).kind == "encoder":
+    if open_model(folder, threads=threads).embeds_text:
         vectors = embed(folder, prompts, threads=threads)
         cosines = cosine(vectors, vectors[:1]).tolist()
         rows = zip(prompts, cosines, vectors.tolist(), strict=True)
