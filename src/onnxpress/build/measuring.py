@@ -110,8 +110,8 @@ class Meter:
 
         Raises VerificationError.
         """
-        graphs = (self._open(paths, all_logits=False) for paths in (before, after))
-        difference = largest_difference(*graphs, names=("all logits", "the last logits"))
+        whole, cut = (self._open(paths, all_logits=False) for paths in (before, after))
+        difference = largest_difference(whole, cut, ("all logits", "the last logits"))
         limit = TIPPED_TOLERANCE if lossy else EXACT_TOLERANCE
         if not difference <= limit:
             raise VerificationError(f"cutting the logits changed them by {difference:.3g}; the tolerance is {limit:g}")
@@ -122,8 +122,8 @@ class Meter:
 
         Raises VerificationError.
         """
-        graphs = (self._open(before), self._open(after))
-        difference = largest_difference(*graphs, names=("the decoders", "the merged decoder"))
+        two, merged = self._open(before), self._open(after)
+        difference = largest_difference(two, merged, ("the decoders", "the merged decoder"))
         if difference > EXACT_TOLERANCE:
             raise VerificationError(
                 f"the merged decoder differs from its parts by {difference:.3g}; the tolerance is {EXACT_TOLERANCE:g}"

@@ -112,9 +112,8 @@ def _self_made(opened: Opened, graph: Path, rows: int, length: int, seed: int) -
         found = found[: max(rows, 32)]
         if opened.kind == "encoder":
             return {"": [_encoder_feeds(found)]}
-        return _encoder_decoder_feeds(
-            opened, [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)], None
-        )
+        batches = [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)]
+        return _encoder_decoder_feeds(opened, batches, None)
     if opened.kind == "encoder-decoder":
         feeds = [random_feeds(opened.model.encoder, opened.config, seed + i) for i in range(min(rows, 4))]
         return _encoder_decoder_feeds(opened, feeds, None)

@@ -61,10 +61,8 @@ class Decoder(LanguageModel):
     def open(cls, file: GraphFile) -> Self | None:
         session = file.session()
         inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
-        decodes = any(name.startswith("past_key_values.") for name in inputs) or (
-            outputs[:1] == ["logits"]
-            and str(file.config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
-        )
+        named = str(file.config.get("architectures")).endswith(("CausalLM']", "LMHeadModel']"))
+        decodes = any(name.startswith("past_key_values.") for name in inputs) or (outputs[:1] == ["logits"] and named)
         if "input_ids" not in inputs or "logits" not in outputs or not decodes:
             return None
         size = (file.genai.get("decoder") or {}).get("head_size")
@@ -87,7 +85,7 @@ class Decoder(LanguageModel):
         return [*cases, Case(Rows(rows, 2), (PADDED,), ALONE)]
 
     def parity_cases(self, like: Opened, seed: int) -> list[Case]:
-        """A text with cached steps at its end; a batch of a row padded on the left, one on the right, and a full one."""
+        """A text with cached steps at its end; a batch of rows padded on the left, on the right, and not at all."""
         generator = np.random.default_rng(seed)
         ids = self.random_tokens(generator, 1, PARITY_PROMPT + PARITY_STEPS + 1)
         positions = modes.positions_of(ids.shape[1], self.model.last_only)

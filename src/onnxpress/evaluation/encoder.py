@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -39,12 +39,12 @@ class Row:
 
     def states(self, name: str) -> Array:
         """An output at the row's real positions, [length, width], or [width] for the whole row."""
-        value = self.outputs[name][0]
-        return value if self.mask is None or value.ndim == 1 else value[self.mask[0].astype(bool)]
+        value: Array = self.outputs[name][0]
+        return value if self.mask is None or value.ndim == 1 else np.asarray(value[self.mask[0].astype(bool)])
 
     def vector(self, name: str) -> Floats:
         """An output pooled, [width]."""
-        return pool({name: self.outputs[name]}, self.mask)[0]
+        return np.asarray(pool({name: self.outputs[name]}, self.mask)[0])
 
     @property
     def where(self) -> str:
@@ -135,7 +135,7 @@ class Encoder(VectorModel):
         return self if reads else restricted
 
     def headline(self, modes: Mapping[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
-        return {"tokens": sum(len(row) for case in cases for row in case.inputs), **super().headline(modes, cases)}
+        return {"tokens": _tokens(one.inputs for one in cases), **super().headline(modes, cases)}
 
     def more_figures(
         self, candidate: Opened, reference: Opened, cases: Sequence[Case], modes: Any, options: Options
@@ -143,11 +143,11 @@ class Encoder(VectorModel):
         """Rank correlation with scores that people gave to pairs; how many more tokens the candidate reads."""
         found: dict[str, Any] = {}
         if cases[0].own is not None:
-            theirs, ours = (sum(map(len, rows)) for rows in zip(*((one.inputs, one.own) for one in cases), strict=True))
-            found["more_tokens"] = ours / theirs - 1
+            own, theirs = (_tokens(rows) for rows in ((one.own for one in cases), (one.inputs for one in cases)))
+            found["more_tokens"] = own / theirs - 1
         if options.pairs is not None:
-            ours, theirs = _rank_pairs(candidate, reference, modes[PREFILL].name, options)
-            found |= {"spearman": ours, "reference_spearman": theirs}
+            ranks = _rank_pairs(candidate, reference, modes[PREFILL].name, options)
+            found |= dict(zip(("spearman", "reference_spearman"), ranks, strict=True))
         return found
 
     def recorded_inputs(self, seed: int) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -173,6 +173,10 @@ class Encoder(VectorModel):
 
         run()
         return run, {"latency_ms": median_ms([seconds(run) for _ in range(repeats * 10)])}
+
+
+def _tokens(batches: Iterable[Sequence[Sequence[int]]]) -> int:
+    return sum(len(row) for rows in batches for row in rows)
 
 
 def _reads_differently(reference: Opened, candidate: Opened) -> bool:

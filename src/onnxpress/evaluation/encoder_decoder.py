@@ -151,7 +151,7 @@ class EncoderDecoder(LanguageModel):
         return np.array([[self.decoder_start]])
 
     def recorded_inputs(self, seed: int) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Random inputs of the encoder, plain where they are tokens, and what the model finds likeliest as an answer."""
+        """Random inputs of the encoder, plain where they are tokens, and the likeliest answer."""
         plain: dict[str, Any] = {}
         arrays = random_feeds(self.model.encoder, self.config, seed)
         if set(arrays) <= {"input_ids", "attention_mask"}:

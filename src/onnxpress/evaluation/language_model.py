@@ -13,7 +13,7 @@ from onnxpress.evaluation.metrics import Divergence, log_softmax, require_finite
 from onnxpress.evaluation.modes import Predictions
 
 RECORDED_STEPS, RECORDED_WORDS = 8, 5
-"""Of one recorded run: tokens that are fed to the cache, and likeliest words after each whose probabilities are kept."""
+"""Of a recorded run: tokens that are fed to the cache; likeliest words after each whose probabilities are kept."""
 
 
 class TokenDivergence(Divergence):

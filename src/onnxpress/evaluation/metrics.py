@@ -167,7 +167,7 @@ class Similarity:
 
 @dataclass
 class RelativeDifference:
-    """Largest difference of two numbers, as a share of the largest number of the array (of 1, where all are smaller)."""
+    """Largest difference of two numbers, as a share of the array's largest number (of 1 where all are smaller)."""
 
     max_difference: float = 0.0
 

@@ -24,7 +24,7 @@ FILE = "vocabulary.json"
 """Lists the ids that the kept tokens had in the original model."""
 SCHEMA_VERSION = 1
 
-O = TypeVar("O", bound=Opened)
+AnyKind = TypeVar("AnyKind", bound=Opened)
 
 
 def write_kept(path: Path, kept: Ids, size: int) -> None:
@@ -47,7 +47,7 @@ def read_kept(folder: Path | None) -> Ids | None:
     return kept
 
 
-def restricted(reference: O, folder: Path | None) -> O:
+def restricted(reference: AnyKind, folder: Path | None) -> AnyKind:
     """`reference` with the vocabulary of the model whose tokenizer is in `folder`; itself where it is the same.
 
     BadInputError where that model has tokens that the reference lacks.
