@@ -40,7 +40,7 @@ def evaluate(
     flags = {"offline": offline, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     sides = [_measurable(side, flags, progress) for side in (model, reference)]
     with progress.stage("evaluating") as update:
-        opened = [open_any(side, threads=threads) for side in sides]
+        opened = [open_any(side, threads=threads, all_logits=True) for side in sides]
         found = measure_quality(*opened, text=text, pairs=pairs, threads=threads, progress=update)
     return found.to_dict()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from onnxpress.evaluation.evaluate import Evaluation, evaluate
 from onnxpress.evaluation.kind import Opened, Options
 from onnxpress.evaluation.opening import open_model, sidecar_folder
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, largest_difference, verify_step
+from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, cost_of, largest_difference, verify_step
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.progress import Update
 from onnxpress.runtime.memory import trim_memory
@@ -56,7 +57,7 @@ class Meter:
     _windows: tuple[list[Ids], str] | None = None
     """What a decoder is measured on, after every pass and at the end, and where it comes from."""
     _lost: float = 0.0
-    """What the passes until now cost, see `_divergence`."""
+    """What the passes until now cost, see `cost_of`."""
     _remembered: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
     _folder: Path | None = None
@@ -87,7 +88,7 @@ class Meter:
         if exact and lossy:
             expected = Reference.of(restricted(self._open(before), folder))
             found = verify_step(expected, self._open(after), exact=False, what=what)
-            cost, limit = _divergence(found), max(TIPPED, TIPPED_SHARE * self._lost)
+            cost, limit = cost_of(found), max(TIPPED, TIPPED_SHARE * self._lost)
             if not cost <= limit:
                 raise VerificationError(
                     f"{what} should be exact but costs {cost:.3g}; the limit is {limit:.3g}, after passes that lost "
@@ -102,7 +103,7 @@ class Meter:
             del reference
             trim_memory()
         found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
-        self._lost = _divergence(found)
+        self._lost = cost_of(found)
         return found
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
@@ -110,7 +111,7 @@ class Meter:
 
         Raises VerificationError.
         """
-        whole, cut = (self._open(paths, all_logits=False) for paths in (before, after))
+        whole, cut = (partial(self._open, paths, all_logits=False) for paths in (before, after))
         difference = largest_difference(whole, cut, ("all logits", "the last logits"))
         limit = TIPPED_TOLERANCE if lossy else EXACT_TOLERANCE
         if not difference <= limit:
@@ -122,7 +123,7 @@ class Meter:
 
         Raises VerificationError.
         """
-        two, merged = self._open(before), self._open(after)
+        two, merged = (partial(self._open, paths) for paths in (before, after))
         difference = largest_difference(two, merged, ("the decoders", "the merged decoder"))
         if difference > EXACT_TOLERANCE:
             raise VerificationError(
@@ -188,11 +189,6 @@ class Meter:
     def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
         graph = main_graph(paths)
         return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
-
-
-def _divergence(found: Mapping[str, float]) -> float:
-    """KL in nats per token, or 1 − mean cosine, of a verification."""
-    return found["kl"] if "kl" in found else 1 - found["cosine_mean"]
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:

@@ -40,13 +40,13 @@ def resolve(model: str, *, progress: Progress | None = None, **flags: bool) -> A
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
 
 
-def open_any(what: str | Path | Checkpoint, *, threads: int | None = None) -> Opened:
-    """Open ONNX in onnxruntime, with the logits of all positions, and a checkpoint in torch, in float32.
+def open_any(what: str | Path | Checkpoint, *, threads: int | None = None, all_logits: bool = False) -> Opened:
+    """Open ONNX in onnxruntime (see `open_model`), and a checkpoint in torch, in float32.
 
     Raises BadInputError where torch is missing or cannot load the checkpoint, and the errors of `open_model`.
     """
     if isinstance(what, str | Path) and (not Path(what).is_dir() or find_graphs(Path(what))):
-        return open_model(what, threads=threads, all_logits=True)
+        return open_model(what, threads=threads, all_logits=all_logits)
     return open_checkpoint(what)
 
 

@@ -6,7 +6,7 @@ runs a graph on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import numpy as np
 from onnxpress.arrays import Array, Ids
 from onnxpress.errors import DestroyedError, VerificationError
 from onnxpress.evaluation.decoder import MAXIMUM_BYTES
-from onnxpress.evaluation.kind import Answered, Figures, Opened, compare
+from onnxpress.evaluation.kind import Answered, Case, Figures, Opened, compare
 from onnxpress.evaluation.language_model import TokenDivergence
 from onnxpress.evaluation.opening import open_model
 
-__all__ = ["EXACT_TOLERANCE", "MAXIMUM_BYTES", "Reference", "largest_difference", "verify_step"]
+__all__ = ["EXACT_TOLERANCE", "MAXIMUM_BYTES", "Reference", "cost_of", "largest_difference", "verify_step"]
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference of log-probabilities that an exact pass may cause.
@@ -108,21 +108,33 @@ def verify_step(
     return metrics
 
 
-def largest_difference(before: Opened, after: Opened, names: tuple[str, str]) -> float:
+def cost_of(metrics: Mapping[str, float]) -> float:
+    """What a verification says was lost: KL in nats per token, or 1 - mean cosine."""
+    return metrics["kl"] if "kl" in metrics else 1 - metrics["cosine_mean"]
+
+
+def largest_difference(before: Callable[[], Opened], after: Callable[[], Opened], names: tuple[str, str]) -> float:
     """Largest difference of log-probabilities of two graphs of one model that writes text, on the very same batch.
 
+    before, after: open the graphs, which take turns in memory.
     names: what errors call the two. Raises VerificationError where an output is NaN or infinite.
     """
-    case, answers = before.chunk_case(), []
-    for name, opened in zip(names, (before, after), strict=True):
-        try:
-            answers.append(opened.run(case.reference_mode, case.inputs))
-        except VerificationError as error:
-            raise VerificationError(f"{name}: {error}", hint=error.hint) from error
+    case, expected = _run_chunk(before, None, names[0])
+    _, found = _run_chunk(after, case, names[1])
     divergence = TokenDivergence()
-    for expected, found in zip(*answers, strict=True):
-        divergence.compare(expected, found)
+    for one, other in zip(expected, found, strict=True):
+        divergence.compare(one, other)
     return divergence.max_difference
+
+
+def _run_chunk(open_graph: Callable[[], Opened], case: Case | None, name: str) -> tuple[Case, list[Any]]:
+    """Run a case, by default a new one."""
+    opened = open_graph()
+    case = case or opened.chunk_case()
+    try:
+        return case, opened.run(case.reference_mode, case.inputs)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}", hint=error.hint) from error
 
 
 def _arrays(value: Any) -> Iterator[Array]:

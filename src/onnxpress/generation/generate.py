@@ -43,9 +43,9 @@ def stop_tokens(folder: Path) -> frozenset[int]:
 class TextGenerator:
     """An artifact folder opened for writing; several texts may be written one after another."""
 
-    def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
-        self.folder = Path(folder)
-        self.opened = open_model(self.folder, threads=threads)
+    def __init__(self, folder: str | Path | Opened, *, threads: int | None = None) -> None:
+        self.opened = open_model(folder, threads=threads)
+        self.folder = Path(folder) if isinstance(folder, str | Path) else self.opened.folder or Path(self.opened.name)
         if not self.opened.writes_text:
             raise BadInputError(f"{self.folder} is an {self.opened.kind}: it does not write text")
         tokenizer = load_tokenizer(self.opened.folder)
