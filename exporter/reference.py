@@ -15,17 +15,82 @@ from transformers.initialization import no_init_weights
 
 from onnxpress.arrays import Floats, Ids
 from onnxpress.errors import BadInputError
+from onnxpress.evaluation.decoder import Decoder
+from onnxpress.evaluation.encoder import Encoder
+from onnxpress.evaluation.encoder_decoder import EncoderDecoder
+from onnxpress.evaluation.graph import Graph
+from onnxpress.evaluation.kind import Opened
 from onnxpress.exporter import tasks
 
 
-class TorchReference:
-    """A model with the interface of the sessions in `onnxpress.runtime.sessions`: `prefill`, `decode`, `encode`, `run`.
-
-    `checkpoint` is a Hugging Face folder or an `exporter.checkpoint.Checkpoint`. Weights are memory-mapped by
-    safetensors and held in float32. `kind` is `decoder`, `encoder`, `encoder-decoder` or `graph`.
-    """
+class TorchModel:
+    """A model in torch with the interface of the sessions in `onnxpress.runtime`: `prefill`, `decode`, `encode`,
+    `run`."""
 
     last_only = False
+
+    def __init__(self, model: Any, *, has_encoder: bool) -> None:
+        """has_encoder: whether it is an encoder-decoder, and `encode` runs the encoder alone."""
+        self.model, self.has_encoder = model, has_encoder
+        self._accepted = inspect.signature(model.forward).parameters
+        self.vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+        self._states: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        self._cache: Any = None
+        self._mask: Ids = np.zeros((0, 0), np.int64)
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
+        """See `onnxpress.runtime.decoder.DecoderSession.prefill`."""
+        self.reset()
+        return self._step(ids, np.ones_like(ids) if mask is None else mask)
+
+    def decode(self, ids: Ids) -> Floats:
+        return self._step(ids, np.ones_like(ids))
+
+    def _step(self, ids: Ids, new_mask: Ids) -> Floats:
+        self._mask = new_mask if self._mask.size == 0 else np.concatenate([self._mask, new_mask], axis=1)
+        mask = torch.from_numpy(self._mask)
+        feeds: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        if self.has_encoder:
+            feeds |= {"decoder_input_ids": torch.from_numpy(ids), **self._states}
+        else:
+            feeds |= {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
+            if "position_ids" in self._accepted:
+                feeds["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode():
+            outputs = self.model(**feeds)
+        self._cache = outputs.past_key_values
+        return np.asarray(outputs.logits.numpy(), np.float32)
+
+    def encode(self, ids: Any, mask: Ids | None = None) -> Any:
+        """An encoder's outputs by name for `ids` [batch, length]; for an encoder-decoder, `ids` are the encoder's feeds
+        and the result its hidden states."""
+        if not self.has_encoder:
+            return self.run({"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask})
+        self.reset()
+        feeds = {name: torch.from_numpy(value) for name, value in ids.items()}
+        with torch.inference_mode():
+            self._states = {"encoder_outputs": self.model.get_encoder()(**feeds)}
+        if "attention_mask" in feeds:
+            self._states["attention_mask"] = feeds["attention_mask"]
+        return np.asarray(self._states["encoder_outputs"].last_hidden_state.numpy(), np.float32)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All tensor outputs by transformers' names."""
+        given = {name: torch.from_numpy(value) for name, value in feeds.items() if name in self._accepted}
+        with torch.inference_mode():
+            outputs = self.model(**given)
+        return {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+class TorchReference(TorchModel):
+    """A checkpoint in float32.
+
+    `checkpoint` is a Hugging Face folder or an `exporter.checkpoint.Checkpoint`. Weights are memory-mapped by
+    safetensors and held in float32.
+    """
 
     def __init__(self, checkpoint: Any, *, task: str | None = None) -> None:
         is_folder = isinstance(checkpoint, str | Path)
@@ -58,66 +123,23 @@ class TorchReference:
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BadInputError(f"transformers cannot load {self.name}: {reason}") from error
-        self.model = model.eval()
-        self._accepted = inspect.signature(self.model.forward).parameters
-        self.kind = _kind(task, config)
-        self.vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0))
-        self._states: Any = None
-        self.reset()
-
-    def reset(self) -> None:
-        self._cache: Any = None
-        self._mask: Ids = np.zeros((0, 0), np.int64)
-
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
-        """See `onnxpress.runtime.decoder.DecoderSession.prefill`."""
-        self.reset()
-        return self._step(ids, np.ones_like(ids) if mask is None else mask)
-
-    def decode(self, ids: Ids) -> Floats:
-        return self._step(ids, np.ones_like(ids))
-
-    def _step(self, ids: Ids, new_mask: Ids) -> Floats:
-        self._mask = new_mask if self._mask.size == 0 else np.concatenate([self._mask, new_mask], axis=1)
-        mask = torch.from_numpy(self._mask)
-        feeds: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
-        if self.kind == "encoder-decoder":
-            feeds |= {"decoder_input_ids": torch.from_numpy(ids), **self._states}
-        else:
-            feeds |= {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
-            if "position_ids" in self._accepted:
-                feeds["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.inference_mode():
-            outputs = self.model(**feeds)
-        self._cache = outputs.past_key_values
-        return np.asarray(outputs.logits.numpy(), np.float32)
-
-    def encode(self, ids: Any, mask: Ids | None = None) -> Any:
-        """An encoder's outputs by name for `ids` [batch, length]; for an encoder-decoder, `ids` are the encoder's feeds
-        and the result its hidden states."""
-        if self.kind != "encoder-decoder":
-            return self.run({"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask})
-        self.reset()
-        feeds = {name: torch.from_numpy(value) for name, value in ids.items()}
-        with torch.inference_mode():
-            self._states = {"encoder_outputs": self.model.get_encoder()(**feeds)}
-        if "attention_mask" in feeds:
-            self._states["attention_mask"] = feeds["attention_mask"]
-        return np.asarray(self._states["encoder_outputs"].last_hidden_state.numpy(), np.float32)
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All tensor outputs by transformers' names."""
-        given = {name: torch.from_numpy(value) for name, value in feeds.items() if name in self._accepted}
-        with torch.inference_mode():
-            outputs = self.model(**given)
-        return {name: value.float().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        self.kind = kind_of(task, config)
+        super().__init__(model.eval(), has_encoder=self.kind is EncoderDecoder)
 
 
-def _kind(task: str, config: Any) -> str:
+def open_checkpoint(checkpoint: Any, *, task: str | None = None) -> Opened:
+    """Open a Hugging Face folder or a `Checkpoint`, to be compared with. Raises BadInputError where it cannot be
+    loaded."""
+    model = TorchReference(checkpoint, task=task)
+    return model.kind(model.name, model, model.config, model.folder)
+
+
+def kind_of(task: str, config: Any) -> type[Opened]:
+    """Tell the kind of model that a task makes of an architecture."""
     if task == "text-generation":
-        return "decoder"
+        return Decoder
     if config.is_encoder_decoder:
-        return "encoder-decoder"
+        return EncoderDecoder
     if task == "automatic-speech-recognition" or getattr(config, "vocab_size", None) is None:
-        return "graph"  # samples or pixels; a vocabulary is of letters to recognise
-    return "encoder"
+        return Graph  # samples or pixels; a vocabulary is of letters to recognise
+    return Encoder

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnxpress.calibration.data import CalibrationData
     from onnxpress.errors import OnnxpressError
     from onnxpress.evaluation.benchmark import Benchmark
-    from onnxpress.evaluation.quality import Evaluation
+    from onnxpress.evaluation.evaluate import Evaluation
     from onnxpress.pipeline import BuildResult, build, export, optimize
     from onnxpress.report.overview import Overview
     from onnxpress.requests import Gates, Judging, ModelSource, SearchOptions, Share
@@ -55,7 +55,7 @@ _MODULES = {
     "onnxpress.calibration.data": ("CalibrationData",),
     "onnxpress.errors": ("OnnxpressError",),
     "onnxpress.evaluation.benchmark": ("Benchmark",),
-    "onnxpress.evaluation.quality": ("Evaluation",),
+    "onnxpress.evaluation.evaluate": ("Evaluation",),
     "onnxpress.pipeline": ("BuildResult", "build", "export", "optimize"),
     "onnxpress.report.overview": ("Overview",),
     "onnxpress.requests": ("Gates", "Judging", "ModelSource", "SearchOptions", "Share"),

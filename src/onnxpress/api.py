@@ -18,7 +18,7 @@ from onnxpress.artifact.artifact import Artifact
 from onnxpress.artifact.folder import graph_paths
 from onnxpress.artifact.golden import replay_golden
 from onnxpress.artifact.manifest import Manifest
-from onnxpress.building.resolving import resolve
+from onnxpress.building.resolving import open_any, resolve
 from onnxpress.errors import UsageError
 from onnxpress.evaluation.benchmark import Benchmark
 from onnxpress.evaluation.benchmark import benchmark as measure_speed
@@ -98,12 +98,9 @@ def evaluate(
         reference = manifest.read(Path(model.model)).source.name
     sides = [_openable(side, progress) for side in (model, replace(model, model=str(reference)))]
     with progress.stage("evaluating") as update:
+        opened = [open_any(side, threads=judging.threads, all_logits=True) for side in sides]
         return measure_quality(
-            *sides,
-            text=judging.text,
-            pairs=judging.pairs,
-            threads=judging.threads,
-            progress=lambda what, *done: update(*done),
+            *opened, text=judging.text, pairs=judging.pairs, threads=judging.threads, progress=update
         )
 
 
@@ -162,7 +159,7 @@ def load_artifact(folder: str | Path) -> ArtifactFolder:
 
 
 def _openable(source: ModelSource, progress: Progress) -> Path | Checkpoint:
-    """Resolve a source to what can be compared: a path to ONNX or to an artifact, or a Checkpoint."""
+    """Resolve a source to what `open_any` takes: a path to ONNX or to an artifact, or a Checkpoint."""
     path = Path(source.model)
     if path.suffix == ".onnx" or is_artifact(path):
         return path

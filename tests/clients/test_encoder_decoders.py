@@ -74,14 +74,14 @@ def ask(node: Callable[..., str], client: str, folder: Path, **request: Any) -> 
 
 def our_tokens(folder: Path, feeds: dict[str, np.ndarray], start: int) -> list[list[int]]:
     """What our own runner generates greedily, all STEPS of them."""
-    from onnxpress.evaluation import probes
+    from onnxpress.evaluation.modes import continuation
     from onnxpress.evaluation.opening import open_model
 
     model = open_model(folder).model
     rows = []
     for row in range(len(next(iter(feeds.values())))):
         model.encode({name: value[row : row + 1] for name, value in feeds.items()})
-        rows.append(probes.continuation(model, np.array([[start]]), STEPS)[0].tolist())
+        rows.append(continuation(model, np.array([[start]]), STEPS)[0].tolist())
     return rows
 
 

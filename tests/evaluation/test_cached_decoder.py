@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxpress.evaluation.cached_decoder import RememberedDecoder
+from onnxpress.evaluation.cached_decoder import CachedDecoder
 
 
 class Counting:
@@ -28,17 +28,17 @@ class Counting:
         return np.full((*ids.shape, 3), self.total, np.float32)
 
 
-def remembered(folder: Path) -> tuple[RememberedDecoder, list[Counting]]:
+def cached(folder: Path) -> tuple[CachedDecoder, list[Counting]]:
     opened: list[Counting] = []
 
     def open_one() -> Counting:
         opened.append(Counting())
         return opened[-1]
 
-    return RememberedDecoder(open_one, folder / "answers", 3), opened
+    return CachedDecoder(open_one, folder / "answers", 3), opened
 
 
-def ask(model: RememberedDecoder | Counting) -> list[float]:
+def ask(model: CachedDecoder | Counting) -> list[float]:
     """A prompt and two steps, another one that begins alike, and a padded batch."""
     found = []
     for prompt, steps in (([1, 2], [3, 4]), ([1, 2], [3, 5]), ([1, 2, 3], [])):
@@ -49,19 +49,19 @@ def ask(model: RememberedDecoder | Counting) -> list[float]:
 
 
 def test_same_answers_from_files_without_the_model(tmp_path: Path) -> None:
-    model, opened = remembered(tmp_path)
+    model, opened = cached(tmp_path)
     expected = ask(Counting())
     assert ask(model) == expected
     model.close()
     assert ask(model) == expected
     assert len(opened) == 1
-    again, reopened = remembered(tmp_path)
+    again, reopened = cached(tmp_path)
     assert ask(again) == expected
     assert not reopened
 
 
 def test_what_was_not_asked_before_takes_the_model_to_where_the_sequence_stands(tmp_path: Path) -> None:
-    model, opened = remembered(tmp_path)
+    model, opened = cached(tmp_path)
     model.prefill(np.array([[1, 2]]))
     model.close()
     model.prefill(np.array([[1, 2]]))
@@ -71,7 +71,7 @@ def test_what_was_not_asked_before_takes_the_model_to_where_the_sequence_stands(
 
 
 def test_a_prompt_and_its_first_half_with_a_step_are_not_the_same(tmp_path: Path) -> None:
-    model, _ = remembered(tmp_path)
+    model, _ = cached(tmp_path)
     whole = model.prefill(np.array([[1, 2]]))
     model.prefill(np.array([[1]]))
     step = model.decode(np.array([[2]]))

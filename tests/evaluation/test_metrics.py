@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from onnxpress.errors import BadInputError, VerificationError
-from onnxpress.evaluation.metrics import Divergence, cosine, log_softmax, ranks, require_finite, spearman
+from onnxpress.evaluation.metrics import Divergence, cosine, log_softmax, ranks, require_finite_output, spearman
 
 
 def test_log_softmax_against_the_definition_and_without_overflow() -> None:
@@ -47,10 +47,10 @@ def test_different_vocabularies_are_refused() -> None:
 
 def test_values_that_are_not_finite_are_named() -> None:
     values = np.zeros((2, 3))
-    require_finite(values, "logits")
+    require_finite_output(values, "logits")
     values[1, 2] = np.nan
     with pytest.raises(VerificationError, match=r"logits: 1 of 6 values .* first at \[1, 2\]"):
-        require_finite(values, "logits")
+        require_finite_output(values, "logits")
 
 
 def test_cosine() -> None:

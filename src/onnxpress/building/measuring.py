@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from onnxpress.arrays import Ids
+from onnxpress.building.resolving import open_checkpoint
 from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import VerificationError
-from onnxpress.evaluation import probes
 from onnxpress.evaluation.benchmark import benchmark
-from onnxpress.evaluation.cached_decoder import RememberedDecoder
 from onnxpress.evaluation.evaluate import Evaluation, evaluate
-from onnxpress.evaluation.metrics import log_softmax, require_finite
-from onnxpress.evaluation.opening import Opened, companions, open_model, random_feeds
+from onnxpress.evaluation.kind import Opened, Options
+from onnxpress.evaluation.opening import open_model, sidecar_folder
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.samples import decoder_windows
-from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
+from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, cost_of, largest_difference, verify_step
 from onnxpress.graph.conventions import ENCODER
-from onnxpress.runtime.memory import give_back
-
-Update = Callable[[int, int], None]
+from onnxpress.progress import Update
+from onnxpress.runtime.memory import trim_memory
 
 WINDOWS, WINDOW, SEED = 4, 512, 0
 """Pieces of text, and tokens in each, on which a decoder is judged; both sides see the same: their ratio is steady."""
@@ -61,24 +57,22 @@ class Meter:
     _windows: tuple[list[Ids], str] | None = None
     """What a decoder is measured on, after every pass and at the end, and where it comes from."""
     _lost: float = 0.0
-    """What the passes until now cost, see `_divergence`."""
-    _answering: Opened | None = None
+    """What the passes until now cost, see `cost_of`."""
+    _remembered: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
-    _companions: Path | None = None
-    """Whose vocabulary the three above are in."""
+    _folder: Path | None = None
+    """Of the tokenizer in whose vocabulary the three above are."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
-        # torch and the graph take turns: memory holds one of them.
+        # torch and the graph take turns, where the graph has no part in the inputs but to write them: memory holds one.
         exported = self._open(self.reference)
-        if exported.kind == "decoder":
-            windows = windows_by(exported)
-            del exported
-            expected = Reference.of(checkpoint, task=task, windows=windows)
-            give_back()
-            exported = self._open(self.reference)
-        else:
-            expected = Reference.of(checkpoint, task=task, like=exported)
+        windows = exported.verified_windows()
+        like = None if windows is not None else exported
+        del exported
+        expected = Reference.of(open_checkpoint(checkpoint, task), windows=windows, like=like)
+        trim_memory()
+        exported = like or self._open(self.reference)
         found = verify_step(expected, exported, exact=exact, what="the exported graph")
         found.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
         return found
@@ -90,40 +84,35 @@ class Meter:
 
         `lossy`: whether a pass before it was. Raises VerificationError.
         """
-        folder = companions(main_graph(after))
+        folder = sidecar_folder(main_graph(after))
         if exact and lossy:
             expected = Reference.of(restricted(self._open(before), folder))
             found = verify_step(expected, self._open(after), exact=False, what=what)
-            cost, limit = _divergence(found), max(TIPPED, TIPPED_SHARE * self._lost)
+            cost, limit = cost_of(found), max(TIPPED, TIPPED_SHARE * self._lost)
             if not cost <= limit:
                 raise VerificationError(
                     f"{what} should be exact but costs {cost:.3g}; the limit is {limit:.3g}, after passes that lost "
                     f"{self._lost:.3g}"
                 )
             return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
-        self._speak(folder)
+        self._reset_other_vocabulary(folder)
         if self._expected is None:
-            self._expected = self._reference_outputs(folder)
-            give_back()
+            reference = restricted(self._open(self.reference), folder)
+            text = self._text(reference)
+            self._expected = Reference.of(reference, windows=text[0] if text else None, length=STEP_TOKENS)
+            del reference
+            trim_memory()
         found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
-        self._lost = _divergence(found)
+        self._lost = cost_of(found)
         return found
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
         """A decoder with the last position's logits only against the one with all, on the very same prompts.
 
-        Prompts of other lengths would not do: where activations share one range per prompt, each length has its own.
         Raises VerificationError.
         """
-        ids = np.random.default_rng(0).integers(0, self._open(before).model.vocabulary, (2, 24))
-        mask = np.ones_like(ids)
-        mask[1, :7] = 0
-        rows = []
-        for paths in (before, after):
-            model = self._open(paths, all_logits=False).model
-            prompt, step = model.prefill(ids, mask), model.decode(ids[:, :1])
-            rows.append(log_softmax(np.concatenate([prompt[:, -1:], step[:, -1:]])))
-        difference = float(np.abs(rows[0] - rows[1]).max())
+        whole, cut = (partial(self._open, paths, all_logits=False) for paths in (before, after))
+        difference = largest_difference(whole, cut, ("all logits", "the last logits"))
         limit = TIPPED_TOLERANCE if lossy else EXACT_TOLERANCE
         if not difference <= limit:
             raise VerificationError(f"cutting the logits changed them by {difference:.3g}; the tolerance is {limit:g}")
@@ -134,21 +123,8 @@ class Meter:
 
         Raises VerificationError.
         """
-        two, merged = self._open(before), self._open(after)
-        halves = [random_feeds(two.model.encoder, two.config, seed) for seed in (0, 1)]
-        feeds = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-        if "attention_mask" in feeds:
-            feeds["attention_mask"][1, -5:] = 0
-        start = np.full((2, 1), int(two.config.get("decoder_start_token_id") or 0))
-        two.model.encode(feeds)
-        ids = probes.continuation(two.model, start, 12)
-        rows: list[Any] = []
-        for model in (two.model, merged.model):
-            model.encode(feeds)
-            logits = np.concatenate([model.prefill(ids[:, :6]), model.decode(ids[:, 6:])], axis=1)
-            require_finite(logits, "the merged decoder" if rows else "the decoders")
-            rows.append(log_softmax(logits))
-        difference = float(np.abs(rows[0] - rows[1]).max())
+        two, merged = (partial(self._open, paths) for paths in (before, after))
+        difference = largest_difference(two, merged, ("the decoders", "the merged decoder"))
         if difference > EXACT_TOLERANCE:
             raise VerificationError(
                 f"the merged decoder differs from its parts by {difference:.3g}; the tolerance is {EXACT_TOLERANCE:g}"
@@ -158,73 +134,61 @@ class Meter:
     def evaluate(self, candidate: Mapping[str, Path], update: Update) -> Evaluation:
         """The figures that the artifact is judged by."""
         self._expected = None  # its memory is better used elsewhere
-        folder = companions(main_graph(candidate))
-        self._speak(folder)
-        reference = self._asked(folder)
-        decodes = reference.kind == "decoder"
-        windows, source = self._text(restricted(reference, folder)) if decodes else (self.data.text, None)
-        give_back()
+        folder = sidecar_folder(main_graph(candidate))
+        self._reset_other_vocabulary(folder)
+        reference = self._requested_reference(folder)
+        text = self._text(restricted(reference, folder))
+        trim_memory()
         found = evaluate(
             self._open(candidate),
             reference,
-            text=windows,
+            text=text[0] if text else self.data.text,
             pairs=self.data.pairs,
             windows=WINDOWS,
             threads=self.threads,
-            progress=lambda what, done, total: update(done, total),
+            progress=update,
         )
-        return replace(found, text=source) if source else found
+        return replace(found, text=text[1]) if text else found
 
-    def _asked(self, folder: Path | None) -> Opened:
-        """The reference; a decoder has answered all that `evaluate` will ask, and is not in memory any more.
+    def _requested_reference(self, folder: Path | None) -> Opened:
+        """Open the reference; one whose answers are kept has given all that `evaluate` will request, and is not in
+        memory any more.
 
-        folder: of the companions of what it will be compared with.
+        folder: of the tokenizer of what it will be compared with.
         """
-        if self._answering is not None:
-            return self._answering
+        if self._remembered is not None:
+            return self._remembered
         graph = main_graph(self.reference)
-        reference = open_model(graph, threads=self.threads, all_logits=True)
-        if reference.kind != "decoder":
+        reference = self._open_reference(graph)
+        text = self._text(restricted(reference, folder))
+        remembered = reference.remembered(lambda: self._open_reference(graph).model, graph.parent / "answers")
+        if remembered is None or text is None:
             return reference
-        windows, _ = self._text(restricted(reference, folder))
-        answers = RememberedDecoder(
-            lambda: open_model(graph, threads=self.threads, all_logits=True).model,
-            graph.parent / "answers",
-            reference.model.vocabulary,
-            reference.model.last_only,
-            reference.model,
-        )
-        self._answering = replace(reference, model=answers)
-        asked = restricted(self._answering, folder)
-        evaluate(asked, asked, text=windows, windows=WINDOWS, threads=self.threads)
-        answers.close()
-        return self._answering
+        self._remembered = remembered
+        seen = restricted(remembered, folder)
+        evaluate(seen, seen, text=text[0], windows=WINDOWS, threads=self.threads)
+        remembered.model.close()
+        return remembered
 
-    def _reference_outputs(self, folder: Path | None) -> Reference:
-        reference = restricted(self._open(self.reference), folder)
-        windows = self._text(reference)[0] if reference.kind == "decoder" else None
-        return Reference.of(reference, windows=windows, length=STEP_TOKENS)
+    def _reset_other_vocabulary(self, folder: Path | None) -> None:
+        """Forget what is in another vocabulary than that of the tokenizer in `folder`."""
+        if folder != self._folder:
+            self._expected = self._windows = self._remembered = None
+            self._folder = folder
 
-    def _speak(self, folder: Path | None) -> None:
-        """Forget what is in another vocabulary than that of the companions in `folder`."""
-        if folder != self._companions:
-            self._expected = self._windows = self._answering = None
-            self._companions = folder
-
-    def _text(self, reference: Opened) -> tuple[list[Ids], str]:
-        """Windows of token ids from the user's text or of the reference's own, made once."""
+    def _text(self, reference: Opened) -> tuple[list[Ids], str] | None:
+        """Windows of token ids from the user's text or of the reference's own, made once; None where the kind of model
+        is measured on other inputs."""
         if self._windows is None:
-            self._windows = decoder_windows(reference, reference, self.data.text, WINDOWS, WINDOW, SEED, None)
+            self._windows = reference.judged_windows(Options(self.data.text, windows=WINDOWS, window=WINDOW, seed=SEED))
         return self._windows
+
+    def _open_reference(self, graph: Path) -> Opened:
+        return open_model(graph, threads=self.threads, all_logits=True)
 
     def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
         graph = main_graph(paths)
         return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
-
-
-def _divergence(found: Mapping[str, float]) -> float:
-    """KL in nats per token, or 1 − mean cosine, of a verification."""
-    return found["kl"] if "kl" in found else 1 - found["cosine_mean"]
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:

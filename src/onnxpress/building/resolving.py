@@ -11,6 +11,9 @@ import onnx_ir as ir
 
 from onnxpress.artifact.artifact import Artifact
 from onnxpress.artifact.folder import read_artifact
+from onnxpress.errors import BadInputError
+from onnxpress.evaluation.kind import Opened
+from onnxpress.evaluation.opening import find_graphs, open_model
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.conventions import DECODER, DECODER_MERGED
 from onnxpress.graph.io import load_graph
@@ -38,6 +41,28 @@ def resolve(source: ModelSource, progress: Progress | None = None) -> Artifact |
             progress=progress.message,
         )
         return _foreign(found) if isinstance(found, sources.OnnxSource) else found
+
+
+def open_any(what: str | Path | Checkpoint, *, threads: int | None = None, all_logits: bool = False) -> Opened:
+    """Open ONNX in onnxruntime (see `open_model`), and a checkpoint in torch, in float32.
+
+    Raises BadInputError where torch is missing or cannot load the checkpoint, and the errors of `open_model`.
+    """
+    if isinstance(what, str | Path) and (not Path(what).is_dir() or find_graphs(Path(what))):
+        return open_model(what, threads=threads, all_logits=all_logits)
+    return open_checkpoint(what)
+
+
+def open_checkpoint(checkpoint: str | Path | Checkpoint, task: str | None = None) -> Opened:
+    """Open a checkpoint in torch, in float32. Raises BadInputError where torch is missing or cannot load it."""
+    try:
+        from onnxpress.exporter import reference
+    except ImportError as error:
+        raise BadInputError(
+            f"{checkpoint} is a checkpoint, and running one needs torch ({error})",
+            hint="pip install 'onnxpress[export]'",
+        ) from error
+    return reference.open_checkpoint(checkpoint, task=task)
 
 
 def _foreign(found: OnnxSource) -> Artifact:

@@ -33,7 +33,7 @@ from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fusion.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
-from onnxpress.runtime.memory import give_back
+from onnxpress.runtime.memory import trim_memory
 from onnxpress.runtime_profiles.profile import Profile
 from onnxpress.vocabulary.trimming import trimming
 
@@ -113,7 +113,7 @@ class Work:
             with self.progress.stage("verifying the export against the checkpoint"):
                 rounded = bool(self.artifact.export.get("rounded"))
                 metrics = self.meter.check_export(checkpoint, self.artifact.task, exact=not rounded)
-            give_back()
+            trim_memory()
         self.record(replace(step, metrics=metrics))
 
     def apply(self, spec: PassSpec, one: Pass, kept: list[Calibration] | None = None) -> None:
@@ -149,7 +149,7 @@ class Work:
                 discard(calibrations.values())  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
                 found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
-            give_back()
+            trim_memory()
             step = replace(step, metrics=found)
             self.lossy |= not one.exact
         elif not spec.optional:
@@ -193,7 +193,7 @@ class Work:
                 self.samples[wanted] = self.data.calibration.feeds(
                     main_graph(self.reference), *wanted, self.threads, self.home
                 )
-            give_back()
+            trim_memory()
         samples, folder = self.samples[wanted], calibration_folder()
         return {
             stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads)

@@ -17,12 +17,14 @@ from onnxpress.arrays import Feeds, Ids
 from onnxpress.calibration.files import Inputs, Record, Recording, Texts, read_records
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.errors import BadInputError, UnsupportedModelError
-from onnxpress.evaluation import probes
-from onnxpress.evaluation.opening import Opened, open_model, random_feeds, read_json
+from onnxpress.evaluation.inputs import encoder_rows, first_token, longest, random_feeds
+from onnxpress.evaluation.kind import Opened
+from onnxpress.evaluation.modes import continuation
+from onnxpress.evaluation.opening import open_model
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.samples import encoder_rows, first_token, longest
 from onnxpress.evaluation.texts import cut, load_tokenizer, pad, written_windows
 from onnxpress.files.cache import cache_folder
+from onnxpress.files.json_files import read_optional_json
 from onnxpress.files.staging import replacing_file
 from onnxpress.graph.checks import load_graph
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST, ENCODER
@@ -110,10 +112,11 @@ def _self_made(opened: Opened, graph: Path, rows: int, length: int, seed: int) -
         found = found[: max(rows, 32)]
         if opened.kind == "encoder":
             return {"": [_encoder_feeds(found)]}
-        return _translator_feeds(opened, [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)], None)
+        batches = [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)]
+        return _encoder_decoder_feeds(opened, batches, None)
     if opened.kind == "encoder-decoder":
         feeds = [random_feeds(opened.model.encoder, opened.config, seed + i) for i in range(min(rows, 4))]
-        return _translator_feeds(opened, feeds, None)
+        return _encoder_decoder_feeds(opened, feeds, None)
     if isinstance(opened.model, EncoderSession):
         return {"": [random_feeds(opened.model, opened.config, seed)]}
     return {}
@@ -151,7 +154,7 @@ def _from_records(
         return {"": _input_feeds([one for one in records if isinstance(one, Mapping)][:rows])}
     if kind is Recording:
         feeds = [_recording_feeds(opened, one) for one in records[:rows] if isinstance(one, Recording)]
-        return _translator_feeds(opened, feeds, None) if opened.kind == "encoder-decoder" else {"": feeds}
+        return _encoder_decoder_feeds(opened, feeds, None) if opened.kind == "encoder-decoder" else {"": feeds}
     texts = [one for one in records if isinstance(one, Texts)]
     tokenizer = load_tokenizer(opened.folder)
     if tokenizer is None:
@@ -172,7 +175,7 @@ def _from_records(
         [tokenizer.encode(one.second).ids[:length] if one.second else None for one in batch] for batch in batches
     ]
     feeds = [_text_feeds(tokenizer, [Texts(one.first) for one in batch], length, False) for batch in batches]
-    return _translator_feeds(opened, feeds, answers)
+    return _encoder_decoder_feeds(opened, feeds, answers)
 
 
 def _takes_tokens(opened: Opened) -> bool:
@@ -241,7 +244,7 @@ def _recording_feeds(opened: Opened, recording: Recording) -> Feeds:
         raise UnsupportedModelError(
             f"{opened.name} takes no samples of sound", hint="give what its feature extractor makes of them, as .npz"
         )
-    settings = read_json(opened.folder / "preprocessor_config.json") if opened.folder else {}
+    settings = read_optional_json(opened.folder / "preprocessor_config.json") if opened.folder else {}
     rate = int(settings.get("sampling_rate", SAMPLING_RATE))
     if recording.rate != rate:
         raise BadInputError(
@@ -254,7 +257,7 @@ def _recording_feeds(opened: Opened, recording: Recording) -> Feeds:
     return {"input_values": samples.astype(np.float32), "attention_mask": np.ones(samples.shape, np.int64)}
 
 
-def _translator_feeds(
+def _encoder_decoder_feeds(
     opened: Opened, batches: Sequence[Feeds], answers: Sequence[Sequence[Sequence[int] | None]] | None
 ) -> dict[str, list[Feeds]]:
     """Samples for the encoder and for both decoders, whose inputs the encoder and the first decoder compute.
@@ -270,7 +273,7 @@ def _translator_feeds(
         if known and all(known):
             ids, mask = pad([[start, *(one or [])] for one in known])
         else:
-            ids = probes.continuation(model, np.full((len(states), 1), start, np.int64), ANSWER)
+            ids = continuation(model, np.full((len(states), 1), start, np.int64), ANSWER)
             mask = np.ones_like(ids)
             model.encode(feeds)
         context = {

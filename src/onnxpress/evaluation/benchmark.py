@@ -12,21 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from onnxpress.errors import OnnxpressError, SourceNotFoundError
-from onnxpress.evaluation.opening import find_graphs, main_graph, open_model, random_feeds
+from onnxpress.evaluation.opening import find_graphs, only_graph, open_model
 from onnxpress.runtime.operator_profile import OperatorTime, operator_times
 from onnxpress.runtime.session_options import check_session_options
-from onnxpress.runtime.sessions import EncoderDecoderSession, EncoderSession
-
-ENCODER_TOKENS = 128
-DECODE_STEPS = 32
+from onnxpress.runtime.sessions import EncoderDecoderSession
 
 
 @dataclass(frozen=True)
@@ -121,12 +116,6 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """The child's work: everything in `Benchmark` for one request."""
     path = Path(request["path"])
@@ -134,87 +123,21 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     opened = open_model(path, **options)
     result: dict[str, Any] = {"kind": opened.kind, "load_s": time.perf_counter() - start, "threads": request["threads"]}
-    work, figures = _work(opened.kind, opened.model, opened.config, request)
+    asked = (request["prompt"], request["context"], max(1, request["repeats"]))
+    run, figures = opened.speed(*asked)
     result |= figures
     result |= {"peak_rss_bytes": peak_rss_bytes(), "size_bytes": size_bytes(path), "operators": []}
     if request["profile"]:
-        del opened, work
+        del opened, run
         with tempfile.TemporaryDirectory() as folder:
-            graph = main_graph(find_graphs(path), path) if path.is_dir() else path
+            graph = only_graph(path) if path.is_dir() else path
             profiled = open_model(graph, **options, profile_prefix=f"{folder}/profile")
-            _work(profiled.kind, profiled.model, profiled.config, {**request, "repeats": 1})[0]()
+            profiled.speed(*asked[:2], 1)[0]()
             model = profiled.model
             sessions = model.sessions if isinstance(model, EncoderDecoderSession) else [model.session]
             times = operator_times(*(Path(session.end_profiling()) for session in sessions))
             result["operators"] = [asdict(row) for row in times]
     return result
-
-
-def _work(
-    kind: str, model: Any, config: Mapping[str, Any], request: Mapping[str, Any]
-) -> tuple[Callable[[], object], dict[str, Any]]:
-    """(one run of the model, its figures)."""
-    repeats = max(1, request["repeats"])
-    if kind == "decoder":
-        # No further than the model's positions go: one with few is measured on a shorter prompt.
-        limit = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
-        room = max(1, limit - DECODE_STEPS)
-        context = sorted({min(tokens, room) for tokens in request["context"]})
-        return _decoder_work(model, min(request["prompt"], room), context, repeats)
-    if isinstance(model, EncoderDecoderSession):
-        feeds = random_feeds(model.encoder, config)
-        start = np.array([[int(config.get("decoder_start_token_id") or 0)]])
-
-        def translate() -> None:
-            model.encode(feeds)
-            model.prefill(start)
-
-        latency = [seconds(translate) for _ in range(repeats + 1)][1:]
-        steps = [seconds(lambda: model.decode(start)) for _ in range(DECODE_STEPS)]
-        return translate, {
-            "latency_ms": 1e3 * float(np.median(latency)),
-            "decode_ms_per_token": {"1": 1e3 * float(np.median(steps))},
-        }
-    assert isinstance(model, EncoderSession)
-    feeds = random_feeds(model, config)
-    if kind == "encoder":
-        ids = np.random.default_rng(0).integers(0, int(config.get("vocab_size", 16)), (1, ENCODER_TOKENS))
-
-        def run() -> object:
-            return model.encode(ids)
-    else:
-
-        def run() -> object:
-            return model.run(feeds)
-
-    run()
-    times = [seconds(run) for _ in range(repeats * 10)]
-    return run, {"latency_ms": 1e3 * float(np.median(times))}
-
-
-def _decoder_work(
-    model: Any, prompt: int, context: Sequence[int], repeats: int
-) -> tuple[Callable[[], object], dict[str, Any]]:
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, model.vocabulary, (1, max(prompt, *context, 1)))
-    model.prefill(ids[:, :prompt])
-    prefill = [seconds(lambda: model.prefill(ids[:, :prompt])) for _ in range(repeats)]
-    decode: dict[str, float] = {}
-    for tokens in context:
-        model.prefill(ids[:, :tokens])
-        times = []
-        for step in range(DECODE_STEPS):
-            token = generator.integers(0, model.vocabulary, (1, 1))
-            elapsed = seconds(lambda token=token: model.decode(token))  # type: ignore[misc]
-            times += [elapsed] * (step >= 2)  # the first steps still warm the caches up
-        decode[str(tokens)] = 1e3 * float(np.median(times))
-
-    def run() -> None:
-        model.prefill(ids[:, :prompt])
-        for _ in range(DECODE_STEPS):
-            model.decode(ids[:, :1])
-
-    return run, {"prefill_tokens_per_s": prompt / min(prefill), "prompt": prompt, "decode_ms_per_token": decode}
 
 
 def main() -> None:

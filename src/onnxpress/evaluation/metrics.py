@@ -1,4 +1,4 @@
-"""What a change did to a model, in numbers: pure numpy, no runtime.
+"""Two models' outputs compared, in numbers: pure numpy, no runtime.
 
 Logits are [..., vocabulary] float32; divergences are in nats and computed in float64 over a few rows at a time, so
 that a window of 512 tokens over 150,000 words needs no more memory than its logits.
@@ -6,12 +6,14 @@ that a window of 512 tokens over 150,000 words needs no more memory than its log
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Array, Doubles
 from onnxpress.errors import BadInputError, VerificationError
 
 ROWS = 32
@@ -26,7 +28,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return shifted
 
 
-def require_finite(values: NDArray[Any], what: str) -> None:
+def require_finite_output(values: NDArray[Any], what: str) -> None:
     """Raise VerificationError naming the first place where `values` is NaN or infinite."""
     bad = ~np.isfinite(values)
     if bad.any():
@@ -93,6 +95,88 @@ class Divergence:
             result["perplexity"] = _perplexity(self.loss_sum / self.targets)
             result["reference_perplexity"] = _perplexity(self.reference_loss_sum / self.targets)
         return result
+
+    @staticmethod
+    def summary(modes: Mapping[str, Divergence]) -> dict[str, float]:
+        """The worst of all modes, the KL of each, and the perplexities of the prompt."""
+        return {
+            "max_difference": max(mode.max_difference for mode in modes.values()),
+            "kl": max(mode.kl for mode in modes.values()),
+            "top1_agreement": min(mode.top1_agreement for mode in modes.values()),
+            **{f"{name}_kl": mode.kl for name, mode in modes.items()},
+            **{key: value for key, value in modes["prefill"].figures().items() if key.endswith("perplexity")},
+        }
+
+
+@dataclass
+class Deviation:
+    """How far a candidate's arrays are from the reference's, number by number and by angle."""
+
+    max_difference: float = 0.0
+    """Largest difference of two numbers, in standard deviations of the array."""
+    cosines: list[Doubles] = field(default_factory=list)
+    """Along the last axis, of each pair of arrays."""
+
+    def add(self, expected: Array, found: Array) -> None:
+        """Add two arrays of one shape. Raises VerificationError where the shapes differ."""
+        if expected.shape != found.shape:
+            shapes = f"{list(found.shape)}; the reference has {list(expected.shape)}"
+            raise VerificationError(f"an output has shape {shapes}")
+        expected, found = np.atleast_1d(expected).astype(np.float64), np.atleast_1d(found).astype(np.float64)
+        scale = float(expected.std()) or 1.0
+        self.max_difference = max(self.max_difference, float(np.abs(expected - found).max(initial=0)) / scale)
+        self.cosines.append(cosine(expected, found).ravel())
+
+    def figures(self) -> dict[str, float]:
+        return self.summary({"prefill": self})
+
+    @staticmethod
+    def summary(modes: Mapping[str, Deviation]) -> dict[str, float]:
+        """Over all modes, which have the same rows."""
+        rows = zip(*(mode.cosines for mode in modes.values()), strict=True)
+        values = np.concatenate([cosines for row in rows for cosines in row])
+        return {
+            "max_difference": max(mode.max_difference for mode in modes.values()),
+            "cosine_mean": float(values.mean()),
+            "cosine_min": float(values.min()),
+        }
+
+
+@dataclass
+class Similarity:
+    """The angle between a candidate's vectors and the reference's."""
+
+    cosines: list[Doubles] = field(default_factory=list)
+
+    def add(self, expected: Array, found: Array, name: str = "output") -> None:
+        """Add vectors [..., width]. Raises BadInputError, naming the output, where the shapes differ."""
+        if expected.shape != found.shape:
+            raise BadInputError(f"{name}: shapes {expected.shape} and {found.shape}")
+        self.cosines.append(cosine(np.atleast_1d(expected), np.atleast_1d(found)).ravel())
+
+    def figures(self) -> dict[str, float]:
+        values = np.concatenate(self.cosines)
+        return {"cosine_mean": float(values.mean()), "cosine_min": float(values.min())}
+
+    @staticmethod
+    def headline(modes: Mapping[str, Similarity]) -> dict[str, float]:
+        """The figures of the worst mode."""
+        figures = [mode.figures() for mode in modes.values()]
+        return {key: min(row[key] for row in figures) for key in ("cosine_mean", "cosine_min")}
+
+
+@dataclass
+class RelativeDifference:
+    """Largest difference of two numbers, as a share of the array's largest number (of 1 where all are smaller)."""
+
+    max_difference: float = 0.0
+
+    def add(self, expected: Array, found: Array) -> None:
+        scale = max(1.0, float(np.abs(expected).max(initial=0)))
+        self.max_difference = max(self.max_difference, float(np.abs(found - expected).max(initial=0)) / scale)
+
+    def figures(self) -> dict[str, float]:
+        return {"max_difference": self.max_difference}
 
 
 def _perplexity(loss: float) -> float:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from onnxpress.arrays import Ids
-from onnxpress.evaluation import probes
+from onnxpress.evaluation.inputs import longest
+from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.metrics import ROWS, log_softmax
-from onnxpress.evaluation.opening import Opened
-from onnxpress.evaluation.samples import longest
+from onnxpress.evaluation.modes import prompt
 from onnxpress.evaluation.texts import load_tokenizer
 
 
@@ -52,7 +52,7 @@ def _loss(model: Any, ids: Sequence[int]) -> float:
     row = np.array([ids], np.int64)
     if len(ids) < 2:
         return 0.0
-    logits = probes.prompt(model, row, np.arange(len(ids) - 1))
+    logits = prompt(model, row, np.arange(len(ids) - 1)).logits
     total = 0.0
     for start in range(0, len(logits), ROWS):
         scores = log_softmax(logits[start : start + ROWS])

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError, CorruptFileError
-from onnxpress.evaluation.opening import Opened, read_json
+from onnxpress.evaluation.kind import Opened
+from onnxpress.files.json_files import read_optional_json
 
 FILE = "vocabulary.json"
 """Lists the ids that the kept tokens had in the original model."""
 SCHEMA_VERSION = 1
+
+AnyKind = TypeVar("AnyKind", bound=Opened)
 
 
 def write_kept(path: Path, kept: Ids, size: int) -> None:
@@ -31,7 +35,7 @@ def write_kept(path: Path, kept: Ids, size: int) -> None:
 
 def read_kept(folder: Path | None) -> Ids | None:
     """The original ids of a model's tokens, None where none were taken away. CorruptFileError for anything else."""
-    record = read_json(folder / FILE) if folder is not None else {}
+    record = read_optional_json(folder / FILE) if folder is not None else {}
     if not record:
         return None
     try:
@@ -43,8 +47,8 @@ def read_kept(folder: Path | None) -> Ids | None:
     return kept
 
 
-def restricted(reference: Opened, folder: Path | None) -> Opened:
-    """`reference` with the vocabulary of the model whose companions are in `folder`; itself where it is the same.
+def restricted(reference: AnyKind, folder: Path | None) -> AnyKind:
+    """`reference` with the vocabulary of the model whose tokenizer is in `folder`; itself where it is the same.
 
     BadInputError where that model has tokens that the reference lacks.
     """
@@ -57,8 +61,8 @@ def restricted(reference: Opened, folder: Path | None) -> Opened:
         raise BadInputError(
             f"{reference.name} lacks tokens that {folder} has", hint="compare with the model that it was made of"
         )
-    config = read_json(folder / "config.json")
-    return Opened(reference.name, reference.kind, Restricted(reference.model, places, size), config, folder)
+    config = read_optional_json(folder / "config.json")
+    return replace(reference, model=Restricted(reference.model, places, size), config=config, folder=folder)
 
 
 class Restricted:

@@ -1,9 +1,9 @@
-"""What models are measured on: text from a file, sentence pairs, or, by default, text that the reference writes."""
+"""Texts that models are measured on: from a file, sentence pairs, or, by default, what the reference writes."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.evaluation.metrics import log_softmax
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+from onnxpress.progress import Update
 
 
 class Writer(Protocol):
@@ -36,7 +34,7 @@ class Tokenizer(Protocol):
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
 
 
-class Pair(NamedTuple):
+class ScoredPair(NamedTuple):
     first: str
     second: str
     score: float
@@ -90,7 +88,7 @@ def cut(ids: Sequence[int], windows: int, window: int, start: int | None, source
 
 
 def written_windows(
-    model: Writer, windows: int, window: int, starts: Sequence[int], seed: int = 0, progress: Progress | None = None
+    model: Writer, windows: int, window: int, starts: Sequence[int], seed: int = 0, progress: Update | None = None
 ) -> list[Ids]:
     """Text that `model` writes: `windows` rows [1, window], sampled at temperature 1 with a fixed seed.
 
@@ -108,21 +106,21 @@ def written_windows(
         if step + 1 < window:
             logits = model.decode(chosen)
         if progress:
-            progress("writing text", step + 1, window)
+            progress(step + 1, window)
     return [row[None] for row in ids]
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[ScoredPair]:
     """Sentence pairs with a score from a `.csv` or tab-separated file; a first line without a number is a header."""
     text = read_text(path)
     delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") or "\t" in text.split("\n", 1)[0] else ","
-    pairs: list[Pair] = []
+    pairs: list[ScoredPair] = []
     for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), start=1):
         if not row:
             continue
         try:
             first, second, score = row[:3]
-            pairs.append(Pair(first, second, float(score)))
+            pairs.append(ScoredPair(first, second, float(score)))
         except ValueError:
             if number > 1:
                 raise BadInputError(f"{path}, line {number}: expected sentence, sentence, score") from None
@@ -137,11 +135,15 @@ def sentences() -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def pad(rows: Sequence[Sequence[int]], *, left: bool = False, value: int = 0) -> tuple[Ids, Ids]:
-    """(ids, mask), both [rows, longest]."""
+def pad(rows: Sequence[Sequence[int]], *, left: bool | Sequence[bool] = False, value: int = 0) -> tuple[Ids, Ids]:
+    """Write rows of different lengths into one array: (ids, mask), both [rows, longest].
+
+    left: whether padding stands on the left of all rows, or of each.
+    """
     width = max(len(row) for row in rows)
     ids, mask = np.full((len(rows), width), value, np.int64), np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
+        on_left = left if isinstance(left, bool) else left[i]
+        place = slice(width - len(row), width) if on_left else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
     return ids, mask

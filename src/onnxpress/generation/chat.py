@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from onnxpress.errors import BadInputError
-from onnxpress.evaluation.opening import read_json
+from onnxpress.files.json_files import read_optional_json
 
 LONGEST = 1_000_000
 """Characters that a template may render; a loop over a huge range is an attack, not a prompt."""
@@ -49,7 +49,7 @@ def find_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
@@ -58,7 +58,7 @@ def find_template(folder: Path) -> str | None:
 def special_tokens(folder: Path) -> dict[str, str]:
     """`bos_token`, `eos_token`, ... of tokenizer_config.json as text."""
     result = {}
-    for key, value in read_json(folder / "tokenizer_config.json").items():
+    for key, value in read_optional_json(folder / "tokenizer_config.json").items():
         if key.endswith("_token"):
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):

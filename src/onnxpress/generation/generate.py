@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Ids
 from onnxpress.errors import BadInputError
-from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite
-from onnxpress.evaluation.opening import Opened, open_model, read_json
+from onnxpress.evaluation.kind import Opened
+from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite_output
+from onnxpress.evaluation.opening import open_model
 from onnxpress.evaluation.texts import load_tokenizer, pad
+from onnxpress.files.json_files import read_optional_json
 from onnxpress.generation import chat
 
 
@@ -33,7 +35,7 @@ def stop_tokens(folder: Path) -> frozenset[int]:
     """Ids that end a text, by generation_config.json and config.json."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id")
+        value = read_optional_json(folder / name).get("eos_token_id")
         found.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
     return frozenset(found)
 
@@ -41,18 +43,18 @@ def stop_tokens(folder: Path) -> frozenset[int]:
 class TextGenerator:
     """An artifact folder opened for writing; several texts may be written one after another."""
 
-    def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
-        self.folder = Path(folder)
-        self.opened = open_model(self.folder, threads=threads)
-        if self.opened.kind not in ("decoder", "encoder-decoder"):
+    def __init__(self, folder: str | Path | Opened, *, threads: int | None = None) -> None:
+        self.opened = open_model(folder, threads=threads)
+        self.folder = Path(folder) if isinstance(folder, str | Path) else self.opened.folder or Path(self.opened.name)
+        if not self.opened.writes_text:
             raise BadInputError(f"{self.folder} is an {self.opened.kind}: it does not write text")
         tokenizer = load_tokenizer(self.opened.folder)
         if tokenizer is None:
             raise BadInputError(f"{self.folder} has no tokenizer.json")
         self.tokenizer = tokenizer
-        home = self.opened.folder or self.folder
-        self.template = chat.find_template(home)
-        self._special, self._stop = chat.special_tokens(home), stop_tokens(home)
+        beside = self.opened.folder or self.folder
+        self.template = chat.find_template(beside)
+        self._special, self._stop = chat.special_tokens(beside), stop_tokens(beside)
         limit = self.opened.config.get("max_position_embeddings")
         self.limit = int(limit) if limit else None
 
@@ -75,14 +77,11 @@ class TextGenerator:
         if self.limit is not None and len(ids) >= self.limit:
             raise BadInputError(f"the prompt has {len(ids)} tokens; the model takes {self.limit}")
         generator, model = np.random.default_rng(seed), self.opened.model
-        prompt = np.array([list(ids)], np.int64)
-        if self.opened.kind == "encoder-decoder":
-            model.encode({"input_ids": prompt, "attention_mask": np.ones_like(prompt)})
-            prompt = np.array([[int(self.opened.config.get("decoder_start_token_id") or 0)]])
+        prompt = self.opened.begin(np.array([list(ids)], np.int64))
         room = max_tokens if self.limit is None else min(max_tokens, self.limit - prompt.shape[1])
         logits = model.prefill(prompt)
         for step in range(room):
-            require_finite(logits[0, -1], f"logits of token {step + 1}")
+            require_finite_output(logits[0, -1], f"logits of token {step + 1}")
             token = choose(logits[0, -1], generator, temperature, top_p)
             if token in self._stop:
                 return
@@ -121,7 +120,7 @@ def embed(folder: str | Path | Opened, texts: Sequence[str], *, threads: int | N
     """Vectors [texts, width] of an encoder artifact, of length 1."""
     opened = open_model(folder, threads=threads)
     tokenizer = load_tokenizer(opened.folder)
-    if opened.kind != "encoder" or tokenizer is None:
+    if not opened.embeds_text or tokenizer is None:
         raise BadInputError(f"{opened.name} is not a text encoder with a tokenizer.json")
     limit = int(opened.config.get("max_position_embeddings") or 512) - 2  # some count positions from 2
     ids: Ids

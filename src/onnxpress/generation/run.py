@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import SourceNotFoundError, UsageError
+from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.metrics import cosine
-from onnxpress.evaluation.opening import open_model
 from onnxpress.generation.generate import TextGenerator, embed
 
 
@@ -17,6 +17,7 @@ def run(
     folder: Path,
     prompts: Sequence[str],
     *,
+    open_folder: Callable[..., Opened],
     on_text: Callable[[str], None],
     max_tokens: int,
     temperature: float,
@@ -27,19 +28,22 @@ def run(
 ) -> dict[str, Any]:
     """Answer one prompt, each piece of text going to `on_text` at once; or embed texts.
 
+    open_folder: `open_model`, or what opens more than ONNX.
+
     Returns `prompt`, `text`, `pieces` and `pieces_per_s`; for encoders `texts`, each with its `cosine` to the first and
     its `embedding`.
     """
     if not folder.exists():
         raise SourceNotFoundError(f"no such folder: {folder}", hint="make one with: onnxpress build MODEL")
-    if open_model(folder, threads=threads).kind == "encoder":
-        vectors = embed(folder, prompts, threads=threads)
+    opened = open_folder(folder, threads=threads)
+    if opened.embeds_text:
+        vectors = embed(opened, prompts)
         cosines = cosine(vectors, vectors[:1]).tolist()
         rows = zip(prompts, cosines, vectors.tolist(), strict=True)
         return {"texts": [{"text": text, "cosine": value, "embedding": vector} for text, value, vector in rows]}
     if len(prompts) > 1:
         raise UsageError("a decoder takes one prompt", hint="put it in quotes")
-    generator = TextGenerator(folder, threads=threads)
+    generator = TextGenerator(opened)
     began, pieces = time.perf_counter(), []
     for piece in generator.stream(
         prompts[0], raw=raw, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed

@@ -6,7 +6,7 @@ import ctypes
 import gc
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Collect garbage and return freed pages, where the C library can: glibc keeps them otherwise, hundreds of MB
     after a session was closed, and the peak of the next stage comes on top of that."""
     gc.collect()

@@ -17,14 +17,12 @@ import onnx_ir as ir
 from onnxpress.arrays import Feeds, Floats
 from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.subgraphs import session_of
-from onnxpress.evaluation.metrics import cosine
+from onnxpress.evaluation.loss import Run, loss_of
 from onnxpress.graph.io import copy_graph
-from onnxpress.runtime.sessions import pool
 
 Errors = Mapping[str, Floats]
 """What is added to what groups make, by the name of the value."""
 
-LOGITS, REFERENCE, DIVERGENCE = "logits", "onnxpress.reference", "onnxpress.divergence"
 ERROR = "onnxpress.error:"
 FRUGAL = {"enable_cpu_mem_arena": "0"}
 """The arena would keep what the largest run ever took."""
@@ -42,48 +40,26 @@ def inject(
     graph = copy_graph(model)
     for value in values:
         _add_error(graph.graph, value)
-    language = any(output.name == LOGITS for output in graph.graph.outputs)
-    if language:
-        _add_divergence(graph)
+    loss = loss_of(graph)
     inputs = [value for value in graph.graph.inputs if not value.is_initializer()]
     zeros = {
         str(value.name): np.zeros([1] * len(value.shape or ()), np.float32)
         for value in inputs
         if str(value.name).startswith(ERROR)
     }
-    given = [value for value in inputs if str(value.name) not in zeros and value.name != REFERENCE]
+    given = [value for value in inputs if str(value.name) not in (*zeros, *loss.inputs)]
     with session_of(graph, threads, FRUGAL) as session:
-        outputs = [output.name for output in session.get_outputs()]
-        log_probabilities, divergence = f"{LOGITS}.{REFERENCE}", DIVERGENCE
 
-        def feeds(sample: int, errors: Errors) -> dict[str, Any]:
-            return {
+        def run_on(sample: int, errors: Errors) -> Run:
+            feeds: dict[str, Any] = {
                 **{str(value.name): feed_of(value, samples[sample]) for value in given},
                 **zeros,
                 **{ERROR + name: error for name, error in errors.items()},
             }
+            return lambda outputs, more: session.run(outputs, {**feeds, **more})
 
-        expected: list[Any] = []
-        for sample in range(len(samples)):
-            if language:
-                nothing = {REFERENCE: np.zeros((1, 1, 1), np.float32)}
-                expected += session.run([log_probabilities], feeds(sample, {}) | nothing)
-            else:
-                expected.append(_vectors(dict(zip(outputs, session.run(outputs, feeds(sample, {})), strict=True))))
-
-        def lost(sample: int, errors: Errors) -> float:
-            if language:
-                (found,) = session.run([divergence], feeds(sample, errors) | {REFERENCE: expected[sample]})
-                return max(0.0, float(np.mean(found, dtype=np.float64)))
-            after = _vectors(dict(zip(outputs, session.run(outputs, feeds(sample, errors)), strict=True)))
-            return float(1 - cosine(expected[sample], after).mean())
-
-        yield lost
-
-
-def _vectors(outputs: Mapping[str, Floats]) -> Floats:
-    """Pool what two encoders are compared by, see `onnxpress.runtime.sessions.pool`."""
-    return pool(outputs)
+        expected = [loss.expected(run_on(sample, {})) for sample in range(len(samples))]
+        yield lambda sample, errors: loss.lost(run_on(sample, errors), expected[sample])
 
 
 def _add_error(graph: ir.Graph, name: str) -> None:
@@ -102,27 +78,3 @@ def _add_error(graph: ir.Graph, name: str) -> None:
     add.replace_input_with(0, value)
     value.name, total.name = plain, name
     graph.insert_after(node, add)
-
-
-def _add_divergence(model: ir.Model) -> None:
-    """Outputs: log-probabilities, and their KL from the input REFERENCE, by token."""
-    graph = model.graph
-    (logits,) = [output for output in graph.outputs if output.name == LOGITS]
-    reference = ir.Value(
-        name=REFERENCE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None] * len(logits.shape or [0] * 3))
-    )
-    graph.inputs.append(reference)
-    axes = ir.Value(name="onnxpress.last_axis", const_value=ir.tensor(np.array([-1], np.int64)))
-    axes.name = "onnxpress.last_axis"
-    assert axes.const_value is not None
-    axes.const_value.name = axes.name
-    graph.register_initializer(axes)
-    found = ir.node("LogSoftmax", [logits], {"axis": -1})
-    difference = ir.node("Sub", [reference, found.outputs[0]])
-    probabilities = ir.node("Exp", [reference])
-    weighted = ir.node("Mul", [probabilities.outputs[0], difference.outputs[0]])
-    total = ir.node("ReduceSum", [weighted.outputs[0], axes], {"keepdims": 0})
-    graph.extend([found, difference, probabilities, weighted, total])
-    for output, name in ((found.outputs[0], f"{LOGITS}.{REFERENCE}"), (total.outputs[0], DIVERGENCE)):
-        output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs[:] = [found.outputs[0], total.outputs[0]]

@@ -17,7 +17,7 @@ from onnxpress.artifact.artifact import Artifact
 from onnxpress.calibration.files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
 from onnxpress.evaluation import restriction
-from onnxpress.evaluation.opening import read_json
+from onnxpress.files.json_files import read_optional_json
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
 from onnxpress.vocabulary import rewriting
@@ -50,10 +50,10 @@ class Trimming:
         kept, files = self.kept, dict(artifact.files)
         contents = {TOKENIZER: json.dumps(self.tokenizer, ensure_ascii=False), **rewriting.word_files(self.tokenizer)}
         if GENERATION in files:
-            generation = rewriting.renumbered_config(read_json(files[GENERATION]), kept, self.size)
+            generation = rewriting.renumbered_config(read_optional_json(files[GENERATION]), kept, self.size)
             contents[GENERATION] = json.dumps(generation, indent=2)
         if SETTINGS in files:
-            settings = rewriting.renumbered_settings(read_json(files[SETTINGS]), kept)
+            settings = rewriting.renumbered_settings(read_optional_json(files[SETTINGS]), kept)
             contents[SETTINGS] = json.dumps(settings, indent=2, ensure_ascii=False)
         if "added_tokens.json" in files:
             added = {one["content"]: one["id"] for one in self.tokenizer.get("added_tokens") or ()}
@@ -91,7 +91,7 @@ def trimming(one: Pass, artifact: Artifact) -> Trimming | None:
     old = _load(content)
     texts = list(_chunks(one.corpus)) if one.corpus is not None else None
     read = [old.encode(text, add_special_tokens=False).ids for text in texts or ()]
-    generation = read_json(artifact.files[GENERATION]) if GENERATION in artifact.files else {}
+    generation = read_optional_json(artifact.files[GENERATION]) if GENERATION in artifact.files else {}
     named = rewriting.config_ids(artifact.config) | rewriting.config_ids(generation)
     kept = kept_tokens(
         vocabulary,
@@ -169,4 +169,4 @@ def _previous(artifact: Artifact) -> tuple[Ids, int] | None:
     """The original ids of an artifact that was trimmed before, and how many tokens the original has."""
     path = artifact.files.get(restriction.FILE)
     kept = restriction.read_kept(path.parent) if path is not None else None
-    return None if path is None or kept is None else (kept, int(read_json(path)["original_size"]))
+    return None if path is None or kept is None else (kept, int(read_optional_json(path)["original_size"]))

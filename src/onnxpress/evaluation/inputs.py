@@ -1,18 +1,18 @@
-"""What models are measured on: text of the user's or of the reference's own, as token ids; rows of a padded batch."""
+"""Inputs to measure models on: text of the user's or of the reference's own, as token ids; rows of a padded batch;
+values for the inputs of any graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxpress.arrays import Ids
+from onnxpress.arrays import Array, Ids
 from onnxpress.errors import BadInputError
-from onnxpress.evaluation.opening import Opened, random_feeds
+from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.texts import (
-    Progress,
     Tokenizer,
     file_windows,
     load_tokenizer,
@@ -21,6 +21,8 @@ from onnxpress.evaluation.texts import (
     sentences,
     written_windows,
 )
+from onnxpress.progress import Update
+from onnxpress.runtime.sessions import NUMPY_TYPES, EncoderSession
 
 FEWEST_TOKENS = 16
 """Of a text to measure on: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
@@ -33,7 +35,7 @@ def decoder_windows(
     windows: int,
     window: int,
     seed: int,
-    progress: Progress | None,
+    progress: Update | None,
 ) -> tuple[list[Ids], str]:
     """Token windows [1, length] to measure decoders on, and a word on where they come from."""
     window = longest(reference, window)
@@ -108,3 +110,35 @@ def encoder_feeds(
     ids, mask = pad(rows)
     single = [{"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)} for row in rows]
     return single, {"input_ids": ids, "attention_mask": mask}, source
+
+
+def random_feeds(session: EncoderSession, config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]:
+    """Make up values for every input of a graph, from its shapes and dtypes; named dimensions get usual sizes."""
+    generator = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for name, node in session.inputs.items():
+        shape = [s if isinstance(s, int) else _size(name, axis, str(s), config) for axis, s in enumerate(node.shape)]
+        dtype = NUMPY_TYPES.get(node.type)
+        if dtype is None:
+            raise BadInputError(f"input {name} has type {node.type}, which onnxpress cannot make up")
+        if np.issubdtype(dtype, np.floating):
+            feeds[name] = generator.standard_normal(shape).astype(dtype)
+        elif "mask" in name or dtype is np.bool_:
+            feeds[name] = np.ones(shape, dtype)
+        elif "type" in name:
+            feeds[name] = np.zeros(shape, dtype)
+        else:
+            feeds[name] = generator.integers(0, int(config.get("vocab_size", 16)), shape).astype(dtype)
+    return feeds
+
+
+def _size(name: str, axis: int, dimension: str, config: Mapping[str, Any]) -> int:
+    if axis == 0 or "batch" in dimension:
+        return 1
+    image = config.get("vision_config", config).get("image_size", 224)
+    sizes = {
+        "pixel_values": [1, config.get("num_channels", 3), *(image if isinstance(image, list) else [image, image])],
+        "input_values": [1, 16000],
+        "input_features": [1, config.get("num_mel_bins", 80), 2 * config.get("max_source_positions", 1500)],
+    }.get(name, [])
+    return int(sizes[axis]) if axis < len(sizes) else 16
