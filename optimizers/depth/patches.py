@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.walk import Step
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
@@ -232,7 +232,7 @@ def _targets(
 
 
 def _fit(
-    step: Step,
+    step: WalkStep,
     block: Block,
     gap: Gap,
     targets: Iterator[tuple[int, dict[int, Rows]]],
@@ -248,7 +248,7 @@ def _fit(
     return _fit_down(step, block, gap, wanted, last_norms)
 
 
-def _fit_product(step: Step, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
+def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
     regression = Regression()
 
     def take(sample: int, x: Rows) -> None:
@@ -261,7 +261,7 @@ def _fit_product(step: Step, states: str, wanted: Mapping[int, Rows]) -> dict[st
 
 
 def _fit_down(
-    step: Step, block: Block, gap: Gap, wanted: Mapping[int, Rows], last_norms: Mapping[int, tuple[Rows, Rows]]
+    step: WalkStep, block: Block, gap: Gap, wanted: Mapping[int, Rows], last_norms: Mapping[int, tuple[Rows, Rows]]
 ) -> dict[str, NDArray[Any]]:
     end = _End(block)
     assert end.reads is not None

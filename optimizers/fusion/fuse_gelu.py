@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.matching import drop_unused_weights, only_reader, same_shape, scalar, use_microsoft_operators
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 Curve = NDArray[np.float64]
 POINTS: Curve = np.linspace(-4, 4, 17)
@@ -57,7 +57,7 @@ class FuseGelu(Pass):
 
     name: ClassVar[str] = "fuse-gelu"
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         for graph in model.graphs():
             for node in list(graph):
                 if node.op_type in ("Erf", "Tanh", "Sigmoid") and not node.domain and node.graph is graph:

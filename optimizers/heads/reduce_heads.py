@@ -1,13 +1,13 @@
 """reduce-heads: attention with fewer heads, fewer key/value heads, or smaller heads, repaired in closed form.
 
-    least-squares   drop the heads that a refitted output product misses least (see structure.heads)
-    regress         likewise, and let the values of the others stand in for them (structure.value_regression)
+    least-squares   drop the heads that a refitted output product misses least (see maths.selection)
+    regress         likewise, and let the values of the others stand in for them (maths.value_regression)
     slice           keep the loudest heads and dimensions
-    resample        every new head is a mixture of all, by given, averaging or random matrices (structure.resample)
+    resample        every new head is a mixture of all, by given, averaging or random matrices (maths.resample)
 
 Where query heads stay and key/value heads become fewer, these are turned towards each other and merged
-(structure.kv_merge). Smaller heads: structure.head_dim, structure.rotary_planes. Then the output product is refitted
-by ridge regression to what the attention put out before, tokens weighted as in structure.moments. One block at a time;
+(maths.kv_merge). Smaller heads: maths.head_dim, maths.rotary_planes. Then the output product is refitted
+by ridge regression to what the attention put out before, tokens weighted as in fitting.moments. One block at a time;
 each sees what those before it make of the samples by then.
 """
 
@@ -22,12 +22,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Doubles, Indices
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
 from onnxpress.graph.linear import drop_unused, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import lacks_samples
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.fitting.targets import Target
 from onnxpress.optimizers.heads.limits import require_possible
@@ -46,7 +47,7 @@ Method = Literal["least-squares", "regress", "slice", "resample"]
 Tables = tuple[ir.Value, ir.Value]
 
 
-class ReduceHeads(CalibratedPass):
+class ReduceHeads(Pass):
     """Reduce the heads of every self-attention to the same numbers; which ones stay is up to each layer."""
 
     name = "reduce-heads"
@@ -103,12 +104,12 @@ class ReduceHeads(CalibratedPass):
     def needs_samples(self) -> bool:
         return self.method != "resample" or self.refit
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         chosen = self._chosen(model, report)
         with unpacked(model, chosen):
-            self._reduce(model, {attention.node for _, attention in chosen}, report)
+            self._reduce(model, {attention.node for _, attention in chosen}, context, report)
 
-    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], report: Report) -> None:
+    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], context: Context, report: Report) -> None:
         sites = [
             site_of(block, one) for block in anatomy_of(model).blocks for one in block.attentions if one.node in chosen
         ]
@@ -119,12 +120,11 @@ class ReduceHeads(CalibratedPass):
         sites = [one for one in sites if plans[one.attention.node].changes]
         if not sites:
             return
-        if self.needs_samples and not self.calibration.fits(model):
-            report.skip(NO_SAMPLES, len(sites))
+        if lacks_samples(self, model, context, report, len(sites)):
             return
         for site in sites:
-            require_possible(site, plans[site.attention.node], self.method, self.calibration.memory_bytes)
-        planes = self._planes(model, sites, plans)
+            require_possible(site, plans[site.attention.node], self.method, context.calibration.memory_bytes)
+        planes = self._planes(model, context.calibration, sites, plans)
         tables = {
             table[0]: cut_tables(model.graph, table, planes[table[0]])
             for site in sites
@@ -132,7 +132,7 @@ class ReduceHeads(CalibratedPass):
         }
         old = [table for site in sites if site.attention.rotary is not None for table in site.attention.rotary]
         if self.needs_samples:
-            self._walk(model, sites, plans, planes, tables, report)
+            self._walk(model, context.calibration, sites, plans, planes, tables, report)
         else:
             for site in sites:
                 plan, dimensions = plans[site.attention.node], self._dimensions(site, planes)
@@ -163,7 +163,11 @@ class ReduceHeads(CalibratedPass):
         return plan(site.sizes, self.request.wanted(site.sizes), site.block.title)
 
     def _planes(
-        self, model: ir.Model, sites: Sequence[HeadSite], plans: Mapping[ir.Node, HeadPlan]
+        self,
+        model: ir.Model,
+        calibration: Calibration,
+        sites: Sequence[HeadSite],
+        plans: Mapping[ir.Node, HeadPlan],
     ) -> dict[ir.Value, Indices]:
         """By table of cosines, the planes that stay: one choice for all that read it."""
         turned = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
@@ -173,7 +177,7 @@ class ReduceHeads(CalibratedPass):
         if self.needs_samples:
             products = [product for site in turned for product in (site.query, site.key)]
             seen = {str(one.output.name): ChannelStatistics(one.features[1], str(one.output.name)) for one in products}
-            self.calibration.observe(model, {name: [found] for name, found in seen.items()})
+            calibration.observe(model, {name: [found] for name, found in seen.items()})
         energies: dict[ir.Value, Doubles] = {}
         for site in turned:
             squares = []
@@ -198,6 +202,7 @@ class ReduceHeads(CalibratedPass):
     def _walk(
         self,
         model: ir.Model,
+        calibration: Calibration,
         sites: Sequence[HeadSite],
         plans: Mapping[ir.Node, HeadPlan],
         planes: Mapping[ir.Value, Indices],
@@ -206,11 +211,11 @@ class ReduceHeads(CalibratedPass):
     ) -> None:
         options = (self.request, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
         name = f"{self.name} {options} {self.first_tokens} {self.include} {self.exclude}"
-        for step in self.calibration.walk(model, method=name):
+        for step in calibration.walk(model, method=name):
             inside = set(step.segment.nodes)
             for number, site in enumerate(one for one in sites if one.attention.node in inside):
                 plan, before = plans[site.attention.node], site.read()
-                seen = HeadSamples(step, site, Target(self.calibration.memory_bytes))
+                seen = HeadSamples(step, site, Target(calibration.memory_bytes))
                 try:
                     if not step.finished:
                         seen.look()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxpress.arrays import Indices
-from onnxpress.calibration.walk import Step
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import Normal
@@ -21,7 +21,7 @@ from onnxpress.optimizers.heads.sites import HeadSite
 class HeadSamples:
     """Statistics of an attention; `look` before it is edited."""
 
-    def __init__(self, step: Step, site: HeadSite, target: Target) -> None:
+    def __init__(self, step: WalkStep, site: HeadSite, target: Target) -> None:
         self.step, self.site = step, site
         self.target = target
         """What it puts out as it was."""

@@ -51,6 +51,15 @@ class Channels:
     """What cuts the output of a packed `gate` and `up` into halves."""
 
     @property
+    def name(self) -> str:
+        """The name of the weight of `down`."""
+        return self.feed_forward.down.name
+
+    @property
+    def weight(self) -> ir.Value:
+        return self.feed_forward.down.weight
+
+    @property
     def count(self) -> int:
         return self.feed_forward.down.features[0]
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
 from onnxpress.optimizers.quantization.maths.channel_scaling import equalizing_factors
 
@@ -41,7 +41,7 @@ class Equalize(Pass):
         """
         self.sites = tuple(sites)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         sites = find_sites(model.graph, report, self.sites)
         waiting, changed = list(range(len(sites))), set[int]()
         for _ in range(SWEEPS):

@@ -25,7 +25,7 @@ from onnxpress.graph.floats import narrow
 from onnxpress.graph.matching import add_weight, drop_unused_weights
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0
@@ -85,7 +85,7 @@ class Float16(Pass):
         self.keep_logits = "logits" in keep
         self.io = HALF if io == "float16" else FLOAT
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         _infer_types(graph)
         kept = self._kept_nodes(graph)

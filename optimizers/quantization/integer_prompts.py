@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.quantize_dynamic import quantize_rows
 
 POINTWISE = frozenset("Add Div Erf Gelu HardSwish Identity Mul Relu Sigmoid Silu Softplus Split Sub Swish Tanh".split())
@@ -58,7 +58,7 @@ class IntegerPrompts(Pass):
             raise ValueError("integer products overflow here and destroy the output; use min_tokens = 0")
         self.min_tokens, self.min_weights, self.tokens = min_tokens, min_weights, tokens
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         runs = []
         for run in _runs(graph, report):

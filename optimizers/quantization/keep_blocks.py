@@ -22,7 +22,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import find_linears, read_matrix, selected, shape_of
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, rows_of
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, split_columns
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
@@ -87,7 +87,7 @@ class KeepBlocks(Pass):
             rounded = round_to_nearest(weight.T if value in looked_up else weight, grid).dequantize()
             value.const_value = ir.tensor(rounded.T if value in looked_up else rounded, name=value.name)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):
             if selected(str(table.name), self.include, self.exclude):

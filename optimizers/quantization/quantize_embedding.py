@@ -12,7 +12,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import add_initializers, find_linears, replace, selected, shape_of
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, block_operands, flat_codes
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ScaleType
 from onnxpress.optimizers.quantization.quantize_blocks import quantize_linear
@@ -58,7 +58,7 @@ class QuantizeEmbedding(Pass):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_rows = min_rows
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):
             if shape_of(table)[0] < self.min_rows:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from onnxpress.artifact.artifact import Step
-from onnxpress.errors import GateFailedError
 from onnxpress.build.gates import Gates, costs, require
+from onnxpress.errors import GateFailedError
 
 STEPS = (
     Step("export", {}, 1.0, metrics={"max_difference": 1e-5, "kl": 0.0, "size_bytes": 100e6}),

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxpress.artifact.structure import Record
+from onnxpress.build.measuring import Meter, available_memory
+from onnxpress.build.work import Work
 from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
-from onnxpress.build.measuring import Meter, available_memory
-from onnxpress.exporter.writing.placing import place_weights
-from onnxpress.build.work import Work
 
 
 def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, TensorSource] | None = None) -> None:

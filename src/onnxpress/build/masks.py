@@ -8,8 +8,8 @@ from onnxpress.artifact import folder as artifact_folder
 from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph
-from onnxpress.optimizers.pruning.masked_weights import extract_masks
 from onnxpress.optimizers.pruning.mask_files import write_masks
+from onnxpress.optimizers.pruning.masked_weights import extract_masks
 
 
 def extract(model: str, output: Path) -> dict[str, int | float]:

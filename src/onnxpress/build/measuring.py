@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxpress.arrays import Ids
 from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation import probes
@@ -20,7 +21,6 @@ from onnxpress.evaluation.metrics import log_softmax, require_finite
 from onnxpress.evaluation.opening import Opened, companions, open_model, random_feeds
 from onnxpress.evaluation.restriction import restricted
 from onnxpress.evaluation.samples import decoder_windows
-from onnxpress.arrays import Ids
 from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.runtime.memory import give_back

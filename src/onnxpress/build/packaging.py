@@ -7,22 +7,22 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxpress.build import measuring
 from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact import manifest
 from onnxpress.artifact.genai_config import write_genai_config
 from onnxpress.artifact.golden import write_golden
 from onnxpress.artifact.manifest import Manifest, StepRecord
+from onnxpress.build import measuring
+from onnxpress.build.gates import Gates, require
+from onnxpress.build.work import Work, graph_bytes
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.files.layout import MANIFEST
-from onnxpress.build.gates import Gates, require
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.report import overview
 from onnxpress.report.figures import before_after
 from onnxpress.report.files import write_report
-from onnxpress.build.work import Work, graph_bytes
 
 
 def package(

@@ -102,10 +102,10 @@ class Walk:
         self._states = States(self.memory_bytes, self.folder / "states" if self.folder else None)
         self._finished = self._resume()
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[WalkStep]:
         try:
             for number, segment in enumerate(self.segments):
-                step = Step(self, number, segment)
+                step = WalkStep(self, number, segment)
                 if number < self._finished:
                     step.finished = True
                     yield step
@@ -226,7 +226,7 @@ class Walk:
 
 
 @dataclass
-class Step:
+class WalkStep:
     """One segment of a walk while its turn lasts."""
 
     walk: Walk

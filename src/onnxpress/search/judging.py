@@ -11,7 +11,6 @@ from onnxpress.arrays import Feeds
 from onnxpress.build.measuring import main_graph
 from onnxpress.build.work import Work
 from onnxpress.calibration.samples import token_count
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
 
@@ -26,7 +25,7 @@ def samples_for(work: Work, recipe: Recipe) -> dict[str, Samples]:
     """By graph: rows for the pass that wants most, and a few more for judging; none of them padded on the right."""
     kinds = (*recipe.formats.values(), *recipe.cuts.values())
     passes = [spec.build() for specs in kinds for spec in specs]
-    calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
+    calibrated = [one for one in passes if one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
     data, graph = work.data.calibration, main_graph(work.reference)

@@ -16,6 +16,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph, load_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
@@ -167,8 +168,8 @@ def test_anatomy(family: Any, name: str) -> None:
 def reduce(model: ir.Model, **options: int) -> Mapping[str, int]:
     one = ReduceHeads(**options)
     samples = [feeds(model, [[1] * 11] * 2, 0, seed) for seed in range(6)]
-    one.calibration = Calibration([{key: one for key, one in given.items() if one.size} for given in samples])
-    return one(model).report.matched
+    context = Context(Calibration([{key: one for key, one in given.items() if one.size} for given in samples]))
+    return one.run(model, context).report.matched
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,6 +16,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.pack_projections import PackProjections
 from onnxpress.optimizers.heads.packed import packed_columns, unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
@@ -74,8 +75,8 @@ def feeds(model: ir.Model, seed: int, empty_cache: bool = True) -> dict[str, Arr
 
 def reduce(model: ir.Model, **options: Any) -> ReduceHeads:
     one = ReduceHeads(**options)
-    one.calibration = Calibration([feeds(model, seed, empty_cache=False) for seed in range(6)])
-    assert one(model).report.matched
+    context = Context(Calibration([feeds(model, seed, empty_cache=False) for seed in range(6)]))
+    assert one.run(model, context).report.matched
     return one
 
 
