@@ -25,7 +25,7 @@ from onnxpress.graph.report import Report
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may look at besides the graph that it edits."""
+    """All that a pass may look at besides the graph that it edits."""
 
     calibration: Calibration = field(default_factory=Calibration)
     """Samples of the graph, for passes that say `needs_samples`."""

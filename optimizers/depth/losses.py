@@ -1,4 +1,4 @@
-"""What a whole model loses without each of its layers, all of them tried in one walk through the graph.
+"""Losses of a whole model without each of its layers, all of them tried in one walk through the graph.
 
 Every candidate is the model without one more layer. Up to that layer it computes what the model computes, so it is
 carried on from there only: one block at a time is loaded and run on the states of all candidates that have left it
@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.samples import Padding, check_samples, feed_of
-from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
+from onnxpress.calibration.feeds import Padding, check_samples, feed_of
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Segment, split_layers
 from onnxpress.optimizers.depth.maths import divergence, influence
@@ -109,7 +109,7 @@ class _Round:
         variants = [*self.variants, fresh] if fresh is not None else self.variants
         if outputs:
             given = {name: ir.DataType.from_numpy(self._look_up(WHOLE, name, 0).dtype) for name in names}
-            with session_of(extract(trial.model, given, outputs), trial.threads) as session:
+            with session_of(extract_subgraph(trial.model, given, outputs), trial.threads) as session:
                 wanted = [value.name for value in session.get_inputs()]
                 for sample in range(len(trial.samples)):
                     made: dict[Variant, dict[str, Array]] = {}
@@ -142,7 +142,7 @@ class _Round:
                 self.states.pop((variant, target, sample), None)
 
     def _look_up(self, variant: Variant, name: str, sample: int) -> Array:
-        """What a candidate has for a value: its own, or what those have that it is like so far."""
+        """A candidate's array for a value: its own, or that of those that it is like so far."""
         value = self.trial.values[name]
         if value.is_graph_input():
             return feed_of(value, self.trial.samples[sample])

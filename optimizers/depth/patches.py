@@ -31,8 +31,8 @@ from onnxpress.graph.anatomy import Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.depth.cuts import stacks_of
-from onnxpress.optimizers.depth.maths import Regression, before_norm
+from onnxpress.optimizers.depth.maths import CrossValidatedRegression, before_norm
+from onnxpress.optimizers.depth.removal import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
 
 PatchForm = Literal["fold", "product"]
@@ -249,7 +249,7 @@ def _fit(
 
 
 def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
-    regression = Regression()
+    regression = CrossValidatedRegression()
 
     def take(sample: int, x: Rows) -> None:
         target = wanted[sample].astype(np.float64)
@@ -268,7 +268,7 @@ def _fit_down(
     norm = last_norms.get(gap.last) if end.norm is not None else None
     if end.norm is not None and norm is None:
         raise UnsupportedModelError(f"layer {gap.last} does not end in a LayerNorm as {block.title} does")
-    regression, acts, biased = Regression(), dict[int, Rows](), end.down.bias is not None
+    regression, acts, biased = CrossValidatedRegression(), dict[int, Rows](), end.down.bias is not None
 
     def take(sample: int, current: Rows) -> None:
         act = acts.pop(sample)

@@ -27,18 +27,18 @@ from onnxpress.graph.linear import find_linears
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.depth.choice import Select, choose
-from onnxpress.optimizers.depth.compatibility import kind_of, layer_weights, require_same_kind
-from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
+from onnxpress.optimizers.depth.choice import Select, choose_layers
+from onnxpress.optimizers.depth.compatibility import layer_signature, layer_weights, require_compatible
 from onnxpress.optimizers.depth.maths import Merge, combine, merge_coefficients, runs
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
+from onnxpress.optimizers.depth.removal import cut_layers, note_merge, require_single_states, stacks_of
 
 Method = Literal["drop", "merge", "average", "linear"]
 
 
 @dataclass
 class _Plan:
-    """What was decided for a stack, for every graph that has it: both decoders are cut alike."""
+    """The decision for a stack, for every graph that has it: both decoders are cut alike."""
 
     dropped: list[int]
     patches: Patches | None = field(default=None)
@@ -121,13 +121,13 @@ class ReduceDepth(Pass):
         known = (stack, depth) in self._plans
         plan = self._plans.get((stack, depth))
         if not known and (not self.needs_samples or calibration.fits(model)):
-            plan = _Plan(self.layers or choose(model, blocks, count, self.select, calibration, report))
+            plan = _Plan(self.layers or choose_layers(model, blocks, count, self.select, calibration, report))
         self._plans[stack, depth] = plan
         if plan is None:  # also for later graphs of this stack: all are cut alike or none
             report.skip(NO_SAMPLES, count)
             return
         untouched = copy_graph(model)
-        kinds = {kind_of(block) for block in blocks}
+        kinds = {layer_signature(block) for block in blocks}
         gaps = _gaps(plan.dropped)
         if self.method in ("merge", "average"):
             _merge(model, stack, blocks, gaps, "merge" if self.method == "merge" else "average")
@@ -186,7 +186,7 @@ def _merge(model: ir.Model, stack: str, blocks: Sequence[Block], gaps: Sequence[
         host = blocks[into]
         run = blocks[first : gap.last + 1]
         for block in run:
-            require_same_kind(host, block)
+            require_compatible(host, block)
         coefficients = merge_coefficients(method, len(run))
         others = [layer_weights(block) for block in run]
         for name, value in layer_weights(host).items():

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Doubles
 from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
+from onnxpress.calibration.feeds import token_count
 from onnxpress.calibration.known_results import Result, digest_of
-from onnxpress.calibration.samples import token_count
-from onnxpress.calibration.walk import Feed, WalkStep
+from onnxpress.calibration.walk import FeedMode, WalkStep
 from onnxpress.errors import BadInputError
 from onnxpress.graph.anatomy import Segment
 from onnxpress.graph.linear import Linear, by_activation
@@ -34,8 +34,8 @@ ERROR = "error"
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class Target(Protocol):
-    """What is fitted: a product, or what ends in one."""
+class Fittable(Protocol):
+    """A thing that is fitted: a product, or what ends in one."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class Target(Protocol):
     def weight(self) -> ir.Value: ...
 
 
-T = TypeVar("T", bound=Target)
+T = TypeVar("T", bound=Fittable)
 
 
 def fit_blockwise(
@@ -58,7 +58,7 @@ def fit_blockwise(
     stages: Callable[[Segment], Iterable[Sequence[T]]],
     solve: Callable[[WalkStep, Sequence[T]], Mapping[str, Arrays]],
     put: Callable[[T, Result], None],
-    feed: Feed = "modified",
+    feed: FeedMode = "modified",
     by_product: bool = False,
     once: bool = True,
 ) -> None:

@@ -79,7 +79,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Fit:
-    """What held-out tokens say, and the weight."""
+    """The verdict of held-out tokens, and the weight."""
 
     weight: Doubles
     """[n, m]; the one that was there, if nothing is better on held-out tokens."""

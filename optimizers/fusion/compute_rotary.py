@@ -32,7 +32,7 @@ ROTATED = {
 
 
 class Frequencies(NamedTuple):
-    """What a pair of tables is made of."""
+    """The frequencies and amplitude that a pair of tables is made of."""
 
     frequencies: Floats
     """[rotated / 2], radians from one position to the next."""

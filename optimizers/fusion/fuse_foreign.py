@@ -32,7 +32,7 @@ from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import forget_unnamed
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fusion.clean_up import CleanUp
-from onnxpress.optimizers.fusion.decomposed.packed import split_packed_heads
+from onnxpress.optimizers.fusion.decomposed.packed_products import split_packed_heads
 from onnxpress.optimizers.fusion.fuse_attention import fuse_attention
 from onnxpress.optimizers.fusion.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fusion.fuse_norm import fuse_norms

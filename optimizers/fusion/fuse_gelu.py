@@ -1,4 +1,4 @@
-"""Activations that exporters spell out, as one operator.
+"""Activations that exporters decompose, as one operator.
 
     x · ½ · (1 + erf(x / √2))                       =>  Gelu
     x · ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³)))  =>  Gelu[approximate="tanh"]
@@ -7,7 +7,7 @@
 Before opset 20, which has no Gelu, the first two become com.microsoft Gelu and FastGelu. The formula is recognised by
 evaluating it at a few points, so that the order and the grouping of its factors do not matter.
 
-Measured, onnxruntime 1.31 on x86 with AVX-512, 1536 wide, one thread, time over that of the spelled-out form:
+Measured, onnxruntime 1.31 on x86 with AVX-512, 1536 wide, one thread, time over that of the decomposed form:
 
     tokens                                1      128    512
     Gelu (com.microsoft Gelu the same)    0.7    0.4    0.4
@@ -53,7 +53,7 @@ _DEPTH = 4
 
 
 class FuseGelu(Pass):
-    """Fuse spelled-out Gelu, tanh Gelu, QuickGelu and SiLU."""
+    """Fuse decomposed Gelu, tanh Gelu, QuickGelu and SiLU."""
 
     name: ClassVar[str] = "fuse-gelu"
 

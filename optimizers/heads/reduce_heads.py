@@ -31,17 +31,25 @@ from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.blockwise import lacks_samples
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.fitting.targets import Target
+from onnxpress.optimizers.heads.head_samples import HeadSamples
 from onnxpress.optimizers.heads.limits import require_possible
 from onnxpress.optimizers.heads.maths.attention_sinks import mixed_sums
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.maths.output_refit import error, refit
+from onnxpress.optimizers.heads.maths.output_refit import output_error, refit_output
 from onnxpress.optimizers.heads.maths.reduction import Observed, Reduction
 from onnxpress.optimizers.heads.maths.request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
 from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.heads.packed import unpacked
-from onnxpress.optimizers.heads.samples import HeadSamples
-from onnxpress.optimizers.heads.sites import Arrays, HeadSite, cut_tables, pack, pack_output, site_of, skip_reason
+from onnxpress.optimizers.heads.sites import (
+    Arrays,
+    HeadSite,
+    cut_tables,
+    pack_output,
+    pack_weights,
+    site_of,
+    skip_reason,
+)
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
 Tables = tuple[ir.Value, ir.Value]
@@ -137,7 +145,7 @@ class ReduceHeads(Pass):
             for site in sites:
                 plan, dimensions = plans[site.attention.node], self._dimensions(site, planes)
                 found = self._resampled(site.read(), plan, dimensions)
-                site.write({name: ir.tensor(array) for name, array in pack(site, found).items()})
+                site.write({name: ir.tensor(array) for name, array in pack_weights(site, found).items()})
                 self._finish(site, plan, tables, report)
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
@@ -231,7 +239,7 @@ class ReduceHeads(Pass):
     def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
         site, weights = seen.site, seen.site.read()
         if self.method == "resample":
-            return pack(site, self._resampled(weights, plan, dimensions))
+            return pack_weights(site, self._resampled(weights, plan, dimensions))
         reduction = Reduction(
             plan,
             self.method,
@@ -241,9 +249,9 @@ class ReduceHeads(Pass):
             site.attention.rotary is not None,
             site.interleaved,
             dimensions,
-            self._lone(site) if self.method != "slice" else 0.0,
+            self._sink_share(site) if self.method != "slice" else 0.0,
         )
-        return pack(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
+        return pack_weights(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
     def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> Arrays:
         """The output fitted to what the attention makes by now, and what is lost."""
@@ -251,12 +259,12 @@ class ReduceHeads(Pass):
         weights = after.read()
         normal = seen.regress(plan.after[0] * plan.after[2])
         if self.refit:
-            share = self._lone(seen.site)
+            share = self._sink_share(seen.site)
             fitted = mixed_sums(normal, weights, before, seen.hidden.augmented(), share) if share else normal
-            weights = refit(weights, fitted, self.ridge, centred=after.biased)
-        return pack_output(after, weights) | {"error": np.array([error(weights, normal)], np.float32)}
+            weights = refit_output(weights, fitted, self.ridge, centred=after.biased)
+        return pack_output(after, weights) | {"error": np.array([output_error(weights, normal)], np.float32)}
 
-    def _lone(self, site: HeadSite) -> float:
+    def _sink_share(self, site: HeadSite) -> float:
         return self.first_tokens if site.causal else 0.0
 
     def _resampled(self, weights: AttentionWeights, plan: HeadPlan, dimensions: Indices | None) -> AttentionWeights:

@@ -71,14 +71,14 @@ class ChannelFit:
             assert self.gradients is not None
             slopes = network.halves([self.gradients[product.name] for product in network.into])
             pairs = list(zip(network.weights_into(), slopes, strict=True))
-            return maths.rank(maths.by_gradient((down, self.gradients[network.name]), pairs), count)
+            return maths.rank(maths.importance_by_gradient((down, self.gradients[network.name]), pairs), count)
         if self.method in ("l1", "l2"):
-            return maths.rank(maths.by_magnitude(int(self.method[1]), down, network.weights_into()), count)
+            return maths.rank(maths.importance_by_magnitude(int(self.method[1]), down, network.weights_into()), count)
         assert moments is not None
         if self.method == "activation":
-            return maths.rank(maths.by_activation(moments.second(), down), count)
+            return maths.rank(maths.importance_by_activation(moments.second(), down), count)
         if self.method == "flap":
-            return maths.rank(maths.by_fluctuation(moments.second(), moments.mean(), down), count)
+            return maths.rank(maths.importance_by_fluctuation(moments.second(), moments.mean(), down), count)
         return self._elimination(network, count, down, moments)
 
     def _elimination(self, network: Channels, count: int, down: Floats, moments: Moments) -> Removal:
@@ -122,7 +122,7 @@ class ChannelFit:
         return self.bias_compensation
 
     def _second(self, network: Channels, moments: Moments) -> Doubles:
-        """What is left to fit by weights: around the mean, where a bias takes that."""
+        """The second moments that weights are fitted to: around the mean, where a bias takes that."""
         return moments.covariance() if self._compensates(network) else moments.second()
 
     def _penalty(self, network: Channels, moments: Moments) -> Doubles:

@@ -69,7 +69,7 @@ class Channels:
 
     @property
     def into(self) -> tuple[Product, ...]:
-        """What makes the channels: gate and up, up alone, or both packed in one."""
+        """The products that make the channels: gate and up, up alone, or both packed in one."""
         return tuple(one for one in self.feed_forward.products if one is not self.down)
 
     def weights_into(self) -> list[Floats]:

@@ -137,7 +137,7 @@ class PruneFfn(Pass):
         )
 
     def _networks(self, model: ir.Model, report: Report) -> list[Channels]:
-        """What is to be pruned. Raises UnsupportedModelError where a network that is meant cannot be."""
+        """The networks to prune. Raises UnsupportedModelError where one of those chosen cannot be."""
         found = []
         for block in anatomy_of(model).blocks:
             if block.feed_forward is None:
@@ -241,7 +241,7 @@ def _put(report: Report, network: Channels, result: Result) -> None:
 
 
 def _no_network(block: Block) -> str:
-    """What a layer has in the place of a plain feed-forward network."""
+    """Say what a layer has in the place of a plain feed-forward network."""
     if any(node.op_type in ("MoE", "QMoE") for node in block.nodes):
         return "experts in the place of a feed-forward network"
     inside = {product.weight for attention in block.attentions for product in attention.products}

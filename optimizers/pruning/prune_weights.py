@@ -19,7 +19,7 @@ from onnxpress.calibration.known_results import Result, digest_of
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Segment
-from onnxpress.graph.linear import Linear, read_matrix, selected
+from onnxpress.graph.linear import Linear, read_linear, read_matrix, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.blockwise import (
@@ -32,9 +32,17 @@ from onnxpress.optimizers.fitting.blockwise import (
     second_moments,
 )
 from onnxpress.optimizers.pruning.mask_files import PackedMask, read_masks
-from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, read, zeros
-from onnxpress.optimizers.pruning.maths.masks import Score, Threshold, choose, growing, is_sparse, parse_pattern, scores
-from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
+from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, share_of_zeros
+from onnxpress.optimizers.pruning.maths.masks import (
+    Score,
+    Threshold,
+    choose_mask,
+    growing,
+    is_sparse,
+    parse_pattern,
+    scores,
+)
+from onnxpress.optimizers.pruning.maths.sparsegpt import refit_masked, sparsegpt
 from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
@@ -145,7 +153,7 @@ class PruneWeights(Pass):
                 continue
             assert linear.weight.const_value is not None
             context.known.add(self.name, name, digests[name], {"weight": linear.weight.const_value})
-            report.match(f"{zeros(linear):.0%} zeros")
+            report.match(f"{share_of_zeros(linear):.0%} zeros")
 
     def _targets(self, model: ir.Model, report: Report) -> dict[str, Linear]:
         """The products whose weights are to be pruned, by name; UsageError where the pattern does not divide one."""
@@ -171,7 +179,7 @@ class PruneWeights(Pass):
                 continue
             linear = targets[name]
             if put_mask(linear, mask):
-                report.match(f"{zeros(linear):.0%} zeros")
+                report.match(f"{share_of_zeros(linear):.0%} zeros")
             else:
                 report.skip("as sparse already")
 
@@ -183,13 +191,13 @@ class PruneWeights(Pass):
         changed = set()
         for name, linear in targets.items():
             found = self._scores(linear)
-            mask = choose(found, sparsity, self.pattern) if threshold is None else threshold.mask(found)
+            mask = choose_mask(found, sparsity, self.pattern) if threshold is None else threshold.mask(found)
             if put_mask(linear, PackedMask.pack(mask.T if linear.transposed else mask)):
                 changed.add(name)
         return changed
 
     def _scores(self, linear: Linear) -> Floats:
-        return scores(read(linear), self._score, strength=self.strength)
+        return scores(read_linear(linear), self._score, strength=self.strength)
 
     def _by_samples(
         self,
@@ -227,7 +235,7 @@ class PruneWeights(Pass):
         return changed
 
     def _is_done(self, linear: Linear, sparsity: float) -> bool:
-        return is_sparse(read(linear), sparsity, self.pattern, per_output=self._per_output)
+        return is_sparse(read_linear(linear), sparsity, self.pattern, per_output=self._per_output)
 
     @property
     def _score(self) -> Score:
@@ -253,7 +261,7 @@ class PruneWeights(Pass):
             tensor = originals[linear.name]
             assert tensor is not None
             original = read_matrix(tensor, linear.name, transpose=linear.transposed)
-            pruned = self._pruned(read(linear), original, moments, sparsity)
+            pruned = self._pruned(read_linear(linear), original, moments, sparsity)
             stored = np.ascontiguousarray(pruned.T if linear.transposed else pruned)
             results[linear.name] = {"weight": stored, ERROR: np.array([relative_error(original, pruned, moments)])}
         return results
@@ -264,8 +272,8 @@ class PruneWeights(Pass):
         else:
             norms = np.sqrt(np.diagonal(gram)).astype(np.float32)
             found = scores(weight, self._score, strength=self.strength, norms=norms)
-            mask = choose(found, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
+            mask = choose_mask(found, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
             pruned = np.where(mask, weight, np.float32(0))
         if not self.refit:
             return pruned
-        return refit(original, pruned, mask, gram, damping=self.damping, steps=self.refit)
+        return refit_masked(original, pruned, mask, gram, damping=self.damping, steps=self.refit)

@@ -113,7 +113,7 @@ def _covariance(model: ir.Model, stream: Stream, calibration: Calibration) -> Do
 
 
 def _past_transpose(node: ir.Node) -> list[ir.Node]:
-    """Who reads a table: a node, or those behind a Transpose."""
+    """The readers of a table: a node, or those behind a Transpose."""
     return [user for user, _ in node.outputs[0].uses()] if node.op_type == "Transpose" else [node]
 
 

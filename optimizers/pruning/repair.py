@@ -128,7 +128,7 @@ class Repair(Pass):
         )
 
     def _products(self, block: Block, there: Block, report: Report) -> list[Repairable]:
-        """What to repair in a block, in the order in which it runs; the rest goes to the report."""
+        """The products to repair in a block, in the order in which they run; the rest goes to the report."""
         found = []
         for ours, product in _writers(block, there):
             if ours is None or product is None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
+from onnxpress.optimizers.quantization.folding import FoldingSite, find_folding_sites
 from onnxpress.optimizers.quantization.maths.channel_scaling import equalizing_factors
 
 SWEEPS = 20
@@ -42,7 +42,7 @@ class Equalize(Pass):
         self.sites = tuple(sites)
 
     def apply(self, model: ir.Model, context: Context, report: Report) -> None:
-        sites = find_sites(model.graph, report, self.sites)
+        sites = find_folding_sites(model.graph, report, self.sites)
         waiting, changed = list(range(len(sites))), set[int]()
         for _ in range(SWEEPS):
             moved = [number for number in waiting if _equalize(sites[number])]

@@ -15,7 +15,7 @@ from onnxpress.arrays import Doubles, Floats
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.graph.linear import Linear, read_rows
 from onnxpress.optimizers.fitting.blockwise import ERROR, Arrays, second_moments
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 
@@ -42,7 +42,9 @@ def fit_blocks(
     return results
 
 
-def _blocks(weight: Floats, moments: Doubles, format: BlockFormat, method: CalibratedMethod) -> tuple[Blocks, float]:
+def _blocks(
+    weight: Floats, moments: Doubles, format: BlockFormat, method: CalibratedMethod
+) -> tuple[QuantizedBlocks, float]:
     """Codes and the relative error of the product."""
     if method == "gptq":
         found = gptq(weight, moments, format)

@@ -152,7 +152,7 @@ class Float16(Pass):
 
 
 def _infer_types(graph: ir.Graph) -> None:
-    """Where a graph does not say what type a value has: that of the first typed input, but for the known exceptions."""
+    """Set types that a graph does not tell: that of the first typed input, but for the known exceptions."""
     for node in graph:
         for value in node.outputs:
             if value.dtype is None:

@@ -143,7 +143,7 @@ def _factors(scales: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 class _Switch:
-    """What all branches share: whether there are many tokens, and shapes that are known only when the graph runs."""
+    """Values that all branches share: whether there are many tokens, and shapes known only when the graph runs."""
 
     def __init__(self, graph: ir.Graph, tokens: ir.Value, min_tokens: int) -> None:
         self.graph, self.start = graph, graph[0]
@@ -219,7 +219,7 @@ def _branch(graph: ir.Graph, run: Sequence[ir.Node], switch: _Switch, prefix: st
 
 
 def _product(make: _Branch, node: ir.Node, rows: Sequence[ir.Value], switch: _Switch) -> ir.Value:
-    """What a MatMulNBits computes, in integers, for an activation that is quantized already."""
+    """Compute what a MatMulNBits does, in integers, for an activation that is quantized already."""
     features, outputs, size = (node.attributes.get_int(name, 0) for name in ("K", "N", "block_size"))
     codes, scales, zero_points, bias = (_input(node, position) for position in (1, 2, 3, 5))
     assert codes is not None

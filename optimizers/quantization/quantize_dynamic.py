@@ -15,7 +15,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.quantization.activation_error import TINY, Coarseness
+from onnxpress.optimizers.quantization.activation_error import TINY, ActivationError
 from onnxpress.optimizers.quantization.channel_weights import integer_weight
 from onnxpress.optimizers.quantization.maths.channels import WeightType
 
@@ -87,7 +87,7 @@ class QuantizeDynamic(Pass):
         if self.max_error is None or not groups:
             return []
         probes = {
-            str(value.name): Coarseness(linears, partial(quantize_activation, activations=self.activations))
+            str(value.name): ActivationError(linears, partial(quantize_activation, activations=self.activations))
             for value, linears in groups.items()
         }
         calibration.observe(model, {name: [probe] for name, probe in probes.items()})
@@ -95,7 +95,7 @@ class QuantizeDynamic(Pass):
 
 
 def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:
-    """What the kernels make of an activation [tokens, features]: rounded to 8 bits and back."""
+    """Round an activation [tokens, features] to 8 bits and back, as the kernels do."""
     if activations == "per_token":
         scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / np.float32(127)
         return np.asarray(np.rint(x / scale) * scale, dtype=np.float32)

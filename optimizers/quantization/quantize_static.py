@@ -15,13 +15,19 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
-from onnxpress.calibration.samples import token_count
+from onnxpress.calibration.feeds import token_count
 from onnxpress.errors import BadInputError
 from onnxpress.graph.linear import Linear, by_activation, chosen_linears, find_linears
 from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.quantization.activation_ranges import METHODS, ActivationType, Grid, RangeMethod, find_grids
+from onnxpress.optimizers.quantization.activation_ranges import (
+    METHODS,
+    ActivationGrid,
+    ActivationType,
+    RangeMethod,
+    find_grids,
+)
 from onnxpress.optimizers.quantization.channel_weights import integer_weight, integer_weight_and_bias
 from onnxpress.optimizers.quantization.maths.channels import WeightType
 from onnxpress.optimizers.quantization.qdq import put_constant, put_weight, through_codes
@@ -170,7 +176,7 @@ class QuantizeStatic(Pass):
         return True
 
     def _values(self, linears: Sequence[Linear], others: Sequence[ir.Node]) -> list[ir.Value]:
-        """What is quantized besides the inputs of products."""
+        """The values that are quantized besides the inputs of products."""
         found = [
             value
             for node in others
@@ -187,7 +193,7 @@ class QuantizeStatic(Pass):
         graph: ir.Graph,
         linears: Sequence[Linear],
         others: Sequence[ir.Node],
-        grids: dict[ir.Value, Grid],
+        grids: dict[ir.Value, ActivationGrid],
         report: Report,
     ) -> None:
         nodes = [*(linear.node for linear in linears), *others]
@@ -211,7 +217,7 @@ class QuantizeStatic(Pass):
                     put_constant(graph, node, position, self.weight_type)
             report.match(node.op_type)
 
-    def _put(self, graph: ir.Graph, linear: Linear, grid: Grid) -> None:
+    def _put(self, graph: ir.Graph, linear: Linear, grid: ActivationGrid) -> None:
         if linear.bias is None:
             put_weight(linear, integer_weight(graph, linear, self.weight_type, per_channel=self.per_channel), None)
             return

@@ -19,7 +19,7 @@ from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
-from onnxpress.optimizers.quantization.folding import Kind, find_sites
+from onnxpress.optimizers.quantization.folding import Kind, find_folding_sites
 from onnxpress.optimizers.quantization.maths.channel_scaling import smoothing_factors
 
 
@@ -44,7 +44,7 @@ class Smooth(Pass):
         self.sites = tuple(sites)
 
     def apply(self, model: ir.Model, context: Context, report: Report) -> None:
-        sites = find_sites(model.graph, report, self.sites)
+        sites = find_folding_sites(model.graph, report, self.sites)
         if not sites:
             return
         if not context.calibration.fits(model):

@@ -87,7 +87,7 @@ class SplitOutliers(Pass):
 
 
 class _Loudness:
-    """What an activation reaches in each channel, and the energy of the products that read it."""
+    """The largest magnitudes of an activation by channel, and the energy of the products that read it."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = linears

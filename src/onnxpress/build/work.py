@@ -236,7 +236,7 @@ class Work:
         }
 
     def mark(self) -> Mark:
-        """Where the work stands, to come back to; the files stay."""
+        """Note where the work stands, to come back to; the files stay."""
         state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
         return Mark(*state, tuple(self.notes))
 

@@ -36,22 +36,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Array, Feeds
+from onnxpress.calibration.feeds import Padding, check_samples, feed_of
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.results import read_results, write_results
-from onnxpress.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.calibration.states import States
-from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Segment, split_layers
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
 
 MEMORY_BYTES = 1 << 30
-Feed = Literal["modified", "original"]
+FeedMode = Literal["modified", "original"]
 
 
 class Accumulator(Protocol):
-    """What is kept of an activation while it streams by."""
+    """A statistic of an activation that streams by."""
 
     def update(self, x: NDArray[np.float32], sample: int) -> None:
         """Take in what sample number `sample` made of it, [tokens, features], padding left out."""
@@ -66,7 +66,7 @@ class Walk:
 
     model: ir.Model
     samples: Sequence[Feeds]
-    feed: Feed = "modified"
+    feed: FeedMode = "modified"
     """What the next block reads: the outputs of this one after it was edited, or those of the untouched graph."""
     memory_bytes: int = MEMORY_BYTES
     """Of hidden states kept in memory, and of activations looked at in one run."""
@@ -135,7 +135,7 @@ class Walk:
             session = None
             if computed:
                 types = {name: ir.DataType.from_numpy(array.dtype) for name, array in first.items()}
-                session = stack.enter_context(session_of(extract(self._graph, types, computed), self.threads))
+                session = stack.enter_context(session_of(extract_subgraph(self._graph, types, computed), self.threads))
                 wanted = {node.name for node in session.get_inputs()}
             for sample in range(len(self.samples)):
                 arrays = first if sample == 0 else {name: self._input(values, name, sample) for name in given}
@@ -243,7 +243,7 @@ class WalkStep:
 
     @property
     def values(self) -> set[str]:
-        """What can be observed here: all that the segment reads or makes."""
+        """The values that can be observed here: all that the segment reads or makes."""
         made = {str(output.name) for node in self.segment.nodes for output in node.outputs}
         return made | {str(value.name) for value in self.segment.inputs()}
 
@@ -270,7 +270,7 @@ class WalkStep:
             self.forwarded |= bool(onward)
 
     def results(self, key: str, compute: Callable[[], Mapping[str, Array]]) -> dict[str, ir.TensorProtocol]:
-        """What `compute` returns, or returned in an earlier process; as tensors in a file if the walk has a folder."""
+        """Take what `compute` returns, or returned in an earlier process; in a file if the walk has a folder."""
         if self.walk.folder is None:
             return {name: ir.tensor(array, name=name) for name, array in compute().items()}
         path = self.walk.folder / f"result_{self.number}_{key}.bin"

@@ -23,7 +23,7 @@ from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Block, anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.depth.cuts import renumbered, stacks_of
+from onnxpress.optimizers.depth.removal import renumbered, stacks_of
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import Format, Shapes
 from onnxpress.search.units import Part, Unit, find_units

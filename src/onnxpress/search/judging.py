@@ -10,7 +10,7 @@ import numpy as np
 from onnxpress.arrays import Feeds
 from onnxpress.build.measuring import main_graph
 from onnxpress.build.work import Work
-from onnxpress.calibration.samples import token_count
+from onnxpress.calibration.feeds import token_count
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import Samples
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.fingerprint import fingerprint
-from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.walk import Walk, WalkStep
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format

@@ -20,7 +20,7 @@ from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import pack, site_of, table_width
+from onnxpress.optimizers.heads.sites import pack_weights, site_of, table_width
 
 from .test_fuse_cached_attention import CASES
 
@@ -181,7 +181,7 @@ def test_silent_heads_go_and_nothing_changes(family: Any, run: Any, name: str) -
             site = site_of(block, block.attentions[0])
             weights = site.read()
             weights.output[[0, 3]] = 0
-            site.write({key: ir.tensor(array) for key, array in pack(site, weights).items()})
+            site.write({key: ir.tensor(array) for key, array in pack_weights(site, weights).items()})
     smaller = copy_graph(model)
     kv_heads = 2 if name == "stablelm in groups" else HEADS
     assert reduce(smaller, heads=2) == {f"4/{kv_heads} heads × 16 → 2/2 heads × 16": LAYERS}

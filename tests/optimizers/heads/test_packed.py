@@ -20,7 +20,7 @@ from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.pack_projections import PackProjections
 from onnxpress.optimizers.heads.packed import packed_columns, unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
+from onnxpress.optimizers.heads.sites import HeadSite, pack_weights, site_of
 
 Run = Callable[..., list[Array]]
 Tiny = Callable[[str], ir.Model]
@@ -112,7 +112,7 @@ def test_silent_heads_go_and_nothing_changes(tiny: Tiny, run: Run, name: str) ->
         for one in sites:
             weights = one.read()
             weights.output[[0, 3]] = 0
-            one.write({key: ir.tensor(array) for key, array in pack(one, weights).items()})
+            one.write({key: ir.tensor(array) for key, array in pack_weights(one, weights).items()})
     reduced = copy_graph(model)
     reduce(reduced, heads=2)
     assert sizes(reduced) == {(2, min(kv_heads, 2), head_dim)}

@@ -21,7 +21,7 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
+from onnxpress.optimizers.heads.sites import HeadSite, pack_weights, site_of
 
 Run = Callable[..., list[Array]]
 Exported = Callable[..., ir.Model]
@@ -57,7 +57,7 @@ def sites(model: ir.Model) -> list[HeadSite]:
 
 def change_weights(model: ir.Model, change: Change) -> None:
     for site in sites(model):
-        changed = {name: ir.tensor(array) for name, array in pack(site, change(site.read())).items()}
+        changed = {name: ir.tensor(array) for name, array in pack_weights(site, change(site.read())).items()}
         site.write(changed)
 
 

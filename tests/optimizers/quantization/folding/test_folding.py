@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.samples import feed_of
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.quantization.equalize import Equalize
-from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
+from onnxpress.optimizers.quantization.folding import FoldingSite, find_folding_sites
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantization.smooth import Smooth
 
@@ -29,7 +29,7 @@ Run = Callable[..., list[Array]]
 
 def sites(model: ir.Model) -> tuple[list[FoldingSite], Counter[str]]:
     report = Report()
-    return find_sites(model.graph, report), report.skipped
+    return find_folding_sites(model.graph, report), report.skipped
 
 
 def fold_randomly(model: ir.Model, seed: int = 0) -> list[FoldingSite]:
