@@ -29,8 +29,8 @@ class StreamLengths:
         squares = self._squares.get(sample, np.ones(0, np.float32))
         if len(squares) != tokens:
             raise UnsupportedModelError(f"{tokens} tokens are to be weighted; the residual stream has {len(squares)}")
-        found: Floats = (1 / np.maximum(squares, np.finfo(np.float32).tiny)).astype(np.float32)
-        return found
+        weights: Floats = (1 / np.maximum(squares, np.finfo(np.float32).tiny)).astype(np.float32)
+        return weights
 
 
 class Moments:

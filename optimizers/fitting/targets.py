@@ -23,8 +23,8 @@ class Target:
         self._states = States(memory_bytes)
 
     def rows(self, sample: int) -> Floats:
-        found: Floats = self._states.get(str(sample), 0)
-        return found
+        rows: Floats = self._states.get(str(sample), 0)
+        return rows
 
     def add(self, x: Floats, sample: int, sign: int = 1) -> None:
         """Raises UnsupportedModelError where terms differ in shape."""
@@ -45,10 +45,10 @@ class Target:
 
     def lengths(self) -> StreamLengths:
         """The lengths of the rows as they are by now."""
-        found = StreamLengths()
+        lengths = StreamLengths()
         for sample in map(int, self._states.numbers):
-            found.update(self.rows(sample), sample)
-        return found
+            lengths.update(self.rows(sample), sample)
+        return lengths
 
     def close(self) -> None:
         self._states.close()

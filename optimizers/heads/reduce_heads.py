@@ -119,13 +119,16 @@ class ReduceHeads(Pass):
 
     def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], context: Context, report: Report) -> None:
         sites = [
-            site_of(block, one) for block in anatomy_of(model).blocks for one in block.attentions if one.node in chosen
+            site_of(block, attention)
+            for block in anatomy_of(model).blocks
+            for attention in block.attentions
+            if attention.node in chosen
         ]
-        plans = {one.attention.node: self._plan(one) for one in sites}
-        unchanged = [one for one in sites if not plans[one.attention.node].changes]
+        plans = {site.attention.node: self._plan(site) for site in sites}
+        unchanged = [site for site in sites if not plans[site.attention.node].changes]
         if unchanged:
             report.skip("no more and no larger heads than wanted", len(unchanged))
-        sites = [one for one in sites if plans[one.attention.node].changes]
+        sites = [site for site in sites if plans[site.attention.node].changes]
         if not sites:
             return
         if lacks_samples(self, model, context, report, len(sites)):
@@ -144,14 +147,14 @@ class ReduceHeads(Pass):
         else:
             for site in sites:
                 plan, dimensions = plans[site.attention.node], self._dimensions(site, planes)
-                found = self._resampled(site.read(), plan, dimensions)
-                site.write({name: ir.tensor(array) for name, array in pack_weights(site, found).items()})
+                weights = self._resampled(site.read(), plan, dimensions)
+                site.write({name: ir.tensor(array) for name, array in pack_weights(site, weights).items()})
                 self._finish(site, plan, tables, report)
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
 
     def _chosen(self, model: ir.Model, report: Report) -> list[tuple[Block, Attention]]:
-        found, left = [], 0
+        chosen, left = [], 0
         for block in anatomy_of(model).blocks:
             for attention in block.attentions:
                 reason = skip_reason(attention)
@@ -161,10 +164,10 @@ class ReduceHeads(Pass):
                     report.skip("excluded by name")
                     left += 1
                 else:
-                    found.append((block, attention))
-        if found and left:
+                    chosen.append((block, attention))
+        if chosen and left:
             report.skip("layers will differ in their heads: only ONNX can express that, no config.json", left)
-        return found
+        return chosen
 
     def _plan(self, site: HeadSite) -> HeadPlan:
         plan = plan_resampling if self.method == "resample" else plan_heads
@@ -184,15 +187,18 @@ class ReduceHeads(Pass):
         seen = {}
         if self.needs_samples:
             products = [product for site in turned for product in (site.query, site.key)]
-            seen = {str(one.output.name): ChannelStatistics(one.features[1], str(one.output.name)) for one in products}
-            calibration.observe(model, {name: [found] for name, found in seen.items()})
+            widths = {str(product.output.name): product.features[1] for product in products}
+            seen = {name: ChannelStatistics(width, name) for name, width in widths.items()}
+            calibration.observe(model, {name: [statistics] for name, statistics in seen.items()})
         energies: dict[ir.Value, Doubles] = {}
         for site in turned:
             squares = []
             weights = site.read()
             for product, weight in ((site.query, weights.query), (site.key, weights.key)):
-                found = seen.get(str(product.output.name))
-                mean = np.square(weight).sum(axis=0) if found is None else found.mean_squares().astype(np.float64)
+                statistics = seen.get(str(product.output.name))
+                mean = np.square(weight).sum(axis=0)
+                if statistics is not None:
+                    mean = statistics.mean_squares().astype(np.float64)
                 squares.append(mean.reshape(weight.shape[1:]))
             assert site.attention.rotary is not None
             table = site.attention.rotary[0]
@@ -221,20 +227,20 @@ class ReduceHeads(Pass):
         name = f"{self.name} {options} {self.first_tokens} {self.include} {self.exclude}"
         for step in calibration.walk(model, method=name):
             inside = set(step.segment.nodes)
-            for number, site in enumerate(one for one in sites if one.attention.node in inside):
+            for number, site in enumerate(site for site in sites if site.attention.node in inside):
                 plan, before = plans[site.attention.node], site.read()
                 seen = HeadSamples(step, site, Target(calibration.memory_bytes))
                 try:
-                    if not step.finished:
+                    if not step.known:
                         seen.look()
                     reduced = partial(self._reduced, seen, plan, self._dimensions(site, planes))
                     site.write(step.results(f"heads{number}", reduced))
                     self._finish(site, plan, tables, report)
-                    found = step.results(f"refit{number}", partial(self._refitted, seen, plan, before))
+                    refitted = step.results(f"refit{number}", partial(self._refitted, seen, plan, before))
                 finally:
                     seen.target.close()
-                site.write(found)
-                report.measure(site.output.name, float(found["error"].numpy()[0]))
+                site.write(refitted)
+                report.measure(site.output.name, float(refitted["error"].numpy()[0]))
 
     def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
         site, weights = seen.site, seen.site.read()

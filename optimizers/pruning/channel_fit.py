@@ -87,7 +87,7 @@ class ChannelFit:
         longest = self.recall(
             key,
             lambda: maths.eliminate(self._second(network, moments), down, count, self._penalty(network, moments)),
-            lambda found: len(found.order) >= count,
+            lambda known: len(known.order) >= count,
         )
         return Removal(longest.order[:count], longest.costs[:count])
 

@@ -148,8 +148,8 @@ def _solve(step: WalkStep, linears: Sequence[Linear]) -> dict[str, Arrays]:
 
 
 def _spectrum(linear: Linear, moments: Doubles | None) -> Arrays:
-    found = spectrum_of(read_rows(linear).T, moments)
-    return {"energies": found.energies, "directions": found.directions.astype(np.float32)}
+    spectrum = spectrum_of(read_rows(linear).T, moments)
+    return {"energies": spectrum.energies, "directions": spectrum.directions.astype(np.float32)}
 
 
 def _split(graph: ir.Graph, product: Product, linear: Linear, directions: NDArray[np.floating], rank: int) -> None:

@@ -138,7 +138,7 @@ class PruneFfn(Pass):
 
     def _networks(self, model: ir.Model, report: Report) -> list[Channels]:
         """The networks to prune. Raises UnsupportedModelError where one of those chosen cannot be."""
-        found = []
+        networks = []
         for block in anatomy_of(model).blocks:
             if block.feed_forward is None:
                 report.skip(_no_network(block))
@@ -147,8 +147,8 @@ class PruneFfn(Pass):
             elif self._target(block) >= block.feed_forward.down.features[0]:
                 report.skip("as narrow already")
             else:
-                found.append(channels_of(block))
-        return found
+                networks.append(channels_of(block))
+        return networks
 
     def _target(self, block: Block) -> int:
         """Channels to keep, where all keep as much."""

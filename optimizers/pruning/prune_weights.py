@@ -190,8 +190,8 @@ class PruneWeights(Pass):
             threshold = Threshold(lambda: (self._scores(linear) for linear in targets.values()), sparsity)
         changed = set()
         for name, linear in targets.items():
-            found = self._scores(linear)
-            mask = choose_mask(found, sparsity, self.pattern) if threshold is None else threshold.mask(found)
+            importance = self._scores(linear)
+            mask = choose_mask(importance, sparsity, self.pattern) if threshold is None else threshold.mask(importance)
             if put_mask(linear, PackedMask.pack(mask.T if linear.transposed else mask)):
                 changed.add(name)
         return changed
@@ -214,7 +214,7 @@ class PruneWeights(Pass):
         groups, changed = by_input(targets.values()), set[str]()
 
         def stages(segment: Segment) -> list[list[Linear]]:
-            return [[one for one in group if not self._is_done(one, sparsity)] for group in groups(segment)]
+            return [[linear for linear in group if not self._is_done(linear, sparsity)] for group in groups(segment)]
 
         def put_weight(linear: Linear, result: Result) -> None:
             put(linear, result["weight"])
@@ -271,8 +271,8 @@ class PruneWeights(Pass):
             pruned, mask = sparsegpt(weight, gram, sparsity, self.pattern, damping=self.damping)
         else:
             norms = np.sqrt(np.diagonal(gram)).astype(np.float32)
-            found = scores(weight, self._score, strength=self.strength, norms=norms)
-            mask = choose_mask(found, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
+            importance = scores(weight, self._score, strength=self.strength, norms=norms)
+            mask = choose_mask(importance, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
             pruned = np.where(mask, weight, np.float32(0))
         if not self.refit:
             return pruned

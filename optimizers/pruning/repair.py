@@ -129,7 +129,7 @@ class Repair(Pass):
 
     def _products(self, block: Block, there: Block, report: Report) -> list[Repairable]:
         """The products to repair in a block, in the order in which they run; the rest goes to the report."""
-        found = []
+        products = []
         for ours, product in _writers(block, there):
             if ours is None or product is None:
                 report.skip("a product without a counterpart in the reference")
@@ -151,8 +151,8 @@ class Repair(Pass):
             if bool(here.terms) != bool(other.terms):
                 report.skip("joins the residual stream in another way than in the reference")
                 continue
-            found.append(Repairable(ours, product, here, other, there.title))
-        return found
+            products.append(Repairable(ours, product, here, other, there.title))
+        return products
 
     def _solve(
         self, step: WalkStep, products: Sequence[Repairable], *, reference: _ReferenceWalk, memory: int
@@ -166,16 +166,16 @@ class Repair(Pass):
         if bias is not None:
             weight = np.concatenate([weight, bias[None]])
         priors = {"current": weight, "zero": np.zeros_like(weight)}
-        found = fit(
+        fitted = fit(
             regression.fit, regression.held_out, weight, {name: priors[name] for name in self.priors}, self.ridges
         )
         scale = 1 / max(regression.held_out.tokens, 1)
-        result = {"errors": np.array([found.before * scale, found.after * scale])}
-        if found.prior is not None:
-            fitted = found.weight.astype(np.float32)
-            result["weight"] = fitted[: ours.features[0]]
+        result = {"errors": np.array([fitted.before * scale, fitted.after * scale])}
+        if fitted.prior is not None:
+            after = fitted.weight.astype(np.float32)
+            result["weight"] = after[: ours.features[0]]
             if bias is not None:
-                result["bias"] = fitted[-1]
+                result["bias"] = after[-1]
         return {product.name: result}
 
 
@@ -239,7 +239,7 @@ def match_blocks(model: ir.Model, current: Anatomy, reference: Anatomy) -> dict[
         return {block.title: block for block in reference.blocks}
     recorded = json.loads(model.metadata_props.get(LAYERS, "{}"))
     blocks = {block.title: block for block in reference.blocks}
-    found = {}
+    matches = {}
     for block in current.blocks:
         stack, _, _ = block.title.rpartition(".")
         origins = recorded.get(stack)
@@ -251,8 +251,8 @@ def match_blocks(model: ir.Model, current: Anatomy, reference: Anatomy) -> dict[
                 "tells which is which",
                 hint="repair an artifact made by passes that record the layers they keep",
             )
-        found[block.title] = blocks[title]
-    return found
+        matches[block.title] = blocks[title]
+    return matches
 
 
 def _depth(anatomy: Anatomy, stack: str) -> int:
@@ -262,8 +262,8 @@ def _depth(anatomy: Anatomy, stack: str) -> int:
 def _writers(block: Block, there: Block) -> Iterator[tuple[Product | None, Product | None]]:
     """Products that end attentions and feed-forward, each with the reference's."""
     if len(block.attentions) == len(there.attentions):
-        for one, other in zip(block.attentions, there.attentions, strict=True):
-            yield one.output, other.output
+        for attention, other in zip(block.attentions, there.attentions, strict=True):
+            yield attention.output, other.output
     if block.feed_forward is not None:
         yield block.feed_forward.down, there.feed_forward.down if there.feed_forward is not None else None
 

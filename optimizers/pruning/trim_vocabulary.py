@@ -90,14 +90,14 @@ class TrimVocabulary(Pass):
 
     def _trimming(self, artifact: Artifact) -> Trimming:
         if self._trimmed is None or self._trimmed[0] is not artifact:
-            found = trimming(
+            trimmed = trimming(
                 artifact,
                 corpus=self.corpus,
                 scripts=self.scripts,
                 tokens=self.tokens,
                 multiple_of=self.multiple_of,
             )
-            self._trimmed = artifact, found
+            self._trimmed = artifact, trimmed
         return self._trimmed[1]
 
 
@@ -198,8 +198,8 @@ def _trim_logits(graph: ir.Graph, head: Product, rows: int, kept: Ids) -> None:
         value.shape = None
         users = [user for user, _ in value.uses()]
         if len(users) != 1 or users[0].op_type not in _POINTWISE:
-            found = ", ".join(user.op_type for user in users)
-            raise UnsupportedModelError(f"between the head and the logits is {found}, which may need every token")
+            operators = ", ".join(user.op_type for user in users)
+            raise UnsupportedModelError(f"between the head and the logits is {operators}, which may need every token")
         for other in users[0].inputs:
             if other is not None and other is not value:
                 _keep_last(other, rows, kept)

@@ -193,21 +193,21 @@ class Work:
         An exact pass that gives products other names packs them, and a pass that is not float quantizes: these change
         how the model is stored, not its structure, and what comes after them is not followed.
         """
-        found = read_structure(graphs.values()) if _is_float(graphs) else None
-        if found is None or self.structure is None or (optimizer.exact and found.names - self.structure.names):
+        structure = read_structure(graphs.values()) if _is_float(graphs) else None
+        if structure is None or self.structure is None or (optimizer.exact and structure.names - self.structure.names):
             return
         export = self.artifact.export
-        changed = reduced_config(self.artifact.config, self.structure, found)
+        changed = reduced_config(self.artifact.config, self.structure, structure)
         earlier = Record.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
-        if reasons or compare(before, found):
-            export = {**export, RECORD: Record(before, found, tuple(reasons)).to_dict()}
+        if reasons or compare(before, structure):
+            export = {**export, RECORD: Record(before, structure, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
         self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
-        self.structure, self.floats = found, self.current
+        self.structure, self.floats = structure, self.current
         artifact_folder.write_companions(self.artifact, self.home)
 
     def _samples_for(self, optimizer: Pass) -> Mapping[str, Sequence[Feeds]] | None:

@@ -53,8 +53,8 @@ class Calibration:
             return compute()
         if key not in self.memory or not still(self.memory[key]):
             self.memory[key] = compute()
-        found: T = self.memory[key]
-        return found
+        known: T = self.memory[key]
+        return known
 
     def discard(self) -> None:
         """Remove what walks kept; the graphs have been written."""

@@ -107,7 +107,7 @@ class Walk:
             for number, segment in enumerate(self.segments):
                 step = WalkStep(self, number, segment)
                 if number < self._finished:
-                    step.finished = True
+                    step.known = True
                     yield step
                     continue
                 yield step
@@ -139,7 +139,7 @@ class Walk:
                 wanted = {node.name for node in session.get_inputs()}
             for sample in range(len(self.samples)):
                 arrays = first if sample == 0 else {name: self._input(values, name, sample) for name in given}
-                found = {name: arrays[name] for name in outputs if name in arrays}
+                read = {name: arrays[name] for name in outputs if name in arrays}
                 if session is not None:
                     feeds = {name: array for name, array in arrays.items() if name in wanted}
                     try:
@@ -149,8 +149,8 @@ class Walk:
                             f"{self.segments[number].title} cannot run on sample {sample}: "
                             f"{' '.join(str(error).split())[:300]}"
                         ) from error
-                    found |= dict(zip(computed, results, strict=True))
-                receive(sample, found)
+                    read |= dict(zip(computed, results, strict=True))
+                receive(sample, read)
 
     def _input(self, values: Mapping[str, ir.Value], name: str, sample: int) -> Array:
         value = values[name]
@@ -232,7 +232,7 @@ class WalkStep:
     walk: Walk
     number: int
     segment: Segment
-    finished: bool = False
+    known: bool = False
     """An earlier process was here: the results are known, and nothing is run."""
     forwarded: bool = False
     """Whether the outputs for later segments are kept by now."""

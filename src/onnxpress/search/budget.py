@@ -166,8 +166,8 @@ class _Builder:
                 continue
             units = [unit for site in sites for unit in self.known.cut_units[cut_name(site.name, cut.name)].values()]
             weights = [weight if cut.removes else name_of(weight) for unit in units for weight in unit.weights]
-            for spec, one in cut.passes_at(sites, weights):
-                self.work.apply(spec, one)
+            for spec, optimizer in cut.passes_at(sites, weights):
+                self.work.apply(spec, optimizer)
                 specs.append(spec)
         return self.work.mark(), specs
 

@@ -95,7 +95,7 @@ class Vocabulary:
         return list(token)
 
     def fundamental(self, characters: frozenset[str]) -> set[int]:
-        """The tokens that any text of these characters may fall back on: bytes if the tokenizer has them, or characters."""
+        """The tokens that any text of these characters may fall back on: bytes, if there are any, or characters."""
         found = set(self.added.values()) | set(self.named)
         if self.byte_fallback:
             found |= {number for token, number in self.ids.items() if _BYTE.fullmatch(token)}

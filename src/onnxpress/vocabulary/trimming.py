@@ -54,7 +54,7 @@ class Trimming:
             settings = rewriting.renumbered_settings(read_json(files[SETTINGS]), kept)
             contents[SETTINGS] = json.dumps(settings, indent=2, ensure_ascii=False)
         if "added_tokens.json" in files:
-            added = {one["content"]: one["id"] for one in self.tokenizer.get("added_tokens") or ()}
+            added = {token["content"]: token["id"] for token in self.tokenizer.get("added_tokens") or ()}
             contents["added_tokens.json"] = json.dumps(added, ensure_ascii=False)
         for name in contents.keys() & files.keys():
             files[name] = target / name
@@ -129,12 +129,12 @@ def _notes(artifact: Artifact, kept: Ids, size: int, read: list[list[int]]) -> I
 
 def _chunks(corpus: str) -> Iterator[str]:
     """The texts of a corpus, long ones cut at line ends. BadInputError where there are none."""
-    found = False
+    any_text = False
     for record in read_records(corpus):
         if not isinstance(record, Texts):
             raise BadInputError(f"{corpus} holds no text", hint="give a text file, or text as .jsonl, .csv, .tsv")
         for text in filter(None, (record.first, record.second)):
-            found = True
+            any_text = True
             lines, size = [], 0
             for line in text.splitlines(keepends=True):
                 lines.append(line)
@@ -144,7 +144,7 @@ def _chunks(corpus: str) -> Iterator[str]:
                     lines, size = [], 0
             if lines:
                 yield "".join(lines)
-    if not found:
+    if not any_text:
         raise BadInputError(f"{corpus} holds no text")
 
 
