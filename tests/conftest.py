@@ -17,7 +17,7 @@ from onnxpress.graph.anatomy import Attention, anatomy_of
 from onnxpress.graph.anatomy.editing import forget_shapes, keep_weight, set_heads
 from onnxpress.graph.report import Report
 from onnxpress.optimizers import registry
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 from .passes import check, exported, graph, listing, rng, run
 from .tiny_graphs import make_decoder, make_encoder
@@ -70,7 +70,7 @@ class Cut(Pass):
     def __init__(self, kv_heads: int = 0, width: int = 0, only: int = -1) -> None:
         self.options = {"kv_heads": kv_heads, "width": width, "only": None if only < 0 else only}
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         cut(model, **self.options)  # type: ignore[arg-type]
         report.match("cut")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ import pytest
 from onnxpress.arrays import Array
 from onnxpress.artifact.artifact import Source
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.base import Pass, PassResult
+from onnxpress.optimizers.base import PassResult
 
 HEADER = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>\n'
 
@@ -94,7 +95,7 @@ class Checked:
 
 
 def check_pass(
-    optimizer: Pass,
+    optimizer: Callable[[ir.Model], Any],
     model: ir.Model,
     feeds: Mapping[str, Array],
     *,
@@ -102,7 +103,7 @@ def check_pass(
     tolerance: float = 1e-5,
     relative: float = 1e-5,
 ) -> Checked:
-    """Run a pass on a copy and assert all that holds for any pass.
+    """Run a pass (or its `run` with a context) on a copy and assert all that holds for any pass.
 
     The graph becomes `golden` (when given), its inputs and outputs keep name, dtype and shape, its outputs agree with
     those of the untouched graph, and a second run finds nothing more to do.

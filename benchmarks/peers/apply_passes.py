@@ -23,7 +23,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import CalibrationData
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.linear import find_linears, read_rows, selected
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 from onnxpress.optimizers.recipe import PassSpec
@@ -63,12 +63,12 @@ def main() -> None:
             round_to_blocks(model, **options)
             continue
         one = PassSpec(name, options).build()
-        if isinstance(one, CalibratedPass) and one.needs_samples:
+        context = Context()
+        if one.needs_samples:
             size = (rows or one.wanted_rows, length or one.wanted_length)
             samples[size] = samples.get(size) or CalibrationData(text).feeds(graph, *size)[""]
-            one.calibration = Calibration(samples[size])
-            one.reference = load_graph(graph)
-        one.call(model)
+            context = Context(Calibration(samples[size]), load_graph(graph))
+        one.run(model, context)
     seconds = time.process_time() - began
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

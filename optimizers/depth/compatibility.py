@@ -1,4 +1,4 @@
-"""Whether two layers are of one kind, so that their weights can be added."""
+"""Compatibility of layers: whether their weights can be added."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block
 from onnxpress.graph.conventions import layer_of
 from onnxpress.graph.tensors import concrete_shape
-from onnxpress.optimizers.depth.cuts import renumbered
+from onnxpress.optimizers.depth.removal import renumbered
 
 
 def layer_weights(block: Block) -> dict[str, ir.Value]:
@@ -24,7 +24,7 @@ def layer_weights(block: Block) -> dict[str, ir.Value]:
     return found
 
 
-def require_same_kind(one: Block, other: Block) -> None:
+def require_compatible(one: Block, other: Block) -> None:
     """Raise UnsupportedModelError, saying what differs, unless two layers differ in their weights' values only."""
     weights, others = layer_weights(one), layer_weights(other)
     where = f"{one.title} and {other.title} cannot be merged"
@@ -53,8 +53,8 @@ def require_same_kind(one: Block, other: Block) -> None:
         )
 
 
-def kind_of(block: Block) -> tuple[tuple[str, ...], ...]:
-    """What tells layers with a sliding window, or other rotary tables or masks, from those without, for each attention.
+def layer_signature(block: Block) -> tuple[tuple[str, ...], ...]:
+    """The signature of a layer: for each attention, its attributes and the rotary tables and masks that it reads.
 
     Equal for layers whose attentions are alike, whatever their weights.
     """

@@ -1,4 +1,4 @@
-"""What a whole model loses without each of its layers, all of them tried in one walk through the graph.
+"""Losses of a whole model without each of its layers, all of them tried in one walk through the graph.
 
 Every candidate is the model without one more layer. Up to that layer it computes what the model computes, so it is
 carried on from there only: one block at a time is loaded and run on the states of all candidates that have left it
@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.samples import Padding, check_samples, feed_of
-from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
+from onnxpress.calibration.feeds import Padding, check_samples, feed_of
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Segment, split_layers
 from onnxpress.optimizers.depth.maths import divergence, influence
@@ -34,11 +34,11 @@ SPARE = 8
 
 def greedy(model: ir.Model, blocks: Sequence[Block], count: int, calibration: Calibration) -> list[tuple[int, float]]:
     """The `count` layers to remove one after another, each with the model's loss without it and those before it."""
-    trial = _Trial(model, blocks, calibration)
+    setup = _Setup(model, blocks, calibration)
     found: list[tuple[int, float]] = []
     candidates = set(range(len(blocks)))
     for number in range(count):
-        losses = trial.losses(frozenset(index for index, _ in found), candidates)
+        losses = setup.losses(frozenset(index for index, _ in found), candidates)
         ranked = sorted(losses, key=lambda index: (losses[index], -index))
         found.append((ranked[0], losses[ranked[0]]))
         candidates = set(ranked[1 : count + SPARE]) if number == 0 else candidates - {ranked[0]}
@@ -47,7 +47,7 @@ def greedy(model: ir.Model, blocks: Sequence[Block], count: int, calibration: Ca
     return found
 
 
-class _Trial:
+class _Setup:
     """A graph, cut into blocks, and samples."""
 
     def __init__(self, model: ir.Model, blocks: Sequence[Block], calibration: Calibration) -> None:
@@ -93,8 +93,8 @@ class _Trial:
 class _Round:
     """The states of all candidates while the graph is walked through."""
 
-    def __init__(self, trial: _Trial, dropped: Variant, candidates: Collection[int]) -> None:
-        self.trial, self.dropped, self.candidates = trial, dropped, candidates
+    def __init__(self, setup: _Setup, dropped: Variant, candidates: Collection[int]) -> None:
+        self.setup, self.dropped, self.candidates = setup, dropped, candidates
         self.variants = list(dict.fromkeys([WHOLE, dropped]))
         self.states: dict[tuple[Variant, str, int], Array] = {}
         self.sums: dict[Variant, float] = {}
@@ -102,30 +102,30 @@ class _Round:
 
     def through(self, number: int) -> None:
         """Run one segment for every candidate, and let the one that lacks it begin."""
-        trial = self.trial
-        layer = trial.layers.get(trial.segments[number].title)
-        names, outputs = trial.inputs[number], trial.outputs[number]
+        setup = self.setup
+        layer = setup.layers.get(setup.segments[number].title)
+        names, outputs = setup.inputs[number], setup.outputs[number]
         fresh = self.dropped | {layer} if layer is not None and layer in self.candidates else None
         variants = [*self.variants, fresh] if fresh is not None else self.variants
         if outputs:
             given = {name: ir.DataType.from_numpy(self._look_up(WHOLE, name, 0).dtype) for name in names}
-            with session_of(extract(trial.model, given, outputs), trial.threads) as session:
+            with session_of(extract_subgraph(setup.model, given, outputs), setup.threads) as session:
                 wanted = [value.name for value in session.get_inputs()]
-                for sample in range(len(trial.samples)):
+                for sample in range(len(setup.samples)):
                     made: dict[Variant, dict[str, Array]] = {}
                     for variant in variants:
                         if layer is not None and layer in variant:
-                            made[variant] = {trial.made[layer]: self._look_up(variant, trial.hidden[layer], sample)}
+                            made[variant] = {setup.made[layer]: self._look_up(variant, setup.hidden[layer], sample)}
                         elif variant == WHOLE or any((variant, name, sample) in self.states for name in names):
                             feeds = {name: self._look_up(variant, name, sample) for name in wanted}
                             made[variant] = dict(zip(outputs, session.run(outputs, feeds), strict=True))
                     self._take(made, variants, sample)
         self.variants = variants
-        later = {name for names in trial.inputs[number + 1 :] for name in names}
+        later = {name for names in setup.inputs[number + 1 :] for name in names}
         self.states = {key: array for key, array in self.states.items() if key[1] in later}
 
     def _take(self, made: dict[Variant, dict[str, Array]], variants: Sequence[Variant], sample: int) -> None:
-        target = self.trial.target
+        target = self.setup.target
         for variant, arrays in made.items():
             for name, array in arrays.items():
                 self.states[variant, name, sample] = array
@@ -133,19 +133,19 @@ class _Round:
             return
         for variant in variants:
             found = self._look_up(variant, target, sample)
-            total, rows = self.trial.distance(made[WHOLE][target], found, sample)
+            total, rows = self.setup.distance(made[WHOLE][target], found, sample)
             self.sums[variant] = self.sums.get(variant, 0.0) + total
         self.rows += rows
-        later = (*self.trial.inputs, ())
+        later = (*self.setup.inputs, ())
         if not any(target in names for names in later):  # logits are large
             for variant in variants:
                 self.states.pop((variant, target, sample), None)
 
     def _look_up(self, variant: Variant, name: str, sample: int) -> Array:
-        """What a candidate has for a value: its own, or what those have that it is like so far."""
-        value = self.trial.values[name]
+        """A candidate's array for a value: its own, or that of those that it is like so far."""
+        value = self.setup.values[name]
         if value.is_graph_input():
-            return feed_of(value, self.trial.samples[sample])
+            return feed_of(value, self.setup.samples[sample])
         for like in (variant, self.dropped, WHOLE):
             if (like, name, sample) in self.states:
                 return self.states[like, name, sample]

@@ -72,7 +72,7 @@ def runs(indices: Sequence[int]) -> list[list[int]]:
 
 
 def merge_coefficients(method: Merge, removed: int) -> list[float]:
-    """What the weights of a layer and of `removed` neighbours count in the layer that takes their place; the sum is 1.
+    """Coefficients of a layer and of `removed` neighbours in the layer that takes their place; their sum is 1.
 
     merge: W + Σ (W_k − W), so that the layer adds what each of them would have added; average: their mean.
     """
@@ -100,7 +100,7 @@ class Patch(NamedTuple):
     ridge: float
 
 
-class Regression:
+class CrossValidatedRegression:
     """Moments of y [rows, out] given x [rows, in], in two halves, so that each can judge what was fitted to the other.
 
     Memory: two float64 matrices [in, in] and two [in, out].
@@ -154,7 +154,7 @@ def _ridge(gram: Doubles, cross: Doubles, ridge: float) -> Doubles:
 def before_norm(
     wanted: NDArray[np.floating], sums: NDArray[np.floating], gain: NDArray[np.floating], bias: NDArray[np.floating]
 ) -> Doubles:
-    """What a LayerNorm must read to make `wanted` [rows, features]: of the many, that with mean and spread of `sums`.
+    """Find what a LayerNorm must read to make `wanted` [rows, features], with the mean and spread of `sums`.
 
     gain ⊙ (s − mean) / spread + bias: only direction counts, so each token keeps the size that it has. Features whose
     gain is next to nothing keep their value.

@@ -25,14 +25,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.walk import Step
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.edits import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.depth.cuts import stacks_of
-from onnxpress.optimizers.depth.maths import Regression, before_norm
+from onnxpress.optimizers.depth.maths import CrossValidatedRegression, before_norm
+from onnxpress.optimizers.depth.removal import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
 
 PatchForm = Literal["fold", "product"]
@@ -232,7 +232,7 @@ def _targets(
 
 
 def _fit(
-    step: Step,
+    step: WalkStep,
     block: Block,
     gap: Gap,
     targets: Iterator[tuple[int, dict[int, Rows]]],
@@ -248,8 +248,8 @@ def _fit(
     return _fit_down(step, block, gap, wanted, last_norms)
 
 
-def _fit_product(step: Step, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
-    regression = Regression()
+def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
+    regression = CrossValidatedRegression()
 
     def take(sample: int, x: Rows) -> None:
         target = wanted[sample].astype(np.float64)
@@ -261,14 +261,14 @@ def _fit_product(step: Step, states: str, wanted: Mapping[int, Rows]) -> dict[st
 
 
 def _fit_down(
-    step: Step, block: Block, gap: Gap, wanted: Mapping[int, Rows], last_norms: Mapping[int, tuple[Rows, Rows]]
+    step: WalkStep, block: Block, gap: Gap, wanted: Mapping[int, Rows], last_norms: Mapping[int, tuple[Rows, Rows]]
 ) -> dict[str, NDArray[Any]]:
     end = _End(block)
     assert end.reads is not None
     norm = last_norms.get(gap.last) if end.norm is not None else None
     if end.norm is not None and norm is None:
         raise UnsupportedModelError(f"layer {gap.last} does not end in a LayerNorm as {block.title} does")
-    regression, acts, biased = Regression(), dict[int, Rows](), end.down.bias is not None
+    regression, acts, biased = CrossValidatedRegression(), dict[int, Rows](), end.down.bias is not None
 
     def take(sample: int, current: Rows) -> None:
         act = acts.pop(sample)

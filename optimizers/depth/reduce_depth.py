@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Block, anatomy_of
 from onnxpress.graph.anatomy.editing import require_editable
@@ -26,25 +26,25 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.depth.choice import Select, choose
-from onnxpress.optimizers.depth.compatibility import kind_of, layer_weights, require_same_kind
-from onnxpress.optimizers.depth.cuts import cut_layers, note_merge, require_single_states, stacks_of
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.depth.choice import Select, choose_layers
+from onnxpress.optimizers.depth.compatibility import layer_signature, layer_weights, require_compatible
 from onnxpress.optimizers.depth.maths import Merge, combine, merge_coefficients, runs
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
+from onnxpress.optimizers.depth.removal import cut_layers, note_merge, require_single_states, stacks_of
 
 Method = Literal["drop", "merge", "average", "linear"]
 
 
 @dataclass
 class _Plan:
-    """What was decided for a stack, for every graph that has it: both decoders are cut alike."""
+    """The decision for a stack, for every graph that has it: both decoders are cut alike."""
 
     dropped: list[int]
     patches: Patches | None = field(default=None)
 
 
-class ReduceDepth(CalibratedPass):
+class ReduceDepth(Pass):
     """Remove layers from each stack, renumber the others, and make up for what is lost.
 
     Modifies the signature of decoders: the cache has an entry for each layer that is left.
@@ -86,14 +86,14 @@ class ReduceDepth(CalibratedPass):
         self.drop, self.layers, self.keep = drop, sorted(layers), keep
         self.select, self.method, self.patch = select, method, patch
         self.include = tuple(include)
-        self.wanted_rows, self.wanted_length = (64, 128) if method == "linear" else (8, 64)  # type: ignore[misc]
+        self.wanted_rows, self.wanted_length = (64, 128) if method == "linear" else (8, 64)
         self._plans: dict[tuple[str, int], _Plan | None] = {}
 
     @property
     def needs_samples(self) -> bool:
         return not self.layers or self.method == "linear"
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         stacks = stacks_of(_anatomy(model))
         chosen = [name for name in stacks if not self.include or any(fnmatchcase(name, one) for one in self.include)]
         for name in stacks:
@@ -105,9 +105,9 @@ class ReduceDepth(CalibratedPass):
                 hint=f'choose one: include=["{chosen[0]}"]',
             )
         for stack in chosen:
-            self._reduce(model, stack, report)
+            self._reduce(model, stack, context.calibration, report)
 
-    def _reduce(self, model: ir.Model, stack: str, report: Report) -> None:
+    def _reduce(self, model: ir.Model, stack: str, calibration: Calibration, report: Report) -> None:
         blocks = stacks_of(anatomy_of(model))[stack]
         depth = len(blocks)
         count = self._count(stack, depth)
@@ -120,21 +120,21 @@ class ReduceDepth(CalibratedPass):
                 require_editable(product)
         known = (stack, depth) in self._plans
         plan = self._plans.get((stack, depth))
-        if not known and (not self.needs_samples or self.calibration.fits(model)):
-            plan = _Plan(self.layers or choose(model, blocks, count, self.select, self.calibration, report))
+        if not known and (not self.needs_samples or calibration.fits(model)):
+            plan = _Plan(self.layers or choose_layers(model, blocks, count, self.select, calibration, report))
         self._plans[stack, depth] = plan
         if plan is None:  # also for later graphs of this stack: all are cut alike or none
             report.skip(NO_SAMPLES, count)
             return
         untouched = copy_graph(model)
-        kinds = {kind_of(block) for block in blocks}
+        kinds = {layer_signature(block) for block in blocks}
         gaps = _gaps(plan.dropped)
         if self.method in ("merge", "average"):
             _merge(model, stack, blocks, gaps, "merge" if self.method == "merge" else "average")
         cut_layers(model, stack, plan.dropped)
         if self.method == "linear":
             if plan.patches is None:
-                plan.patches = fit_patches(model, untouched, stack, gaps, self.patch, self.calibration, report)
+                plan.patches = fit_patches(model, untouched, stack, gaps, self.patch, calibration, report)
             else:
                 apply(model, stack, plan.patches)
         for index in plan.dropped:
@@ -186,7 +186,7 @@ def _merge(model: ir.Model, stack: str, blocks: Sequence[Block], gaps: Sequence[
         host = blocks[into]
         run = blocks[first : gap.last + 1]
         for block in run:
-            require_same_kind(host, block)
+            require_compatible(host, block)
         coefficients = merge_coefficients(method, len(run))
         others = [layer_weights(block) for block in run]
         for name, value in layer_weights(host).items():

@@ -1,4 +1,4 @@
-"""What fitted passes share: sums over tokens, regressions, and where a product joins the residual stream.
+"""Parts of fitted passes: their loop, sums over tokens, regressions, where a product joins the residual stream.
 
-Imports `graph` and `calibration`.
+Imports `optimizers.base`, `graph` and `calibration`.
 """

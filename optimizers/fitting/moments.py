@@ -1,4 +1,4 @@
-"""What a regression needs of the activations that stream by: second moments over weighted tokens.
+"""Moments that a regression needs of activations that stream by: second moments over weighted tokens.
 
 Tokens weigh in by the inverse square of the residual stream that the regression's output joins: the norm that reads the
 stream divides by its length, so that the same error hurts a token with a short stream more. It also keeps the few
@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxpress.arrays import Doubles, Floats
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.optimizers.fitting.statistics import ROWS, require_data, require_finite
+from onnxpress.optimizers.fitting.statistics import ROWS, require_data, require_finite_sums
 
 
 class StreamLengths:
@@ -29,8 +29,8 @@ class StreamLengths:
         squares = self._squares.get(sample, np.ones(0, np.float32))
         if len(squares) != tokens:
             raise UnsupportedModelError(f"{tokens} tokens are to be weighted; the residual stream has {len(squares)}")
-        found: Floats = (1 / np.maximum(squares, np.finfo(np.float32).tiny)).astype(np.float32)
-        return found
+        weights: Floats = (1 / np.maximum(squares, np.finfo(np.float32).tiny)).astype(np.float32)
+        return weights
 
 
 class Moments:
@@ -49,7 +49,7 @@ class Moments:
             rows = x[start : start + ROWS] * root
             with np.errstate(over="ignore", invalid="ignore"):
                 product = rows.T @ rows
-            require_finite(np.diagonal(product), self.tensor, sample)
+            require_finite_sums(np.diagonal(product), self.tensor, sample)
             self.total += product
             self.sum += (rows.T @ root)[:, 0]
             self.weight += float(np.square(root).sum(dtype=np.float64))
@@ -60,7 +60,7 @@ class Moments:
         return self.total / self.weight
 
     def scale(self) -> float:
-        """What turns a mean square over weighted tokens into parts of the stream's, which layers compare by."""
+        """The factor from a mean square over weighted tokens to parts of the stream's, which layers compare by."""
         require_data(self.tokens, self.tensor)
         return self.weight / self.tokens
 

@@ -1,4 +1,4 @@
-"""Where a product's output joins the residual stream."""
+"""The place where a product's output joins the residual stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BIASES = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to a product's output."""
+    """The terms that are added to a product's output."""
 
     terms: tuple[ir.Value, ...] = ()
     """The stream before; where attention and feed-forward are parallel, the other's output, too. None where the output
@@ -29,7 +29,7 @@ class Addition:
 
 
 def addition_of(block: Block, product: Product) -> Addition:
-    """What is added to the output of a product of a block."""
+    """Find what is added to the output of a product of a block."""
     known = {*block.inputs, *(output for node in block.nodes for output in node.outputs)}
     terms: list[ir.Value] = []
     value = product.output

@@ -33,8 +33,8 @@ def penalties(second: Doubles, ridge: float, raw: Doubles | None = None) -> Doub
             only as well as the mean's square.
     """
     diagonal = np.diagonal(second)
-    found: Doubles = ridge * diagonal + FLOOR * max(float(diagonal.mean()), np.finfo(np.float64).tiny)
-    return found if raw is None else found + ROUNDING * raw
+    penalty: Doubles = ridge * diagonal + FLOOR * max(float(diagonal.mean()), np.finfo(np.float64).tiny)
+    return penalty if raw is None else penalty + ROUNDING * raw
 
 
 def solve(second: Doubles, cross: Doubles, prior: Doubles, penalty: Doubles) -> Doubles:
@@ -73,13 +73,13 @@ class Normal:
 
     def error(self, weight: Doubles) -> float:
         """Σ |x·W − t|², not below zero."""
-        found = self.square + float(np.sum(weight * (self.second @ weight - 2 * self.cross)))
-        return max(found, 0.0)
+        total = self.square + float(np.sum(weight * (self.second @ weight - 2 * self.cross)))
+        return max(total, 0.0)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What held-out tokens say, and the weight."""
+    """The verdict of held-out tokens, and the weight."""
 
     weight: Doubles
     """[n, m]; the one that was there, if nothing is better on held-out tokens."""

@@ -1,4 +1,4 @@
-"""What is kept of activations while they stream by: moments, ranges, never the samples.
+"""Statistics of activations that stream by: moments, ranges, never the samples.
 
 Every accumulator takes `update(x, sample)` with x [tokens, features] float32 and a name for the sample it came from,
 and `merge(other)`, so that parts of the data can be seen apart, in any order. Values that are not finite, or whose
@@ -32,7 +32,7 @@ class Gram:
             rows = x[start : start + ROWS]
             with np.errstate(over="ignore", invalid="ignore"):
                 product = rows.T @ rows
-            require_finite(np.diagonal(product), self.tensor, sample)  # a single NaN of a channel is in its square
+            require_finite_sums(np.diagonal(product), self.tensor, sample)  # a single NaN of a channel is in its square
             self.total += product
             self.count += len(rows)
 
@@ -62,7 +62,7 @@ class ChannelStatistics:
             return
         with np.errstate(over="ignore", invalid="ignore"):
             square = np.einsum("ij,ij->j", x, x)
-        require_finite(square, self.tensor, sample)
+        require_finite_sums(square, self.tensor, sample)
         self.low, self.high = np.minimum(self.low, x.min(axis=0)), np.maximum(self.high, x.max(axis=0))
         self.magnitude += np.abs(x).sum(axis=0)
         self.square += square
@@ -104,7 +104,7 @@ class AverageRange:
     def update(self, x: Floats, sample: str | int) -> None:
         """`x` is all of one sample."""
         low, high = np.min(x), np.max(x)
-        require_finite(np.array([low, high]), self.tensor, sample)
+        require_finite_sums(np.array([low, high]), self.tensor, sample)
         self.low += float(low)
         self.high += float(high)
         self.count += 1
@@ -119,7 +119,7 @@ class AverageRange:
         return self.low / self.count, self.high / self.count
 
 
-def require_finite(values: NDArray[np.floating], tensor: str, sample: str | int) -> None:
+def require_finite_sums(values: NDArray[np.floating], tensor: str, sample: str | int) -> None:
     if not np.isfinite(values).all():
         raise BadInputError(
             f"{tensor} is not finite, or too large to square, for sample {sample}.",

@@ -1,4 +1,4 @@
-"""What a product's output should add up to, token by token: what repairs regress on."""
+"""Targets of regressions: what a product's output should add up to, token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxpress.calibration.states import States
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.optimizers.fitting.moments import StreamLengths
 from onnxpress.optimizers.fitting.ridge import Normal
-from onnxpress.optimizers.fitting.statistics import ROWS, require_finite
+from onnxpress.optimizers.fitting.statistics import ROWS, require_finite_sums
 
 HELD_OUT = 4
 """One part in so many of each sample's tokens, its last ones, is for judging, not for fitting."""
@@ -23,8 +23,8 @@ class Target:
         self._states = States(memory_bytes)
 
     def rows(self, sample: int) -> Floats:
-        found: Floats = self._states.get(str(sample), 0)
-        return found
+        rows: Floats = self._states.get(str(sample), 0)
+        return rows
 
     def add(self, x: Floats, sample: int, sign: int = 1) -> None:
         """Raises UnsupportedModelError where terms differ in shape."""
@@ -44,11 +44,11 @@ class Target:
             self.add(np.broadcast_to(np.asarray(bias, np.float32), self.rows(int(sample)).shape), int(sample))
 
     def lengths(self) -> StreamLengths:
-        """Of what the rows are by now."""
-        found = StreamLengths()
+        """The lengths of the rows as they are by now."""
+        lengths = StreamLengths()
         for sample in map(int, self._states.numbers):
-            found.update(self.rows(sample), sample)
-        return found
+            lengths.update(self.rows(sample), sample)
+        return lengths
 
     def close(self) -> None:
         self._states.close()
@@ -100,5 +100,5 @@ class Regression:
                 rows = x[here] * root
                 if self.intercept:
                     rows = np.concatenate([rows, root], axis=1)
-                require_finite(np.einsum("ij,ij->j", rows, rows), self.tensor, sample)
+                require_finite_sums(np.einsum("ij,ij->j", rows, rows), self.tensor, sample)
                 part.add(rows, wanted[here] * root)

@@ -20,7 +20,7 @@ from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.matching import constant, only_reader, producer, same_shape, scalar, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, concrete_shape
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 SMALL = 1024
 """Elements up to which a constant is read or computed here."""
@@ -41,7 +41,7 @@ class CleanUp(Pass):
         super().__init__()
         self.fold_limit = fold_limit
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         common.InlinePass()(model)
         for graph in model.graphs():
             _share_weights(graph, report)

@@ -18,7 +18,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_constant, drop_unused_weights
 from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 SMALLEST = 1 << 16
 """Bytes of a pair of tables that is worth a few nodes."""
@@ -32,7 +32,7 @@ ROTATED = {
 
 
 class Frequencies(NamedTuple):
-    """What a pair of tables is made of."""
+    """The frequencies and amplitude that a pair of tables is made of."""
 
     frequencies: Floats
     """[rotated / 2], radians from one position to the next."""
@@ -46,7 +46,7 @@ class ComputeRotary(Pass):
     name = "compute-rotary"
     exact = True
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         pairs: dict[tuple[ir.Value, ir.Value], None] = {}
         for node in model.graph:
             places = ROTATED.get(node.op_type) or ROTATED.get((node.op_type, node.domain))

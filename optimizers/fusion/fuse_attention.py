@@ -1,4 +1,4 @@
-"""Attention that torch's older exporter spells out, as com.microsoft MultiHeadAttention or GroupQueryAttention.
+"""Attention that torch's older exporter decomposes, as com.microsoft MultiHeadAttention or GroupQueryAttention.
 
     softmax(scale · q kᵀ + mask) v   with q, k, v split into heads by Reshape and Transpose
     =>  MultiHeadAttention(q, k, v, attention_bias = mask, past)
@@ -26,16 +26,16 @@ from onnxpress.graph.edits import use_microsoft_operators
 from onnxpress.graph.matching import constant, is_op, only_reader, other_input, producer, scalar
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.fusion.decomposed.bias import attention_bias, require_causal
-from onnxpress.optimizers.fusion.decomposed.heads import (
+from onnxpress.optimizers.fusion.decomposed.lengths import Lengths
+from onnxpress.optimizers.fusion.decomposed.split_heads import (
     SPLIT,
-    Heads,
     NotFused,
+    SplitHeads,
     heads_of,
     is_order,
     key_heads_of,
     unscaled,
 )
-from onnxpress.optimizers.fusion.decomposed.lengths import Lengths
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class _Attention:
     softmax: ir.Node
     scores: ir.Node
     mask: ir.Value | None
-    query: Heads
-    key: Heads
-    value: Heads
+    query: SplitHeads
+    key: SplitHeads
+    value: SplitHeads
     scale: float
     guarded: bool
     """Rows without a visible key become zeros."""
@@ -179,7 +179,7 @@ def _check_groups(fusion: _Fusion, found: _Attention) -> None:
         raise NotFused(reason)
 
 
-def _rotated(graph: ir.Graph, before: ir.Node, heads: Heads) -> ir.Value | None:
+def _rotated(graph: ir.Graph, before: ir.Node, heads: SplitHeads) -> ir.Value | None:
     """[batch, length, heads · head_size], rotated as the heads were."""
     if heads.rotation is None:
         return heads.source

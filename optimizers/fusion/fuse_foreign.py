@@ -30,9 +30,9 @@ from onnxpress.graph.anatomy.layers import TORCH_SCOPES
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import forget_unnamed
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fusion.clean_up import CleanUp
-from onnxpress.optimizers.fusion.decomposed.packed import split_packed_heads
+from onnxpress.optimizers.fusion.decomposed.packed_products import split_packed_heads
 from onnxpress.optimizers.fusion.fuse_attention import fuse_attention
 from onnxpress.optimizers.fusion.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fusion.fuse_norm import fuse_norms
@@ -81,7 +81,7 @@ class FuseForeign(Pass):
     name: ClassVar[str] = "fuse-foreign"
     gives_form: ClassVar[bool] = True
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         found = Report()
         name_weights(model.graph, found)
         split_skip_norms(model, found)
@@ -110,7 +110,7 @@ class FuseForeign(Pass):
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
         _fuse_heads(model, found)
         unflatten_products(model.graph, found)
-        FuseGelu().apply(model, found)
+        FuseGelu().apply(model, context, found)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)
         report.skipped.update(found.skipped)

@@ -1,4 +1,4 @@
-"""Activations that exporters spell out, as one operator.
+"""Activations that exporters decompose, as one operator.
 
     x · ½ · (1 + erf(x / √2))                       =>  Gelu
     x · ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³)))  =>  Gelu[approximate="tanh"]
@@ -7,7 +7,7 @@
 Before opset 20, which has no Gelu, the first two become com.microsoft Gelu and FastGelu. The formula is recognised by
 evaluating it at a few points, so that the order and the grouping of its factors do not matter.
 
-Measured, onnxruntime 1.31 on x86 with AVX-512, 1536 wide, one thread, time over that of the spelled-out form:
+Measured, onnxruntime 1.31 on x86 with AVX-512, 1536 wide, one thread, time over that of the decomposed form:
 
     tokens                                1      128    512
     Gelu (com.microsoft Gelu the same)    0.7    0.4    0.4
@@ -32,7 +32,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import drop_unused_weights, use_microsoft_operators
 from onnxpress.graph.matching import only_reader, same_shape, scalar
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 Curve = NDArray[np.float64]
 POINTS: Curve = np.linspace(-4, 4, 17)
@@ -54,11 +54,11 @@ _DEPTH = 4
 
 
 class FuseGelu(Pass):
-    """Fuse spelled-out Gelu, tanh Gelu, QuickGelu and SiLU."""
+    """Fuse decomposed Gelu, tanh Gelu, QuickGelu and SiLU."""
 
     name: ClassVar[str] = "fuse-gelu"
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         for graph in model.graphs():
             for node in list(graph):
                 if node.op_type in ("Erf", "Tanh", "Sigmoid") and not node.domain and node.graph is graph:

@@ -1,4 +1,4 @@
-"""Normalisations that exporters spell out, found from their square root.
+"""Normalisations that exporters decompose, found from their square root.
 
     x / sqrt(mean(x²) + ε) · scale                                =>  SimplifiedLayerNormalization
     (x − mean(x)) / sqrt(mean((x − mean(x))²) + ε) · scale + bias  =>  LayerNormalization
@@ -30,7 +30,7 @@ class _Norm:
 
 
 def fuse_norms(model: ir.Model, report: Report) -> None:
-    """Replace spelled-out normalisations over the last axis; leaves dead nodes behind."""
+    """Replace decomposed normalisations over the last axis; leaves dead nodes behind."""
     for graph in model.graphs():
         for node in list(graph):
             if is_op(node, "Sqrt"):
@@ -69,7 +69,7 @@ def _fuse(graph: ir.Graph, root: ir.Node, report: Report) -> None:
 
 
 def _match(root: ir.Node) -> _Norm | None:
-    """What the square root belongs to, if it is the root of a mean square plus epsilon."""
+    """The norm that a square root belongs to, if it is the root of a mean square plus epsilon."""
     total = producer(root.inputs[0], "Add")
     if total is None:
         return None

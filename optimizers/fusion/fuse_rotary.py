@@ -1,4 +1,4 @@
-"""Rotary position embeddings that exporters spell out, as com.microsoft RotaryEmbedding.
+"""Rotary position embeddings that exporters decompose, as com.microsoft RotaryEmbedding.
 
     x · cos + concat(−x₂, x₁) · sin   with cos, sin of concat(f, f) and x₁, x₂ the halves of x
     =>  RotaryEmbedding(x, positions, cos(f), sin(f))

@@ -29,7 +29,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import use_microsoft_operators
 from onnxpress.graph.matching import only_reader, other_input, producer, same_shape, weight
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 _FUSED = {
     "LayerNormalization": "SkipLayerNormalization",
@@ -43,7 +43,7 @@ class FuseSkipNorm(Pass):
 
     name: ClassVar[str] = "fuse-skip-norm"
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         for graph in model.graphs():
             for node in list(graph):
                 if node.op_type in _FUSED and node.domain in ("", MICROSOFT):

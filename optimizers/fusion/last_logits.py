@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxpress.graph.logits import PREFIX, forget_shapes_between, head_of
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 
 class LastLogits(Pass):
@@ -27,7 +27,7 @@ class LastLogits(Pass):
         super().__init__()
         self.output = output
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         logits = next((value for value in model.graph.outputs if value.name == self.output), None)
         if logits is None:
             return report.skip(f"no output {self.output}")

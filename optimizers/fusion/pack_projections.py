@@ -37,7 +37,7 @@ from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.matching import is_op, only_reader, other_input, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concatenate, concrete_shape
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.keep_blocks import likely_grid
 
 
@@ -85,7 +85,7 @@ class PackProjections(Pass):
             raise UsageError(f"pack-projections: which={which!r} is none of all, attention, split.")
         self.which, self.one_grid = which, one_grid
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         for graph in model.graphs():
             groups: dict[tuple[int, str], list[Projection]] = {}  # each in the order of the graph
             for node in graph:

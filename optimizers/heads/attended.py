@@ -1,4 +1,4 @@
-"""What each head attends to of the hidden states themselves, instead of values made of them.
+"""Attention over the hidden states themselves, for each head, instead of over values made of them.
 
 Copies of the attention stand beside it for as long as they are looked at; what stays of the graph never reads them.
 """

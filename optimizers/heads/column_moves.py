@@ -34,7 +34,7 @@ class Columns:
 
 
 def columns_at(value: ir.Value | None, source: ir.Value, width: int) -> Columns:
-    """What of `source` [batch, length, width] arrives at a value [batch, length, features].
+    """Find which column of `source` [batch, length, width] arrives where in a value [batch, length, features].
 
     Raises UnsupportedModelError, naming the operator, where anything else is computed on the way.
     """
@@ -76,7 +76,7 @@ def _way(value: ir.Value | None, source: ir.Value) -> list[ir.Node]:
 
 
 def _move(node: ir.Node, x: Indices) -> list[Indices]:
-    """What a node makes of numbers; a rotation leaves them where they are."""
+    """Compute what a node makes of numbers; a rotation leaves them where they are."""
     if node.op_type == "RotaryEmbedding":
         return [x]
     operands = [_ints(node, index) for index in range(1, len(node.inputs))]

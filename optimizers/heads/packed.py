@@ -32,7 +32,7 @@ NAMES = ("query", "key", "value")
 
 
 def packed_columns(sizes: Sizes, *, by_group: bool) -> list[Indices]:
-    """Where queries, keys and values are in a packed product, each [heads · head_dim].
+    """Find the places of queries, keys and values in a packed product, each [heads · head_dim].
 
     Args:
         by_group: each key/value head stands behind its queries; else all queries come first, then all keys.
@@ -78,7 +78,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Packed:
-    """What a packed product was."""
+    """A packed product as it was."""
 
     node: ir.Node
     """The attention."""

@@ -1,13 +1,13 @@
 """reduce-heads: attention with fewer heads, fewer key/value heads, or smaller heads, repaired in closed form.
 
-    least-squares   drop the heads that a refitted output product misses least (see structure.heads)
-    regress         likewise, and let the values of the others stand in for them (structure.value_regression)
+    least-squares   drop the heads that a refitted output product misses least (see maths.selection)
+    regress         likewise, and let the values of the others stand in for them (maths.value_regression)
     slice           keep the loudest heads and dimensions
-    resample        every new head is a mixture of all, by given, averaging or random matrices (structure.resample)
+    resample        every new head is a mixture of all, by given, averaging or random matrices (maths.resample)
 
 Where query heads stay and key/value heads become fewer, these are turned towards each other and merged
-(structure.kv_merge). Smaller heads: structure.head_dim, structure.rotary_planes. Then the output product is refitted
-by ridge regression to what the attention put out before, tokens weighted as in structure.moments. One block at a time;
+(maths.kv_merge). Smaller heads: maths.head_dim, maths.rotary_planes. Then the output product is refitted
+by ridge regression to what the attention put out before, tokens weighted as in fitting.moments. One block at a time;
 each sees what those before it make of the samples by then.
 """
 
@@ -22,32 +22,41 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Doubles, Indices
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
 from onnxpress.graph.edits import drop_unused
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import lacks_samples
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.fitting.targets import Target
+from onnxpress.optimizers.heads.head_samples import HeadSamples
 from onnxpress.optimizers.heads.limits import require_possible
 from onnxpress.optimizers.heads.maths.attention_sinks import mixed_sums
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.maths.output_refit import error, refit
+from onnxpress.optimizers.heads.maths.output_refit import output_error, refit_output
 from onnxpress.optimizers.heads.maths.reduction import Observed, Reduction
 from onnxpress.optimizers.heads.maths.request import HeadPlan, HeadRequest, plan_heads, plan_resampling
 from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
 from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.heads.packed import unpacked
-from onnxpress.optimizers.heads.samples import HeadSamples
-from onnxpress.optimizers.heads.sites import Arrays, HeadSite, cut_tables, pack, pack_output, site_of, skip_reason
+from onnxpress.optimizers.heads.sites import (
+    Arrays,
+    HeadSite,
+    cut_tables,
+    pack_output,
+    pack_weights,
+    site_of,
+    skip_reason,
+)
 
 Method = Literal["least-squares", "regress", "slice", "resample"]
 Tables = tuple[ir.Value, ir.Value]
 
 
-class ReduceHeads(CalibratedPass):
+class ReduceHeads(Pass):
     """Reduce the heads of every self-attention to the same numbers; which ones stay is up to each layer."""
 
     name = "reduce-heads"
@@ -104,28 +113,30 @@ class ReduceHeads(CalibratedPass):
     def needs_samples(self) -> bool:
         return self.method != "resample" or self.refit
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         chosen = self._chosen(model, report)
         with unpacked(model, chosen):
-            self._reduce(model, {attention.node for _, attention in chosen}, report)
+            self._reduce(model, {attention.node for _, attention in chosen}, context, report)
 
-    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], report: Report) -> None:
+    def _reduce(self, model: ir.Model, chosen: Collection[ir.Node], context: Context, report: Report) -> None:
         sites = [
-            site_of(block, one) for block in anatomy_of(model).blocks for one in block.attentions if one.node in chosen
+            site_of(block, attention)
+            for block in anatomy_of(model).blocks
+            for attention in block.attentions
+            if attention.node in chosen
         ]
-        plans = {one.attention.node: self._plan(one) for one in sites}
-        unchanged = [one for one in sites if not plans[one.attention.node].changes]
+        plans = {site.attention.node: self._plan(site) for site in sites}
+        unchanged = [site for site in sites if not plans[site.attention.node].changes]
         if unchanged:
             report.skip("no more and no larger heads than wanted", len(unchanged))
-        sites = [one for one in sites if plans[one.attention.node].changes]
+        sites = [site for site in sites if plans[site.attention.node].changes]
         if not sites:
             return
-        if self.needs_samples and not self.calibration.fits(model):
-            report.skip(NO_SAMPLES, len(sites))
+        if lacks_samples(self, model, context, report, len(sites)):
             return
         for site in sites:
-            require_possible(site, plans[site.attention.node], self.method, self.calibration.memory_bytes)
-        planes = self._planes(model, sites, plans)
+            require_possible(site, plans[site.attention.node], self.method, context.calibration.memory_bytes)
+        planes = self._planes(model, context.calibration, sites, plans)
         tables = {
             table[0]: cut_tables(model.graph, table, planes[table[0]])
             for site in sites
@@ -133,18 +144,18 @@ class ReduceHeads(CalibratedPass):
         }
         old = [table for site in sites if site.attention.rotary is not None for table in site.attention.rotary]
         if self.needs_samples:
-            self._walk(model, sites, plans, planes, tables, report)
+            self._walk(model, context.calibration, sites, plans, planes, tables, report)
         else:
             for site in sites:
                 plan, dimensions = plans[site.attention.node], self._dimensions(site, planes)
-                found = self._resampled(site.read(), plan, dimensions)
-                site.write({name: ir.tensor(array) for name, array in pack(site, found).items()})
+                weights = self._resampled(site.read(), plan, dimensions)
+                site.write({name: ir.tensor(array) for name, array in pack_weights(site, weights).items()})
                 self._finish(site, plan, tables, report)
         for value in dict.fromkeys(old):
             drop_unused(model.graph, value)
 
     def _chosen(self, model: ir.Model, report: Report) -> list[tuple[Block, Attention]]:
-        found, left = [], 0
+        chosen, left = [], 0
         for block in anatomy_of(model).blocks:
             for attention in block.attentions:
                 reason = skip_reason(attention)
@@ -154,17 +165,21 @@ class ReduceHeads(CalibratedPass):
                     report.skip("excluded by name")
                     left += 1
                 else:
-                    found.append((block, attention))
-        if found and left:
+                    chosen.append((block, attention))
+        if chosen and left:
             report.skip("layers will differ in their heads: only ONNX can express that, no config.json", left)
-        return found
+        return chosen
 
     def _plan(self, site: HeadSite) -> HeadPlan:
         plan = plan_resampling if self.method == "resample" else plan_heads
         return plan(site.sizes, self.request.wanted(site.sizes), site.block.title)
 
     def _planes(
-        self, model: ir.Model, sites: Sequence[HeadSite], plans: Mapping[ir.Node, HeadPlan]
+        self,
+        model: ir.Model,
+        calibration: Calibration,
+        sites: Sequence[HeadSite],
+        plans: Mapping[ir.Node, HeadPlan],
     ) -> dict[ir.Value, Indices]:
         """By table of cosines, the planes that stay: one choice for all that read it."""
         turned = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
@@ -173,15 +188,18 @@ class ReduceHeads(CalibratedPass):
         seen = {}
         if self.needs_samples:
             products = [product for site in turned for product in (site.query, site.key)]
-            seen = {str(one.output.name): ChannelStatistics(one.features[1], str(one.output.name)) for one in products}
-            self.calibration.observe(model, {name: [found] for name, found in seen.items()})
+            widths = {str(product.output.name): product.features[1] for product in products}
+            seen = {name: ChannelStatistics(width, name) for name, width in widths.items()}
+            calibration.observe(model, {name: [statistics] for name, statistics in seen.items()})
         energies: dict[ir.Value, Doubles] = {}
         for site in turned:
             squares = []
             weights = site.read()
             for product, weight in ((site.query, weights.query), (site.key, weights.key)):
-                found = seen.get(str(product.output.name))
-                mean = np.square(weight).sum(axis=0) if found is None else found.mean_squares().astype(np.float64)
+                statistics = seen.get(str(product.output.name))
+                mean = np.square(weight).sum(axis=0)
+                if statistics is not None:
+                    mean = statistics.mean_squares().astype(np.float64)
                 squares.append(mean.reshape(weight.shape[1:]))
             assert site.attention.rotary is not None
             table = site.attention.rotary[0]
@@ -199,6 +217,7 @@ class ReduceHeads(CalibratedPass):
     def _walk(
         self,
         model: ir.Model,
+        calibration: Calibration,
         sites: Sequence[HeadSite],
         plans: Mapping[ir.Node, HeadPlan],
         planes: Mapping[ir.Value, Indices],
@@ -207,27 +226,27 @@ class ReduceHeads(CalibratedPass):
     ) -> None:
         options = (self.request, self.method, self.matrix, self.corrected, self.seed, self.refit, self.ridge)
         name = f"{self.name} {options} {self.first_tokens} {self.include} {self.exclude}"
-        for step in self.calibration.walk(model, method=name):
+        for step in calibration.walk(model, method=name):
             inside = set(step.segment.nodes)
-            for number, site in enumerate(one for one in sites if one.attention.node in inside):
+            for number, site in enumerate(site for site in sites if site.attention.node in inside):
                 plan, before = plans[site.attention.node], site.read()
-                seen = HeadSamples(step, site, Target(self.calibration.memory_bytes))
+                seen = HeadSamples(step, site, Target(calibration.memory_bytes))
                 try:
-                    if not step.finished:
+                    if not step.known:
                         seen.look()
                     reduced = partial(self._reduced, seen, plan, self._dimensions(site, planes))
                     site.write(step.results(f"heads{number}", reduced))
                     self._finish(site, plan, tables, report)
-                    found = step.results(f"refit{number}", partial(self._refitted, seen, plan, before))
+                    refitted = step.results(f"refit{number}", partial(self._refitted, seen, plan, before))
                 finally:
                     seen.target.close()
-                site.write(found)
-                report.measure(site.output.name, float(found["error"].numpy()[0]))
+                site.write(refitted)
+                report.measure(site.output.name, float(refitted["error"].numpy()[0]))
 
     def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
         site, weights = seen.site, seen.site.read()
         if self.method == "resample":
-            return pack(site, self._resampled(weights, plan, dimensions))
+            return pack_weights(site, self._resampled(weights, plan, dimensions))
         reduction = Reduction(
             plan,
             self.method,
@@ -237,9 +256,9 @@ class ReduceHeads(CalibratedPass):
             site.attention.rotary is not None,
             site.interleaved,
             dimensions,
-            self._lone(site) if self.method != "slice" else 0.0,
+            self._sink_share(site) if self.method != "slice" else 0.0,
         )
-        return pack(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
+        return pack_weights(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
     def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> Arrays:
         """The output fitted to what the attention makes by now, and what is lost."""
@@ -247,12 +266,12 @@ class ReduceHeads(CalibratedPass):
         weights = after.read()
         normal = seen.regress(plan.after[0] * plan.after[2])
         if self.refit:
-            share = self._lone(seen.site)
+            share = self._sink_share(seen.site)
             fitted = mixed_sums(normal, weights, before, seen.hidden.augmented(), share) if share else normal
-            weights = refit(weights, fitted, self.ridge, centred=after.biased)
-        return pack_output(after, weights) | {"error": np.array([error(weights, normal)], np.float32)}
+            weights = refit_output(weights, fitted, self.ridge, centred=after.biased)
+        return pack_output(after, weights) | {"error": np.array([output_error(weights, normal)], np.float32)}
 
-    def _lone(self, site: HeadSite) -> float:
+    def _sink_share(self, site: HeadSite) -> float:
         return self.first_tokens if site.causal else 0.0
 
     def _resampled(self, weights: AttentionWeights, plan: HeadPlan, dimensions: Indices | None) -> AttentionWeights:

@@ -55,7 +55,7 @@ class HeadSite:
 
     @property
     def hidden(self) -> ir.Value:
-        """What query, key and value are computed from."""
+        """The activation that query, key and value are computed from."""
         return self.query.activation
 
     @property
@@ -91,7 +91,7 @@ class HeadSite:
         return AttentionWeights(query, key, value, output, _bias(self.output).astype(np.float64))
 
     def write(self, arrays: Mapping[str, ir.TensorProtocol]) -> None:
-        """Put what `pack` returned, or the part of it that there is, in the graph."""
+        """Put what `pack_weights` returned, or the part of it that there is, in the graph."""
         products = {"query": self.query, "key": self.key, "value": self.value, "output": self.output}
         for name, product in products.items():
             if name in arrays:
@@ -117,7 +117,7 @@ class HeadSite:
                 node.attributes["rotary_embedding_dim"] = ir.AttrInt64("rotary_embedding_dim", head_dim)
 
 
-def pack(site: HeadSite, weights: AttentionWeights) -> Arrays:
+def pack_weights(site: HeadSite, weights: AttentionWeights) -> Arrays:
     """Weights as matrices [in, out] and biases [out], in float32; biases of products without one only if they are
     not zero."""
     arrays: Arrays = {}
@@ -226,7 +226,7 @@ def _between(value: ir.Value | None, product: Product, where: str) -> list[ir.No
 
 
 def _obstacle(value: ir.Value | None, product: Product) -> tuple[str, str | None]:
-    """What is between a product and attention, and what to do about it."""
+    """Say what is between a product and attention, and what to do about it."""
     names: list[str] = []
     queue = [value]
     while queue and len(names) < 20:

@@ -51,6 +51,15 @@ class Channels:
     """What cuts the output of a packed `gate` and `up` into halves."""
 
     @property
+    def name(self) -> str:
+        """The name of the weight of `down`."""
+        return self.feed_forward.down.name
+
+    @property
+    def weight(self) -> ir.Value:
+        return self.feed_forward.down.weight
+
+    @property
     def count(self) -> int:
         return self.feed_forward.down.features[0]
 
@@ -60,7 +69,7 @@ class Channels:
 
     @property
     def into(self) -> tuple[Product, ...]:
-        """What makes the channels: gate and up, up alone, or both packed in one."""
+        """The products that make the channels: gate and up, up alone, or both packed in one."""
         return tuple(one for one in self.feed_forward.products if one is not self.down)
 
     def weights_into(self) -> list[Floats]:

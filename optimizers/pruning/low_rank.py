@@ -1,4 +1,4 @@
-"""low-rank: a product x W becomes (x A) B where that saves parameters (ASVD, SVD-LLM; see `structure.low_rank`).
+"""low-rank: a product x W becomes (x A) B where that saves parameters (ASVD, SVD-LLM; see `maths.low_rank`).
 
 B stays in the weight's initializer, under its name; A is `<name>.reduce.weight`. To passes that come after, both are
 products like any others.
@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.calibration.walk import Step
+from onnxpress.arrays import Doubles
+from onnxpress.calibration.known_results import Result
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.graph.anatomy import Product, find_products
 from onnxpress.graph.anatomy.editing import set_weight
 from onnxpress.graph.edits import add_constant
-from onnxpress.graph.linear import Linear, chosen_linears, group_by_activation, is_shared, read_rows
+from onnxpress.graph.linear import Linear, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.fitting.statistics import Gram
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import (
+    Arrays,
+    as_tensors,
+    by_input,
+    fit_blockwise,
+    lacks_samples,
+    second_moments,
+)
 from onnxpress.optimizers.pruning.maths.low_rank import allocate, break_even, factors, spectrum_of
 
 REDUCE = ".reduce.weight"
 
 
-class LowRank(CalibratedPass):
+class LowRank(Pass):
     """Replace products by two thinner ones each."""
 
     name = "low-rank"
@@ -48,12 +55,13 @@ class LowRank(CalibratedPass):
     ) -> None:
         """
         Args:
-            rank: of every product; those that it would not make smaller are left alone.
-            ratio: instead, the share of the parameters of the products meant that is kept.
+            rank: the rank of every product; those that it would not make smaller are left alone.
+            ratio: instead of a rank, the share of the parameters of the chosen products that is kept.
             method: activation: least error on the samples; svd: of the weights alone.
             allocation: how `ratio` is spread. uniform: the same share of each product; global: ranks where they hold
                 most of what their product makes.
-            include, exclude: patterns of weight names; other products are left alone.
+            include: patterns of weight names to split; none: all.
+            exclude: patterns of weight names to leave alone.
             min_features: products with fewer inputs or outputs are left alone.
         """
         if (rank is None) == (ratio is None):
@@ -73,24 +81,23 @@ class LowRank(CalibratedPass):
     def needs_samples(self) -> bool:
         return self.method == "activation"
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         linears = self._chosen(model, report)
         if not linears:
             return
-        if self.needs_samples and not self.calibration.fits(model):
-            report.skip(NO_SAMPLES, len(linears))
+        if lacks_samples(self, model, context, report, len(linears)):
             return
-        found = self._spectra(model, linears)
+        spectra = self._spectra(model, context, linears, report)
         shapes = [linear.shape for linear in linears]
-        ranks = self._ranks([found[f"{linear.name}#energies"].numpy() for linear in linears], shapes)
+        ranks = self._ranks([spectra[linear.name]["energies"].numpy() for linear in linears], shapes)
         products = {product.node: product for product in find_products(model.graph)}
         for linear, rank in zip(linears, ranks, strict=True):
             if rank is None or rank > break_even(linear.shape):
                 report.skip("two products would be no smaller")
                 continue
-            energies = found[f"{linear.name}#energies"].numpy()
+            energies = spectra[linear.name]["energies"].numpy()
             report.measure(linear.name, float(energies[rank:].sum() / max(energies.sum(), np.finfo(float).tiny)))
-            _split(model.graph, products[linear.node], linear, found[f"{linear.name}#directions"].numpy(), rank)
+            _split(model.graph, products[linear.node], linear, spectra[linear.name]["directions"].numpy(), rank)
             report.match("products split in two")
 
     def _chosen(self, model: ir.Model, report: Report) -> list[Linear]:
@@ -114,35 +121,36 @@ class LowRank(CalibratedPass):
             return allocate(energies, shapes, self.ratio * sum(rows * columns for rows, columns in shapes))
         return [max(1, int(self.ratio * rows * columns / (rows + columns))) for rows, columns in shapes]
 
-    def _spectra(self, model: ir.Model, linears: Sequence[Linear]) -> dict[str, ir.TensorProtocol]:
-        """Energies and directions of each product, by `weight#energies`, `weight#directions`."""
-        found: dict[str, ir.TensorProtocol] = {}
+    def _spectra(
+        self, model: ir.Model, context: Context, linears: Sequence[Linear], report: Report
+    ) -> dict[str, Result]:
+        """`energies` and `directions` by weight."""
         if not self.needs_samples:
-            for linear in linears:
-                found |= {name: ir.tensor(array) for name, array in _solve(None, [linear]).items()}
-            return found
-        names = sorted(linear.name for linear in linears)
-        for step in self.calibration.walk(model, feed="original", method=f"low-rank {names}"):
-            here = [linear for linear in linears if linear.node in set(step.segment.nodes)]
-            for number, group in enumerate(group_by_activation(here).values()):
-                found |= step.results(str(number), partial(_solve, step, group))
-        return found
+            return {linear.name: as_tensors(_spectrum(linear, None)) for linear in linears}
+        spectra: dict[str, Result] = {}
+        fit_blockwise(
+            model,
+            context,
+            report,
+            fit=self.name,
+            options=sorted(linear.name for linear in linears),
+            stages=by_input(linears),
+            solve=_solve,
+            put=lambda linear, result: spectra.update({linear.name: result}),
+            feed="original",
+        )
+        return spectra
 
 
-def _solve(step: Step | None, group: Sequence[Linear]) -> dict[str, NDArray[Any]]:
-    """Spectra of products that read one activation."""
-    moments = None
-    if step is not None:
-        activation = str(group[0].activation.name)
-        gram = Gram(group[0].shape[0], activation)
-        step.observe({activation: [gram]})
-        moments = gram.matrix()
-    arrays: dict[str, NDArray[Any]] = {}
-    for linear in group:
-        found = spectrum_of(read_rows(linear).T, moments)
-        arrays[f"{linear.name}#energies"] = found.energies
-        arrays[f"{linear.name}#directions"] = found.directions.astype(np.float32)
-    return arrays
+def _solve(step: WalkStep, linears: Sequence[Linear]) -> dict[str, Arrays]:
+    """Spectra of products that read one activation, by weight."""
+    moments = second_moments(step, linears)
+    return {linear.name: _spectrum(linear, moments) for linear in linears}
+
+
+def _spectrum(linear: Linear, moments: Doubles | None) -> Arrays:
+    spectrum = spectrum_of(read_rows(linear).T, moments)
+    return {"energies": spectrum.energies, "directions": spectrum.directions.astype(np.float32)}
 
 
 def _split(graph: ir.Graph, product: Product, linear: Linear, directions: NDArray[np.floating], rank: int) -> None:

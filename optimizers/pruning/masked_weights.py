@@ -74,11 +74,6 @@ def _readers(weight: ir.Value) -> set[ir.Node]:
     return found
 
 
-def read(linear: Linear) -> NDArray[np.float32]:
-    """W as [in, out], read now."""
-    return np.ascontiguousarray(read_rows(linear).T)
-
-
 def put(linear: Linear, tensor: ir.TensorProtocol) -> None:
     """Give a product another weight of the same shape, in the stored layout."""
     tensor.name = linear.weight.name
@@ -97,7 +92,7 @@ def put_mask(linear: Linear, mask: PackedMask) -> bool:
     return True
 
 
-def zeros(linear: Linear) -> float:
+def share_of_zeros(linear: Linear) -> float:
     """The share of a weight that is zero."""
     return float(np.mean(read_rows(linear) == 0))
 

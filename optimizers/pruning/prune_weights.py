@@ -6,30 +6,43 @@ download, see docs/passes/masks.md. Masks are found again in the result: `onnxpr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Floats
-from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.calibration.samples import token_count
-from onnxpress.calibration.walk import Step
-from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
-from onnxpress.graph.linear import Linear, read_matrix, read_rows, selected
+from onnxpress.arrays import Doubles, Floats
+from onnxpress.calibration.known_results import Result, digest_of
+from onnxpress.calibration.walk import WalkStep
+from onnxpress.errors import UnsupportedModelError, UsageError
+from onnxpress.graph.anatomy import Segment
+from onnxpress.graph.linear import Linear, read_linear, read_matrix, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.fitting.statistics import Gram
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import (
+    ERROR,
+    Arrays,
+    by_input,
+    fit_blockwise,
+    lacks_samples,
+    require_tokens,
+    second_moments,
+)
 from onnxpress.optimizers.pruning.mask_files import PackedMask, read_masks
-from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, read, zeros
-from onnxpress.optimizers.pruning.maths.masks import Score, Threshold, choose, growing, is_sparse, parse_pattern, scores
-from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
-from onnxpress.optimizers.quantization.fit_blocks import FEWEST_TOKENS
+from onnxpress.optimizers.pruning.masked_weights import maskable, put, put_mask, share_of_zeros
+from onnxpress.optimizers.pruning.maths.masks import (
+    Score,
+    Threshold,
+    choose_mask,
+    growing,
+    is_sparse,
+    parse_pattern,
+    scores,
+)
+from onnxpress.optimizers.pruning.maths.sparsegpt import refit_masked, sparsegpt
 from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
@@ -37,15 +50,7 @@ STEPS = 16
 """Of the refit after SparseGPT, unless the user says otherwise; not yet tuned on a real model."""
 
 
-class Pruned(NamedTuple):
-    """What became of a weight."""
-
-    digest: bytes
-    """Of the weight before."""
-    tensor: ir.TensorProtocol
-
-
-class PruneWeights(CalibratedPass):
+class PruneWeights(Pass):
     """Set the least important weights of the transformer's products to zero.
 
     magnitude    |w|
@@ -85,13 +90,13 @@ class PruneWeights(CalibratedPass):
             scope: `global` compares the weights of all products with each other; for unstructured patterns and methods
                 that look at no samples.
             strength: λ of `ratio`: 0 compares with the mean of the matrix, 1 with that of the row.
-            rounds: sparsity grows in so many, with the cube, statistics being taken anew in each.
+            rounds: how many times weights are pruned, sparsity growing with the cube and statistics taken anew.
             refit: steps of a least squares fit of the weights that stay, to what the product computed on sample inputs;
                 none: 16 for sparsegpt, 0 for others.
-            damping: of SparseGPT and the fit, times the mean energy of an input.
+            damping: added to the second moments of inputs by SparseGPT and the fit, times their mean.
             masks: a file of masks to put on; the options above say nothing then.
-            include, exclude: patterns of weight names; products with other weights are left alone. The head is left
-                alone unless `include` fits it.
+            include: patterns of weight names to prune; none: all but the head, which only a pattern includes.
+            exclude: patterns of weight names to leave alone.
             min_features: products with fewer inputs or outputs are left alone.
         """
         self.pattern = parse_pattern(pattern)
@@ -117,31 +122,29 @@ class PruneWeights(CalibratedPass):
         self.given = None if masks is None else read_masks(Path(masks))
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
-        self.known: dict[str, Pruned] = {}
-        """By weight: one that several graphs have, as the two decoders of an encoder-decoder, is pruned once."""
 
     @property
     def needs_samples(self) -> bool:
         return self.given is None and (self.method in ("wanda", "sparsegpt") or self.refit > 0)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         targets = self._targets(model, report)
         if self.given is not None:
             self._put_masks(model, targets, self.given, report)
             return
-        if self.needs_samples and not self.calibration.fits(model):
-            report.skip(NO_SAMPLES, len(targets))
+        if lacks_samples(self, model, context, report, len(targets)):
             return
-        before = {name: _Before(linear.weight.const_value, _digest(linear)) for name, linear in targets.items()}
-        changed = set()
-        for name in list(targets):
-            known = self.known.get(name)
-            if known is not None and known.digest == before[name].digest:
-                put(targets.pop(name), known.tensor)
+        digests = {name: digest_of(linear.weight) for name, linear in targets.items()}
+        for name, digest in digests.items():
+            known = context.known.find(self.name, name, digest)
+            if known is not None:
+                put(targets.pop(name), known["weight"])
                 report.match("pruned in another graph")
+        originals = {name: linear.weight.const_value for name, linear in targets.items()}
+        changed = set[str]()
         for number, sparsity in enumerate(growing(self.sparsity, self.rounds)):
             if self.needs_samples:
-                changed |= self._by_samples(model, targets, before, sparsity, number, report)
+                changed |= self._by_samples(model, context, targets, originals, sparsity, number, report)
             else:
                 changed |= self._by_weights(targets, sparsity)
         for name, linear in targets.items():
@@ -149,8 +152,8 @@ class PruneWeights(CalibratedPass):
                 report.skip("as sparse already")
                 continue
             assert linear.weight.const_value is not None
-            self.known[name] = Pruned(before[name].digest, linear.weight.const_value)
-            report.match(f"{zeros(linear):.0%} zeros")
+            context.known.add(self.name, name, digests[name], {"weight": linear.weight.const_value})
+            report.match(f"{share_of_zeros(linear):.0%} zeros")
 
     def _targets(self, model: ir.Model, report: Report) -> dict[str, Linear]:
         """The products whose weights are to be pruned, by name; UsageError where the pattern does not divide one."""
@@ -176,7 +179,7 @@ class PruneWeights(CalibratedPass):
                 continue
             linear = targets[name]
             if put_mask(linear, mask):
-                report.match(f"{zeros(linear):.0%} zeros")
+                report.match(f"{share_of_zeros(linear):.0%} zeros")
             else:
                 report.skip("as sparse already")
 
@@ -187,47 +190,52 @@ class PruneWeights(CalibratedPass):
             threshold = Threshold(lambda: (self._scores(linear) for linear in targets.values()), sparsity)
         changed = set()
         for name, linear in targets.items():
-            found = self._scores(linear)
-            mask = choose(found, sparsity, self.pattern) if threshold is None else threshold.mask(found)
+            importance = self._scores(linear)
+            mask = choose_mask(importance, sparsity, self.pattern) if threshold is None else threshold.mask(importance)
             if put_mask(linear, PackedMask.pack(mask.T if linear.transposed else mask)):
                 changed.add(name)
         return changed
 
     def _scores(self, linear: Linear) -> Floats:
-        return scores(read(linear), self._score, strength=self.strength)
+        return scores(read_linear(linear), self._score, strength=self.strength)
 
     def _by_samples(
         self,
         model: ir.Model,
+        context: Context,
         targets: Mapping[str, Linear],
-        before: Mapping[str, _Before],
+        originals: Mapping[str, ir.TensorProtocol | None],
         sparsity: float,
         number: int,
         report: Report,
     ) -> set[str]:
-        """The same by what products read, each looked at after those before it were pruned."""
-        tokens = token_count(self.calibration.samples)
-        if 0 < tokens < FEWEST_TOKENS:
-            raise BadInputError(
-                f"prune-weights has {tokens} tokens to calibrate with; it needs at least {FEWEST_TOKENS}",
-                hint='give a longer text with --calibration, or choose method="magnitude", which needs none',
-            )
-        options = (sparsity, self.pattern, self.method, self.strength, self.refit, self.damping, sorted(targets))
-        waiting, changed = dict(targets), set()
-        for step in self.calibration.walk(model, method=f"prune-weights {number} {options!r}", by_product=True):
-            for place, linears in enumerate(_stages(step, waiting)):
-                fresh = [linear for linear in linears if not self._is_done(linear, sparsity)]
-                found = step.results(str(place), partial(self._solve, step, fresh, before, sparsity))
-                for linear in fresh:
-                    put(linear, found[f"{linear.name}#weight"])
-                    report.measure(linear.name, float(found[f"{linear.name}#error"].numpy()[0]))
-                    changed.add(linear.name)
-                for linear in linears:
-                    waiting.pop(linear.name, None)
+        """Prune by what products read, each looked at after those before it were pruned; the names of those pruned."""
+        require_tokens(context.calibration, self.name, 'method="magnitude"')
+        groups, changed = by_input(targets.values()), set[str]()
+
+        def stages(segment: Segment) -> list[list[Linear]]:
+            return [[linear for linear in group if not self._is_done(linear, sparsity)] for group in groups(segment)]
+
+        def put_weight(linear: Linear, result: Result) -> None:
+            put(linear, result["weight"])
+            changed.add(linear.name)
+
+        fit_blockwise(
+            model,
+            context,
+            report,
+            fit=f"{self.name} {number}",
+            options=(sparsity, self.pattern, self.method, self.strength, self.refit, self.damping, sorted(targets)),
+            stages=stages,
+            solve=partial(self._solve, originals=originals, sparsity=sparsity),
+            put=put_weight,
+            by_product=True,
+            once=False,
+        )
         return changed
 
     def _is_done(self, linear: Linear, sparsity: float) -> bool:
-        return is_sparse(read(linear), sparsity, self.pattern, per_output=self._per_output)
+        return is_sparse(read_linear(linear), sparsity, self.pattern, per_output=self._per_output)
 
     @property
     def _score(self) -> Score:
@@ -239,51 +247,33 @@ class PruneWeights(CalibratedPass):
         return self.method == "wanda"
 
     def _solve(
-        self, step: Step, linears: Sequence[Linear], before: Mapping[str, _Before], sparsity: float
-    ) -> dict[str, NDArray[Any]]:
-        """Pruned weights and relative errors of products that read one activation: `weight#weight`, `weight#error`."""
-        if not linears:
-            return {}
-        activation = str(linears[0].activation.name)
-        gram = Gram(linears[0].shape[0], activation)
-        step.observe({activation: [gram]})
-        moments = gram.matrix()
-        arrays: dict[str, NDArray[Any]] = {}
+        self,
+        step: WalkStep,
+        linears: Sequence[Linear],
+        *,
+        originals: Mapping[str, ir.TensorProtocol | None],
+        sparsity: float,
+    ) -> dict[str, Arrays]:
+        """Pruned weights, as they are stored, and relative errors of products that read one activation."""
+        moments = second_moments(step, linears)
+        results: dict[str, Arrays] = {}
         for linear in linears:
-            original = read_matrix(before[linear.name].tensor, linear.name, transpose=linear.transposed)
-            pruned = self._pruned(read(linear), original, moments, sparsity)
-            arrays[f"{linear.name}#weight"] = np.ascontiguousarray(pruned.T if linear.transposed else pruned)
-            arrays[f"{linear.name}#error"] = np.array([relative_error(original, pruned, moments)])
-        return arrays
+            tensor = originals[linear.name]
+            assert tensor is not None
+            original = read_matrix(tensor, linear.name, transpose=linear.transposed)
+            pruned = self._pruned(read_linear(linear), original, moments, sparsity)
+            stored = np.ascontiguousarray(pruned.T if linear.transposed else pruned)
+            results[linear.name] = {"weight": stored, ERROR: np.array([relative_error(original, pruned, moments)])}
+        return results
 
-    def _pruned(self, weight: Floats, original: Floats, gram: NDArray[np.float64], sparsity: float) -> Floats:
+    def _pruned(self, weight: Floats, original: Floats, gram: Doubles, sparsity: float) -> Floats:
         if self.method == "sparsegpt":
             pruned, mask = sparsegpt(weight, gram, sparsity, self.pattern, damping=self.damping)
         else:
             norms = np.sqrt(np.diagonal(gram)).astype(np.float32)
-            found = scores(weight, self._score, strength=self.strength, norms=norms)
-            mask = choose(found, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
+            importance = scores(weight, self._score, strength=self.strength, norms=norms)
+            mask = choose_mask(importance, sparsity, self.pattern, per_output=self._per_output) & (weight != 0)
             pruned = np.where(mask, weight, np.float32(0))
         if not self.refit:
             return pruned
-        return refit(original, pruned, mask, gram, damping=self.damping, steps=self.refit)
-
-
-class _Before(NamedTuple):
-    """A weight before the first round."""
-
-    tensor: Any
-    digest: bytes
-
-
-def _stages(step: Step, waiting: Mapping[str, Linear]) -> list[list[Linear]]:
-    """Weights that are waiting and read one activation of a segment, in the order in which they run."""
-    stages: dict[ir.Value, list[Linear]] = {}
-    for linear in waiting.values():
-        if linear.node in step.segment.nodes:
-            stages.setdefault(linear.activation, []).append(linear)
-    return list(stages.values())
-
-
-def _digest(linear: Linear) -> bytes:
-    return hashlib.blake2b(read_rows(linear).view(np.uint8).data, digest_size=16).digest()
+        return refit_masked(original, pruned, mask, gram, damping=self.damping, steps=self.refit)

@@ -14,14 +14,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Doubles
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.edits import add_constant
 from onnxpress.graph.linear import match_linear
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.statistics import Gram
 from onnxpress.optimizers.pruning.maths.hidden import (
     center,
@@ -33,12 +33,13 @@ from onnxpress.optimizers.pruning.maths.hidden import (
 from onnxpress.optimizers.pruning.stream import Stream, find_stream, moments_of, rotate_rows
 
 
-class ReduceHidden(CalibratedPass):
+class ReduceHidden(Pass):
     """Rotate the residual stream and keep its first components."""
 
     name = "reduce-hidden"
     exact = False
     needs_anatomy = True
+    needs_samples = True
 
     def __init__(
         self,
@@ -69,18 +70,18 @@ class ReduceHidden(CalibratedPass):
             raise ValueError(f"multiple_of must be positive, not {multiple_of}")
         self.width, self.ratio, self.multiple_of, self.tie = width, ratio, multiple_of, tie
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         stream = find_stream(model)
         kept = self._kept(stream.width)
         head = anatomy_of(model).head
         tied = head is not None and head.weight in stream.tables
         _require_editable(stream, head if tied else None)
-        if not self.calibration.fits(model):
+        if not context.calibration.fits(model):
             report.skip(NO_SAMPLES)
             return
         centered = any(node.op_type in ("LayerNormalization", "SkipLayerNormalization") for node in stream.norms)
         gain = _fold_norms(model.graph, stream, head if tied else None, centered, self.tie and not centered)
-        covariance = self._covariance(model, stream)
+        covariance = _covariance(model, stream, context.calibration)
         directions = principal_directions(covariance, kept)
         mixed = gain is not None
         if mixed:
@@ -104,15 +105,16 @@ class ReduceHidden(CalibratedPass):
             raise UsageError(f"the hidden size is {width}: {kept} is more", hint=f"give at most {width}")
         return kept
 
-    def _covariance(self, model: ir.Model, stream: Stream) -> Doubles:
-        """Mean over layers of E[x xᵀ] of what norms without gain make [width, width]."""
-        gram = Gram(stream.width, "residual stream")
-        self.calibration.observe(model, {str(node.outputs[0].name): [gram] for node in stream.norms})
-        return gram.matrix()
+
+def _covariance(model: ir.Model, stream: Stream, calibration: Calibration) -> Doubles:
+    """Mean over layers of E[x xᵀ] of what norms without gain make [width, width]."""
+    gram = Gram(stream.width, "residual stream")
+    calibration.observe(model, {str(node.outputs[0].name): [gram] for node in stream.norms})
+    return gram.matrix()
 
 
 def _past_transpose(node: ir.Node) -> list[ir.Node]:
-    """Who reads a table: a node, or those behind a Transpose."""
+    """The readers of a table: a node, or those behind a Transpose."""
     return [user for user, _ in node.outputs[0].uses()] if node.op_type == "Transpose" else [node]
 
 

@@ -8,7 +8,7 @@ becomes the reference's again:
 
 So each product makes up for what its own block lost and for the drift that the blocks before it left. Ridge and prior
 are chosen by the error on tokens that were not fitted to; a product that does no better on them stays as it is. Tokens
-are weighted as in `structure/moments.py`. Memory: a block of each model, and the statistics of one product.
+are weighted as in `fitting.moments`. Memory: a block of each model, and the statistics of one product.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.arrays import Doubles
+from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.calibration.fingerprint import fingerprint
-from onnxpress.calibration.walk import Step
+from onnxpress.calibration.known_results import Result
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, require_editable, set_bias, set_weight
 from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.fitting.fitted_once import FittedOnce
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import Arrays, by_segment, fit_blockwise
 from onnxpress.optimizers.fitting.residual import Addition, addition_of
 from onnxpress.optimizers.fitting.ridge import fit
 from onnxpress.optimizers.fitting.targets import Minus, Plus, Regression, Target
@@ -44,21 +45,32 @@ PARTS: tuple[Part, ...] = ("attention", "feed-forward")
 
 
 @dataclass(frozen=True)
-class Pair:
+class Repairable:
     """A product that writes to the residual stream, and the reference's."""
 
     current: Product
     reference: Product
     here: Addition
     there: Addition
+    block: str
+    """The title of the reference's block."""
+
+    @property
+    def name(self) -> str:
+        return self.current.name
+
+    @property
+    def weight(self) -> ir.Value:
+        return self.current.weight
 
 
-class Repair(CalibratedPass):
+class Repair(Pass):
     """Fit the products that end attention and feed-forward to the outputs of the untouched model."""
 
     name = "repair"
     exact = False
     needs_anatomy = True
+    needs_samples = True
     needs_reference = True
     wanted_rows = 32
     wanted_length = 512
@@ -74,12 +86,13 @@ class Repair(CalibratedPass):
     ) -> None:
         """
         Args:
-            ridges: to choose from by held-out error; in parts of each input channel's second moment.
-            priors: what weights may be drawn to: those they are, or zero.
+            ridges: how strongly weights are drawn to a prior, to choose from by held-out error; in parts of each
+                input channel's second moment.
+            priors: what weights may be drawn to: `current`, those they are, or `zero`.
             bias: fit the bias as well, where a product has one.
-            parts: which products.
-            include: patterns of weight names; none: all.
-            exclude: patterns of those to leave alone.
+            parts: which products: those that end `attention`, those that end `feed-forward`, or both.
+            include: patterns of weight names to fit; none: all.
+            exclude: patterns of weight names to leave alone.
         """
         if not ridges or min(ridges) <= 0:
             raise ValueError(f"ridges are one or more numbers above 0, not {list(ridges)}")
@@ -87,33 +100,36 @@ class Repair(CalibratedPass):
             raise ValueError("give at least one of priors, and of parts")
         self.ridges, self.priors, self.bias, self.parts = tuple(ridges), tuple(priors), bias, tuple(parts)
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self._known = FittedOnce()
 
-    def apply(self, model: ir.Model, report: Report) -> None:
-        if self.reference is None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
+        reference, calibration = context.reference, context.calibration
+        if reference is None:
             report.skip("no reference: there is nothing to repair towards")
             return
-        current, reference = anatomy_of(model), anatomy_of(self.reference)
-        matches = match_blocks(model, current, reference)
-        pairs = {block.title: self._pairs(block, matches[block.title], report) for block in current.blocks}
-        if not any(pairs.values()):
+        current = anatomy_of(model)
+        matches = match_blocks(model, current, anatomy_of(reference))
+        products = {block.title: self._products(block, matches[block.title], report) for block in current.blocks}
+        if not any(products.values()):
             return
-        if not self.calibration.fits(model) or not self.calibration.fits(self.reference):
-            report.skip(NO_SAMPLES, sum(map(len, pairs.values())))
+        if not calibration.fits(model) or not calibration.fits(reference):
+            report.skip(NO_SAMPLES, sum(map(len, products.values())))
             return
-        origin = fingerprint(self.reference, (), "")
+        theirs = _ReferenceWalk(reference, calibration)
         options = (self.ridges, self.priors, self.bias, self.parts, self.include, self.exclude)
-        # The reference is run again when a walk goes on after being killed: nothing of it is kept.
-        theirs = iter(self.calibration.walk(self.reference, feed="original"))
-        for step in self.calibration.walk(model, method=f"{self.name} {options} {origin}"):
-            if pairs.get(step.title):
-                there = _advance(theirs, matches[step.title].title)
-                for pair in pairs[step.title]:
-                    self._repair(pair, step, there, report)
+        fit_blockwise(
+            model,
+            context,
+            report,
+            fit=self.name,
+            options=(*options, fingerprint(reference, (), "")),
+            stages=by_segment(products),
+            solve=partial(self._solve, reference=theirs, memory=calibration.memory_bytes),
+            put=partial(_put, report),
+        )
 
-    def _pairs(self, block: Block, there: Block, report: Report) -> list[Pair]:
-        """What to repair in a block, in the order in which it runs; the rest goes to the report."""
-        pairs = []
+    def _products(self, block: Block, there: Block, report: Report) -> list[Repairable]:
+        """The products to repair in a block, in the order in which they run; the rest goes to the report."""
+        products = []
         for ours, product in _writers(block, there):
             if ours is None or product is None:
                 report.skip("a product without a counterpart in the reference")
@@ -131,62 +147,86 @@ class Repair(CalibratedPass):
                     f"{ours.name} writes {ours.features[1]} features, the reference's {product.features[1]}",
                     hint="repair before the pass that changes the hidden size",
                 )
-            pair = Pair(ours, product, addition_of(block, ours), addition_of(there, product))
-            if bool(pair.here.terms) != bool(pair.there.terms):
+            here, other = addition_of(block, ours), addition_of(there, product)
+            if bool(here.terms) != bool(other.terms):
                 report.skip("joins the residual stream in another way than in the reference")
                 continue
-            pairs.append(pair)
-        return pairs
+            products.append(Repairable(ours, product, here, other, there.title))
+        return products
 
-    def _repair(self, pair: Pair, step: Step, there: Step, report: Report) -> None:
-        key = f"product{pair.current.name}".replace("/", "_")
-        compute = partial(self._solve, pair, step, there)
-        found = self._known.get(pair.current, partial(step.results, key, compute))
-        before, after = (float(value) for value in found["errors"].numpy())
-        report.measure(pair.current.name, after)
-        report.measure(f"{pair.current.name} (before)", before)
-        if "weight" not in found:
-            report.skip("no better on held-out tokens")
-            return
-        set_weight(pair.current, found["weight"])
-        if "bias" in found:
-            set_bias(pair.current, found["bias"].numpy())
-        report.match("product")
-
-    def _solve(self, pair: Pair, step: Step, there: Step) -> dict[str, NDArray[Any]]:
+    def _solve(
+        self, step: WalkStep, products: Sequence[Repairable], *, reference: _ReferenceWalk, memory: int
+    ) -> dict[str, Arrays]:
         """`errors` [2], held-out, before and after, in parts of the stream; `weight` and `bias` where they change."""
-        ours, product = pair.current, pair.reference
+        (product,) = products
+        ours = product.current
         bias = _bias(ours) if self.bias and ours.bias is not None else None
-        target = Target(self.calibration.memory_bytes)
-        name = str(ours.activation.name)
-        try:
-            there.observe({str(value.name): [Plus(target)] for value in (product.output, *pair.there.terms)})
-            if pair.there.bias is not None:
-                target.shift(pair.there.bias)
-            regression = Regression(target, target.lengths(), ours.features, name, intercept=bias is not None)
-            if pair.here.bias is not None:
-                target.shift(-pair.here.bias)
-            if ours.bias is not None and bias is None:
-                target.shift(-_bias(ours))
-            wanted: dict[str, list[Any]] = {str(value.name): [Minus(target)] for value in pair.here.terms}
-            step.observe({**wanted, name: [regression]})
-        finally:
-            target.close()
+        regression = _observe(product, step, reference.at(product.block), memory, intercept=bias is not None)
         weight = read_weight(ours).astype(np.float64)
         if bias is not None:
             weight = np.concatenate([weight, bias[None]])
         priors = {"current": weight, "zero": np.zeros_like(weight)}
-        found = fit(
+        fitted = fit(
             regression.fit, regression.held_out, weight, {name: priors[name] for name in self.priors}, self.ridges
         )
         scale = 1 / max(regression.held_out.tokens, 1)
-        arrays: dict[str, NDArray[Any]] = {"errors": np.array([found.before * scale, found.after * scale])}
-        if found.prior is not None:
-            fitted = found.weight.astype(np.float32)
-            arrays["weight"] = fitted[: ours.features[0]]
+        result = {"errors": np.array([fitted.before * scale, fitted.after * scale])}
+        if fitted.prior is not None:
+            after = fitted.weight.astype(np.float32)
+            result["weight"] = after[: ours.features[0]]
             if bias is not None:
-                arrays["bias"] = fitted[-1]
-        return arrays
+                result["bias"] = after[-1]
+        return {product.name: result}
+
+
+class _ReferenceWalk:
+    """The reference's blocks, run over its own hidden states as far as they are asked for.
+
+    It is run again when a walk goes on after being killed: nothing of it is kept.
+    """
+
+    def __init__(self, reference: ir.Model, calibration: Calibration) -> None:
+        self._steps = iter(calibration.walk(reference, feed="original"))
+        self._step: WalkStep | None = None
+
+    def at(self, title: str) -> WalkStep:
+        """The block of that title, not before the one asked for last."""
+        while self._step is None or self._step.title != title:
+            self._step = next(self._steps)
+        return self._step
+
+
+def _observe(product: Repairable, step: WalkStep, there: WalkStep, memory: int, *, intercept: bool) -> Regression:
+    """The sums of a regression of the reference's stream, less the current one, on what the product reads."""
+    ours, name = product.current, str(product.current.activation.name)
+    target = Target(memory)
+    try:
+        there.observe({str(value.name): [Plus(target)] for value in (product.reference.output, *product.there.terms)})
+        if product.there.bias is not None:
+            target.shift(product.there.bias)
+        regression = Regression(target, target.lengths(), ours.features, name, intercept=intercept)
+        if product.here.bias is not None:
+            target.shift(-product.here.bias)
+        if ours.bias is not None and not intercept:
+            target.shift(-_bias(ours))
+        wanted: dict[str, list[Any]] = {str(value.name): [Minus(target)] for value in product.here.terms}
+        step.observe({**wanted, name: [regression]})
+    finally:
+        target.close()
+    return regression
+
+
+def _put(report: Report, product: Repairable, result: Result) -> None:
+    before, after = (float(value) for value in result["errors"].numpy())
+    report.measure(product.name, after)
+    report.measure(f"{product.name} (before)", before)
+    if "weight" not in result:
+        report.skip("no better on held-out tokens")
+        return
+    set_weight(product.current, result["weight"])
+    if "bias" in result:
+        set_bias(product.current, result["bias"].numpy())
+    report.match("product")
 
 
 def match_blocks(model: ir.Model, current: Anatomy, reference: Anatomy) -> dict[str, Block]:
@@ -199,7 +239,7 @@ def match_blocks(model: ir.Model, current: Anatomy, reference: Anatomy) -> dict[
         return {block.title: block for block in reference.blocks}
     recorded = json.loads(model.metadata_props.get(LAYERS, "{}"))
     blocks = {block.title: block for block in reference.blocks}
-    found = {}
+    matches = {}
     for block in current.blocks:
         stack, _, _ = block.title.rpartition(".")
         origins = recorded.get(stack)
@@ -211,8 +251,8 @@ def match_blocks(model: ir.Model, current: Anatomy, reference: Anatomy) -> dict[
                 "tells which is which",
                 hint="repair an artifact made by passes that record the layers they keep",
             )
-        found[block.title] = blocks[title]
-    return found
+        matches[block.title] = blocks[title]
+    return matches
 
 
 def _depth(anatomy: Anatomy, stack: str) -> int:
@@ -222,8 +262,8 @@ def _depth(anatomy: Anatomy, stack: str) -> int:
 def _writers(block: Block, there: Block) -> Iterator[tuple[Product | None, Product | None]]:
     """Products that end attentions and feed-forward, each with the reference's."""
     if len(block.attentions) == len(there.attentions):
-        for one, other in zip(block.attentions, there.attentions, strict=True):
-            yield one.output, other.output
+        for attention, other in zip(block.attentions, there.attentions, strict=True):
+            yield attention.output, other.output
     if block.feed_forward is not None:
         yield block.feed_forward.down, there.feed_forward.down if there.feed_forward is not None else None
 
@@ -233,12 +273,7 @@ def _part(block: Block, product: Product) -> Part:
     return "feed-forward" if is_down else "attention"
 
 
-def _bias(product: Product) -> NDArray[np.float64]:
+def _bias(product: Product) -> Doubles:
     assert product.bias is not None
     assert product.bias.const_value is not None
     return np.asarray(product.bias.const_value.numpy(), np.float64)
-
-
-def _advance(steps: Iterator[Step], title: str) -> Step:
-    """The reference's step of that title; those before it are run on the way."""
-    return next(step for step in steps if step.title == title)

@@ -76,7 +76,7 @@ def _has_width(node: ir.Node, width: int) -> bool:
 
 
 def _makers(stream: Stream, value: ir.Value, outputs: dict[ir.Value, Product]) -> list[ir.Value]:
-    """What a value of the stream is made of, as far as it is the stream, too."""
+    """The values that a value of the stream is made of, as far as they are the stream, too."""
     if value in outputs:
         stream.writers[outputs[value].weight] = outputs[value]
         return []
@@ -106,7 +106,7 @@ def _makers(stream: Stream, value: ir.Value, outputs: dict[ir.Value, Product]) -
 
 
 def _users(stream: Stream, value: ir.Value, readers: dict[ir.Value, list[Product]]) -> list[ir.Value]:
-    """What else is the stream because of those that read a value of it."""
+    """The values that are the stream, too, because of those that read a value of it."""
     found: list[ir.Value] = []
     for node, index in value.uses():
         if node.op_type in NORMS and (index == 0 or (index == 1 and node.op_type.startswith("Skip"))):
@@ -139,7 +139,7 @@ def _readers(node: ir.Node, readers: dict[ir.Value, list[Product]]) -> list[Prod
 
 
 def _scaled(node: ir.Node) -> list[ir.Value]:
-    """What a Mul with a single number multiplies."""
+    """The values that a Mul with a single number multiplies."""
     constants = [one for one in node.inputs if one is not None and one.is_initializer()]
     if len(constants) != 1 or constants[0].const_value is None or constants[0].const_value.size != 1:
         raise UnsupportedModelError(f"Mul {node.name} scales channels of the residual stream")

@@ -2,18 +2,20 @@
 
     logits = x · E[kept]ᵀ,  embedding = E[kept][ids]
 
-Which tokens these are, what the tokenizer makes of text without the others, and the files that follow, are the driver's
-to know (`onnxpress.vocabulary`): it sets `kept` before the pass runs. For these tokens the graph computes what it did.
+Which tokens these are, what the tokenizer makes of text without the others, and the files that follow, is for
+`onnxpress.vocabulary` to tell. For these tokens the graph computes what it did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Ids
+from onnxpress.artifact.artifact import Artifact
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import keep_weight, require_editable, select_part
@@ -23,7 +25,8 @@ from onnxpress.graph.linear import match_linear
 from onnxpress.graph.matching import scalar
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.vocabulary.trimming import Trimming, trimming
 
 _INPUTS = ("input_ids", "decoder_input_ids")
 _RESHAPED = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Expand")
@@ -73,31 +76,59 @@ class TrimVocabulary(Pass):
             raise ValueError(f"multiple_of must be 1 or more, not {multiple_of}")
         self.corpus, self.scripts = corpus, tuple(scripts) if scripts is not None else None
         self.tokens, self.multiple_of = tokens, multiple_of
-        self.kept: Ids | None = None
-        """Ids of the tokens to keep, ascending: int64 [kept]. Set by the driver."""
+        self._trimmed: tuple[Artifact, Trimming] | None = None
+        """The latest artifact that the pass was run for: all its graphs keep the same tokens."""
 
-    def apply(self, model: ir.Model, report: Report) -> None:
-        if self.kept is None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
+        if context.artifact is None:
             raise UsageError("trim-vocabulary runs in a build only, where there is a tokenizer")
-        kept, anatomy = self.kept, anatomy_of(model)
-        tables = [table for table in anatomy.embeddings if _reads_ids(table.node.inputs[1])]
-        if not tables:
-            return report.skip("no table is looked up by input_ids")
-        rows = _rows_of(tables)
-        if kept[-1] >= rows:
-            raise UnsupportedModelError(f"the embedding has {rows} rows; token {int(kept[-1])} has none")
-        if len(kept) == rows:
-            return report.skip("all tokens are kept")
-        head = _head(model, anatomy, tables, rows)
-        _renumber_comparisons(model.graph, {table.node for table in tables}, kept)
-        for weight in dict.fromkeys(table.weight for table in tables):
-            _keep_rows(weight, kept)
-            report.match("embedding")
-        if head is not None:
-            if not any(table.weight is head.weight for table in tables):
-                keep_weight(head, None, kept)
-            _trim_logits(model.graph, head, rows, kept)
-            report.match("head")
+        chosen = self._trimming(context.artifact)
+        keep_tokens(model, chosen.kept, report)
+        report.notes += chosen.notes
+
+    def follow(self, artifact: Artifact, folder: Path) -> Artifact:
+        return self._trimming(artifact).follow(artifact, folder)
+
+    def _trimming(self, artifact: Artifact) -> Trimming:
+        if self._trimmed is None or self._trimmed[0] is not artifact:
+            trimmed = trimming(
+                artifact,
+                corpus=self.corpus,
+                scripts=self.scripts,
+                tokens=self.tokens,
+                multiple_of=self.multiple_of,
+            )
+            self._trimmed = artifact, trimmed
+        return self._trimmed[1]
+
+
+def keep_tokens(model: ir.Model, kept: Ids, report: Report) -> None:
+    """Keep the rows of embeddings and the logits of some tokens.
+
+    Args:
+        kept: ids of the tokens, ascending: int64 [kept].
+
+    Raises UnsupportedModelError where the graph does more with token ids or logits than to look up and to hand on.
+    """
+    anatomy = anatomy_of(model)
+    tables = [table for table in anatomy.embeddings if _reads_ids(table.node.inputs[1])]
+    if not tables:
+        return report.skip("no table is looked up by input_ids")
+    rows = _rows_of(tables)
+    if kept[-1] >= rows:
+        raise UnsupportedModelError(f"the embedding has {rows} rows; token {int(kept[-1])} has none")
+    if len(kept) == rows:
+        return report.skip("all tokens are kept")
+    head = _head(model, anatomy, tables, rows)
+    _renumber_comparisons(model.graph, {table.node for table in tables}, kept)
+    for weight in dict.fromkeys(table.weight for table in tables):
+        _keep_rows(weight, kept)
+        report.match("embedding")
+    if head is not None:
+        if not any(table.weight is head.weight for table in tables):
+            keep_weight(head, None, kept)
+        _trim_logits(model.graph, head, rows, kept)
+        report.match("head")
 
 
 def _reads_ids(value: ir.Value | None) -> bool:
@@ -168,8 +199,8 @@ def _trim_logits(graph: ir.Graph, head: Product, rows: int, kept: Ids) -> None:
         value.shape = None
         users = [user for user, _ in value.uses()]
         if len(users) != 1 or users[0].op_type not in _POINTWISE:
-            found = ", ".join(user.op_type for user in users)
-            raise UnsupportedModelError(f"between the head and the logits is {found}, which may need every token")
+            operators = ", ".join(user.op_type for user in users)
+            raise UnsupportedModelError(f"between the head and the logits is {operators}, which may need every token")
         for other in users[0].inputs:
             if other is not None and other is not value:
                 _keep_last(other, rows, kept)

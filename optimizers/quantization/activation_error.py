@@ -1,4 +1,4 @@
-"""How much the products of an activation lose when it is quantized."""
+"""Activation quantization error: how much the products of an activation lose when it is quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = 1e-30
 Quantize = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-class Coarseness:
+class ActivationError:
     """|q(x)·W − x·W|² / |x·W|² of products that read the same activation, averaged over tokens, for each q."""
 
     def __init__(self, linears: Sequence[Linear], *quantizers: Quantize) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.linear import Linear
 from onnxpress.optimizers.fitting.statistics import AverageRange
-from onnxpress.optimizers.quantization.activation_error import Coarseness
+from onnxpress.optimizers.quantization.activation_error import ActivationError
 from onnxpress.optimizers.quantization.maths import ranges
 from onnxpress.optimizers.quantization.maths.histogram import Histogram
 
@@ -22,7 +22,7 @@ METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 ActivationType = Literal["uint8", "int8", "uint16"]
 
 
-class Grid(NamedTuple):
+class ActivationGrid(NamedTuple):
     """x ≈ scale · (code − zero point)."""
 
     scale: np.float32
@@ -37,7 +37,7 @@ class Grid(NamedTuple):
 
 
 class _Seen:
-    """What samples tell of one activation."""
+    """Statistics of one activation on samples."""
 
     def __init__(self, name: str) -> None:
         self.histogram, self.average = Histogram(name), AverageRange(name)
@@ -64,7 +64,7 @@ def find_grids(
     share: float = 99.99,
     symmetric: bool = False,
     measure: bool = False,
-) -> dict[ir.Value, Grid]:
+) -> dict[ir.Value, ActivationGrid]:
     """The grid of each of these values.
 
     Args:
@@ -78,15 +78,15 @@ def find_grids(
     seen = {str(value.name): _Seen(str(value.name)) for value in readers}
     calibration.observe(model, {name: [one.histogram, one.average] for name, one in seen.items()})
     bits = np.iinfo(code_type).bits
-    candidates: dict[ir.Value, list[Grid]] = {}
+    candidates: dict[ir.Value, list[ActivationGrid]] = {}
     for value in readers:
         several = methods if readers[value] else methods[:1]
         found = [seen[str(value.name)].range(method, bits, share, symmetric=symmetric) for method in several]
         candidates[value] = [
-            Grid(*ranges.activation_grid(low, high, code_type, symmetric=symmetric)) for low, high in found
+            ActivationGrid(*ranges.activation_grid(low, high, code_type, symmetric=symmetric)) for low, high in found
         ]
     probes = {
-        str(value.name): Coarseness(linears, *(partial(_round_trip, grid) for grid in candidates[value]))
+        str(value.name): ActivationError(linears, *(partial(_round_trip, grid) for grid in candidates[value]))
         for value, linears in readers.items()
         if linears and (measure or len(candidates[value]) > 1)
     }
@@ -101,5 +101,5 @@ def find_grids(
     return chosen
 
 
-def _round_trip(grid: Grid, x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _round_trip(grid: ActivationGrid, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return ranges.round_trip(x, grid.scale, grid.zero_point)

@@ -15,23 +15,23 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.calibration.walk import Step
-from onnxpress.graph.linear import selected
+from onnxpress.calibration.walk import WalkStep
+from onnxpress.graph.linear import read_linear, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics, Gram
 from onnxpress.optimizers.quantization.block_operands import METHODS, DataFree
-from onnxpress.optimizers.quantization.folding import FREE, FoldingSite, Kind, find_sites, read_weight
+from onnxpress.optimizers.quantization.folding import FREE, FoldingSite, Kind, find_folding_sites
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ScaleType, ZeroPoints
-from onnxpress.optimizers.quantization.maths.channel_scaling import Awq as Found
-from onnxpress.optimizers.quantization.maths.channel_scaling import awq
+from onnxpress.optimizers.quantization.maths.channel_scaling import AwqScaling, awq
 
 
-class Awq(CalibratedPass):
+class Awq(Pass):
     """Rescale the channels of activations for weights that are about to be quantized in blocks."""
 
     name = "awq"
     exact = True
+    needs_samples = True
     wanted_rows = 32
     wanted_length = 256
 
@@ -64,19 +64,19 @@ class Awq(CalibratedPass):
         self.sites = tuple(sites)
         self.include, self.exclude = tuple(include), tuple(exclude)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         waiting: dict[str, FoldingSite] = {}
-        for site in find_sites(model.graph, report, self.sites):
+        for site in find_folding_sites(model.graph, report, self.sites):
             if all(selected(linear.name, self.include, self.exclude) for linear in site.linears):
                 waiting[str(site.activation.name)] = site
             else:
                 report.skip("excluded by name")
         if not waiting:
             return
-        if not self.calibration.fits(model):
+        if not context.calibration.fits(model):
             report.skip(NO_SAMPLES, len(waiting))
             return
-        for step in self.calibration.walk(model, feed="original"):
+        for step in context.calibration.walk(model, feed="original"):
             here = [waiting.pop(name) for name in list(waiting) if name in step.values]
             for site, found in self._search(step, here):
                 for linear in site.linears:
@@ -90,8 +90,9 @@ class Awq(CalibratedPass):
             if not waiting:
                 return
 
-    def _search(self, step: Step, sites: Sequence[FoldingSite]) -> Iterator[tuple[FoldingSite, Found]]:
-        """The best factors of the sites of one block, last to first, each to be folded at once: see `find_sites`.
+    def _search(self, step: WalkStep, sites: Sequence[FoldingSite]) -> Iterator[tuple[FoldingSite, AwqScaling]]:
+        """The best factors of the sites of one block, last to first, each to be folded at once, see
+        `find_folding_sites`.
 
         Folding changes no input of another site, so that all are looked at in one run.
         """
@@ -100,7 +101,7 @@ class Awq(CalibratedPass):
         step.observe({name: [grams[name], seen[name]] for name in grams})
         for site in reversed(sites):
             name = str(site.activation.name)
-            weights = [read_weight(linear) for linear in {linear.weight: linear for linear in site.linears}.values()]
+            weights = [read_linear(linear) for linear in {linear.weight: linear for linear in site.linears}.values()]
             magnitudes = site.tied(seen[name].mean_magnitudes())
             gram = grams.pop(name).matrix()
             yield site, awq(weights, magnitudes, gram, self.format, quantize=self.method, strengths=self.strengths)

@@ -1,4 +1,4 @@
-"""What MatMulNBits and GatherBlockQuantized read of a matrix in blocks, as initializers and nodes of a graph.
+"""Operands of MatMulNBits and GatherBlockQuantized for a matrix in blocks, as initializers and nodes of a graph.
 
 The file holds codes, scales and offsets as the format stores them (`block_format`). Nodes at the start of the graph,
 which runtimes compute once while they load it, make of them what the kernels take:
@@ -22,24 +22,24 @@ from onnxpress.graph.edits import add_constant, add_initializers
 from onnxpress.graph.linear import OFFSETS, read_matrix
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, ViewTensor
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, mask
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks, mask
 from onnxpress.optimizers.quantization.maths.hqq import hqq
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares, round_to_nearest
-from onnxpress.optimizers.quantization.maths.reencoding import lattice
+from onnxpress.optimizers.quantization.maths.reencoding import exact_codes
 
 DataFree = Literal["nearest", "least-squares", "hqq"]
-AnyMethod = Literal[DataFree, "lattice"]
-"""`lattice`: of weights that are known to lie on one."""
-METHODS: dict[AnyMethod, Callable[[Floats, BlockFormat], Blocks]] = {
+AnyMethod = Literal[DataFree, "exact"]
+"""`exact`: for weights that are known to be whole multiples of steps, which are found again."""
+METHODS: dict[AnyMethod, Callable[[Floats, BlockFormat], QuantizedBlocks]] = {
     "nearest": round_to_nearest,
     "least-squares": fit_least_squares,
     "hqq": hqq,
-    "lattice": lattice,
+    "exact": exact_codes,
 }
 
 
 class BlockOperands(NamedTuple):
-    """Of one matrix [features, outputs]."""
+    """Operands for one matrix [features, outputs]."""
 
     codes: ir.Value
     """uint8 [outputs, blocks, block_size · field / 8]"""
@@ -65,7 +65,7 @@ def block_operands(
     Args:
         transpose: the weight is stored [in, out], so that blocks run down its columns.
         method: how codes are found; none: `least-squares` up to 4 bits, `nearest` above, where fitting gains little.
-        tensors: what `Blocks.matmul_nbits` returned, if it is known; by default it is computed when it is written.
+        tensors: what `QuantizedBlocks.matmul_nbits` returned, if it is known; by default it is computed when written.
     """
     tensor, name = weight.const_value, weight.name
     assert tensor is not None
@@ -111,7 +111,7 @@ def flat_codes(graph: ir.Graph, weight: str, operands: BlockOperands, shape: Seq
 
 
 def _specs(name: str, outputs: int, features: int, format: BlockFormat) -> dict[str, tuple[ir.DataType, Sequence[int]]]:
-    """The initializers that hold what `Blocks.matmul_nbits` returns, by name."""
+    """The initializers that hold what `QuantizedBlocks.matmul_nbits` returns, by name."""
     count, bytes_ = format.block_count(features), ir.DataType.UINT8
     number = ir.DataType.FLOAT16 if format.scale_type == "float16" else ir.DataType.FLOAT
     base = f"{name}.q{format.bits}b{format.block_size}"

@@ -42,7 +42,7 @@ class IntegerBias(NamedTuple):
 
 
 def whole_names(name: str, weight_type: WeightType) -> list[str]:
-    """What codes, scale and zero point of a constant with one scale are called."""
+    """The names of codes, scale and zero point of a constant with one scale."""
     return [f"{name}.{weight_type}_whole{ending}" for ending in ("", ".scale", ".zero_point")]
 
 

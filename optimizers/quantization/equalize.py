@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.quantization.folding import FoldingSite, find_folding_sites
 from onnxpress.optimizers.quantization.maths.channel_scaling import equalizing_factors
 
 SWEEPS = 20
@@ -41,8 +41,8 @@ class Equalize(Pass):
         """
         self.sites = tuple(sites)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
-        sites = find_sites(model.graph, report, self.sites)
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
+        sites = find_folding_sites(model.graph, report, self.sites)
         waiting, changed = list(range(len(sites))), set[int]()
         for _ in range(SWEEPS):
             moved = [number for number in waiting if _equalize(sites[number])]

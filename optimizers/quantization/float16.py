@@ -25,7 +25,7 @@ from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.floats import narrow
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import apply_to_rows
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0
@@ -85,7 +85,7 @@ class Float16(Pass):
         self.keep_logits = "logits" in keep
         self.io = HALF if io == "float16" else FLOAT
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         _infer_types(graph)
         kept = self._kept_nodes(graph)
@@ -152,7 +152,7 @@ class Float16(Pass):
 
 
 def _infer_types(graph: ir.Graph) -> None:
-    """Where a graph does not say what type a value has: that of the first typed input, but for the known exceptions."""
+    """Set types that a graph does not tell: that of the first typed input, but for the known exceptions."""
     for node in graph:
         for value in node.outputs:
             if value.dtype is None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_constant
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.quantize_dynamic import quantize_rows
 
 POINTWISE = frozenset("Add Div Erf Gelu HardSwish Identity Mul Relu Sigmoid Silu Softplus Split Sub Swish Tanh".split())
@@ -58,7 +58,7 @@ class IntegerPrompts(Pass):
             raise ValueError("integer products overflow here and destroy the output; use min_tokens = 0")
         self.min_tokens, self.min_weights, self.tokens = min_tokens, min_weights, tokens
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         runs = []
         for run in _runs(graph, report):
@@ -143,7 +143,7 @@ def _factors(scales: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 class _Switch:
-    """What all branches share: whether there are many tokens, and shapes that are known only when the graph runs."""
+    """Values that all branches share: whether there are many tokens, and shapes known only when the graph runs."""
 
     def __init__(self, graph: ir.Graph, tokens: ir.Value, min_tokens: int) -> None:
         self.graph, self.start = graph, graph[0]
@@ -219,7 +219,7 @@ def _branch(graph: ir.Graph, run: Sequence[ir.Node], switch: _Switch, prefix: st
 
 
 def _product(make: _Branch, node: ir.Node, rows: Sequence[ir.Value], switch: _Switch) -> ir.Value:
-    """What a MatMulNBits computes, in integers, for an activation that is quantized already."""
+    """Compute what a MatMulNBits does, in integers, for an activation that is quantized already."""
     features, outputs, size = (node.attributes.get_int(name, 0) for name in ("K", "N", "block_size"))
     codes, scales, zero_points, bias = (_input(node, position) for position in (1, 2, 3, 5))
     assert codes is not None

@@ -22,39 +22,39 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.linear import find_linears, matrix_shape, read_matrix, selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, rows_of
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, split_columns
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
-from onnxpress.optimizers.quantization.maths.reencoding import find_lattice
+from onnxpress.optimizers.quantization.maths.reencoding import find_exact_codes
 from onnxpress.optimizers.quantization.quantize_blocks import obstacle, quantize_linear
 from onnxpress.optimizers.quantization.quantize_embedding import quantize_table, tables
 
 
 class StoredGrid(NamedTuple):
-    """Where weights may lie."""
+    """The grid that stored weights lie on."""
 
     format: BlockFormat
     method: AnyMethod = "nearest"
-    """How codes are found: `nearest` where the largest weight of a block has the outermost code, else `lattice`."""
+    """How codes are found: `nearest` where the largest weight of a block has the outermost code, else `exact`."""
 
 
 GRIDS = {
-    "Q2_K": StoredGrid(BlockFormat(2, 16, "float", "int8", 256), "lattice"),
-    "Q3_K": StoredGrid(BlockFormat(3, 16, "none", "int8", 256), "lattice"),
+    "Q2_K": StoredGrid(BlockFormat(2, 16, "float", "int8", 256), "exact"),
+    "Q3_K": StoredGrid(BlockFormat(3, 16, "none", "int8", 256), "exact"),
     "Q4_0": StoredGrid(BlockFormat(4, 32, "none", "float16")),
-    "Q4_K": StoredGrid(BlockFormat(4, 32, "float", "int8", 256), "lattice"),
+    "Q4_K": StoredGrid(BlockFormat(4, 32, "float", "int8", 256), "exact"),
     "Q4_1": StoredGrid(BlockFormat(4, 32, "float", "float16")),
     "Q5_0": StoredGrid(BlockFormat(5, 32, "none", "float16")),
-    "Q5_K": StoredGrid(BlockFormat(5, 32, "float", "int8", 256), "lattice"),
+    "Q5_K": StoredGrid(BlockFormat(5, 32, "float", "int8", 256), "exact"),
     # An offset from the middle of the codes may take more than 11 bits.
     "Q4_1 with long offsets": StoredGrid(BlockFormat(4, 32, "float")),
     "Q5_1": StoredGrid(BlockFormat(5, 32, "float", "float16")),
-    "Q6_K": StoredGrid(BlockFormat(6, 16, "none", "int8", 256), "lattice"),
+    "Q6_K": StoredGrid(BlockFormat(6, 16, "none", "int8", 256), "exact"),
     "Q5_1 with long offsets": StoredGrid(BlockFormat(5, 32, "float")),
-    "IQ4_XS": StoredGrid(BlockFormat(8, 32, "none", "int8", 256), "lattice"),
+    "IQ4_XS": StoredGrid(BlockFormat(8, 32, "none", "int8", 256), "exact"),
     "Q8_0": StoredGrid(BlockFormat(8, 32, "none", "float16")),
-    "IQ4_NL": StoredGrid(BlockFormat(8, 32, "none", "float16"), "lattice"),
+    "IQ4_NL": StoredGrid(BlockFormat(8, 32, "none", "float16"), "exact"),
 }
 """By their names in GGUF, in the order of their size."""
 SAMPLE = 16
@@ -87,7 +87,7 @@ class KeepBlocks(Pass):
             rounded = round_to_nearest(weight.T if value in looked_up else weight, grid).dequantize()
             value.const_value = ir.tensor(rounded.T if value in looked_up else rounded, name=value.name)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):
             if selected(str(table.name), self.include, self.exclude):
@@ -159,8 +159,8 @@ def likely_grids(weight: ir.Value, *, transpose: bool) -> list[StoredGrid]:
 
 def lies_on(weight: Floats, grid: StoredGrid) -> bool:
     """Whether a matrix [features, outputs] is code · scale + offset, block by block, to float32 rounding."""
-    if grid.method == "lattice":
-        return find_lattice(weight, grid.format) is not None
+    if grid.method == "exact":
+        return find_exact_codes(weight, grid.format) is not None
     try:
         found = round_to_nearest(weight, grid.format).dequantize()
     except ValueError:  # a scale that float16 does not hold

@@ -14,12 +14,14 @@ import onnx_ir as ir
 
 from onnxpress.graph.edits import add_constant, add_weight, drop_unused
 from onnxpress.graph.linear import Linear
-from onnxpress.optimizers.quantization.activation_ranges import Grid
+from onnxpress.optimizers.quantization.activation_ranges import ActivationGrid
 from onnxpress.optimizers.quantization.channel_weights import IntegerBias, IntegerWeight, whole_names
 from onnxpress.optimizers.quantization.maths.channels import WeightType, quantize_tensor
 
 
-def through_codes(graph: ir.Graph, value: ir.Value, grid: Grid, readers: Iterable[ir.Node] | None = None) -> ir.Value:
+def through_codes(
+    graph: ir.Graph, value: ir.Value, grid: ActivationGrid, readers: Iterable[ir.Node] | None = None
+) -> ir.Value:
     """Let these readers of a value see what its codes stand for; without any, all that read it, the caller included.
 
     Two nodes are put before the first of these readers, or right behind what computes the value.
@@ -78,7 +80,7 @@ def put_constant(graph: ir.Graph, node: ir.Node, position: int, weight_type: Wei
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, operands: Sequence[ir.Value], axis: int) -> ir.Value:
-    """What codes, scales and perhaps zero points stand for, computed right before the node that wants it."""
+    """Compute what codes, scales and perhaps zero points stand for, right before the node that wants it."""
     codes, scales = operands[:2]
     attributes = {"axis": axis} if scales.shape is not None and len(scales.shape) else {}
     number = len(codes.uses())

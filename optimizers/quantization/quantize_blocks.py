@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.known_results import Result
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_initializers, drop_unused, replace
 from onnxpress.graph.linear import Linear, find_linears, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.fitting.blockwise import by_input, fit_blockwise, lacks_samples, require_tokens
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, DataFree, block_operands
-from onnxpress.optimizers.quantization.fit_blocks import CALIBRATED, CalibratedMethod, Fitted, fit_blocks
+from onnxpress.optimizers.quantization.fit_blocks import CALIBRATED, OPERAND, CalibratedMethod, fit_blocks
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ScaleType, ZeroPoints
 
 Method = Literal[DataFree, CalibratedMethod]
 
 
-class QuantizeBlocks(CalibratedPass):
+class QuantizeBlocks(Pass):
     """Replace products with a constant matrix by MatMulNBits, whose kernel also quantizes activations block by block.
 
     The last block of a row that `block_size` does not divide is padded, which the report says. Weights are quantized
@@ -55,9 +57,14 @@ class QuantizeBlocks(CalibratedPass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type, unit_size: see `maths.block_format`.
+            bits: of a weight's code, 2 to 8.
+            block_size: inputs that share a scale and a zero point: 16, 32, 64, 128 or 256.
+            zero_points: `none`: codes are symmetric about zero; `integer`: a code of its own for zero in each block;
+                `float`: an offset in floating point instead.
             method: how codes are found; none: `least-squares` up to 4 bits, `nearest` above, where it gains little.
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
+            scale_type: how scales and offsets are stored; int8: as whole numbers of a unit.
+            unit_size: for scales of type int8: weights that share the unit of their scales; 0: a whole output.
             include, exclude: patterns of weight names; products with other weights are left alone.
             overrides: by pattern of weight names, other `bits`, `block_size`, `zero_points`, `scale_type`, `unit_size`;
                 the first that fits.
@@ -67,7 +74,6 @@ class QuantizeBlocks(CalibratedPass):
         self.format = self._checked(BlockFormat(bits, block_size, zero_points, scale_type, unit_size))
         self.method = method
         self.overrides = [(pattern, self._overridden(options)) for pattern, options in (overrides or {}).items()]
-        self.fitted: dict[str, Fitted] = {}
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
 
@@ -90,7 +96,7 @@ class QuantizeBlocks(CalibratedPass):
     def needs_samples(self) -> bool:
         return self.method in CALIBRATED
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         chosen: dict[str, BlockFormat] = {}
         linears: list[Linear] = []
         for linear in list(find_linears(model.graph, report)):
@@ -105,11 +111,20 @@ class QuantizeBlocks(CalibratedPass):
                 chosen[linear.name] = format
                 linears.append(linear)
         if self.method == "gptq" or self.method == "importance":
-            if not self.calibration.fits(model):
-                report.skip(NO_SAMPLES, len(chosen))
+            if lacks_samples(self, model, context, report, len(chosen)):
                 return
-            for linear, tensors in fit_blocks(model, chosen, self.method, self.calibration, report, self.fitted):
-                self._put(linear, chosen[linear.name], report, tensors=tensors)
+            require_tokens(context.calibration, self.method, "method = least-squares")
+            fit_blockwise(
+                model,
+                context,
+                report,
+                fit=self.name,
+                options=(self.method, sorted((name, repr(format)) for name, format in chosen.items())),
+                stages=by_input(linears),
+                solve=partial(fit_blocks, formats=chosen, method=self.method),
+                put=lambda linear, result: self._put(linear, chosen[linear.name], report, tensors=_operands(result)),
+                by_product=True,
+            )
         else:
             for linear in linears:
                 self._put(linear, chosen[linear.name], report, method=self.method)
@@ -125,6 +140,10 @@ class QuantizeBlocks(CalibratedPass):
     def format_of(self, name: str) -> BlockFormat:
         """The format that the options give to the weight called `name`."""
         return next((format for pattern, format in self.overrides if selected(name, (pattern,), ())), self.format)
+
+
+def _operands(result: Result) -> list[ir.TensorProtocol]:
+    return [result[part] for part in sorted(result) if part.startswith(OPERAND)]
 
 
 def obstacle(linear: Linear, format: BlockFormat) -> str | None:

@@ -10,20 +10,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.calibration.calibration import NO_SAMPLES
+from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_constant, drop_unused, replace
 from onnxpress.graph.linear import Linear, chosen_linears, group_by_activation
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.activation_error import TINY, Coarseness
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.quantization.activation_error import TINY, ActivationError
 from onnxpress.optimizers.quantization.channel_weights import integer_weight
 from onnxpress.optimizers.quantization.maths.channels import WeightType
 
 Activations = Literal["per_tensor", "per_token"]
 
 
-class QuantizeDynamic(CalibratedPass):
+class QuantizeDynamic(Pass):
     """Replace products with a constant matrix by integer ones.
 
     per_tensor   one range for all tokens: DynamicQuantizeMatMul, a single node; products that read the same activation
@@ -68,12 +68,12 @@ class QuantizeDynamic(CalibratedPass):
     def needs_samples(self) -> bool:
         return self.max_error is not None
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
-        if self.needs_samples and not self.calibration.fits(model):
+        if self.needs_samples and not context.calibration.fits(model):
             report.skip(NO_SAMPLES, sum(map(len, groups.values())))
             return
-        for activation in self._too_coarse(model, groups):
+        for activation in self._too_coarse(model, groups, context.calibration):
             report.skip(f"error above {self.max_error:g}", len(groups.pop(activation)))
         for linears in groups.values():
             quantize_siblings(linears, self.weight_type, self.activations)
@@ -81,20 +81,22 @@ class QuantizeDynamic(CalibratedPass):
         if report.matched:
             model.opset_imports.setdefault(MICROSOFT, 1)
 
-    def _too_coarse(self, model: ir.Model, groups: Mapping[ir.Value, Sequence[Linear]]) -> list[ir.Value]:
+    def _too_coarse(
+        self, model: ir.Model, groups: Mapping[ir.Value, Sequence[Linear]], calibration: Calibration
+    ) -> list[ir.Value]:
         """Activations whose quantization costs their products more than `max_error`."""
         if self.max_error is None or not groups:
             return []
         probes = {
-            str(value.name): Coarseness(linears, partial(quantize_activation, activations=self.activations))
+            str(value.name): ActivationError(linears, partial(quantize_activation, activations=self.activations))
             for value, linears in groups.items()
         }
-        self.calibration.observe(model, {name: [probe] for name, probe in probes.items()})
+        calibration.observe(model, {name: [probe] for name, probe in probes.items()})
         return [value for value in groups if probes[str(value.name)].errors[0] > self.max_error]
 
 
 def quantize_activation(x: NDArray[np.float32], activations: Activations) -> NDArray[np.float32]:
-    """What the kernels make of an activation [tokens, features]: rounded to 8 bits and back."""
+    """Round an activation [tokens, features] to 8 bits and back, as the kernels do."""
     if activations == "per_token":
         scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), TINY) / np.float32(127)
         return np.asarray(np.rint(x / scale) * scale, dtype=np.float32)

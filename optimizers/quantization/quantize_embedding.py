@@ -13,7 +13,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_initializers, replace
 from onnxpress.graph.linear import find_linears, matrix_shape, selected
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, block_operands, flat_codes
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, ScaleType
 from onnxpress.optimizers.quantization.quantize_blocks import quantize_linear
@@ -59,7 +59,7 @@ class QuantizeEmbedding(Pass):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_rows = min_rows
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):
             if matrix_shape(table)[0] < self.min_rows:

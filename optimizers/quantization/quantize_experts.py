@@ -16,7 +16,7 @@ from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, concrete_shape, rows_of
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.block_operands import METHODS, DataFree
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
 
@@ -63,7 +63,7 @@ class QuantizeExperts(Pass):
         self.accuracy_level = accuracy_level
         self.include, self.exclude = tuple(include), tuple(exclude)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         for node in [node for node in model.graph if node.op_type == "MoE" and node.domain == MICROSOFT]:
             reason = self._obstacle(node)
             if reason is None:

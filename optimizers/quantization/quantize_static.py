@@ -14,14 +14,20 @@ from typing import Literal, get_args
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.calibration.samples import token_count
+from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
+from onnxpress.calibration.feeds import token_count
 from onnxpress.errors import BadInputError
 from onnxpress.graph.linear import Linear, chosen_linears, find_linears, group_by_activation
 from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
-from onnxpress.optimizers.quantization.activation_ranges import METHODS, ActivationType, Grid, RangeMethod, find_grids
+from onnxpress.optimizers.base import Context, Pass
+from onnxpress.optimizers.quantization.activation_ranges import (
+    METHODS,
+    ActivationGrid,
+    ActivationType,
+    RangeMethod,
+    find_grids,
+)
 from onnxpress.optimizers.quantization.channel_weights import integer_weight, integer_weight_and_bias
 from onnxpress.optimizers.quantization.maths.channels import WeightType
 from onnxpress.optimizers.quantization.qdq import put_constant, put_weight, through_codes
@@ -32,11 +38,12 @@ OPSETS = {"uint8": 13, "int8": 13, "uint16": 21}
 """Where QuantizeLinear takes a type, and axes for weights."""
 
 
-class QuantizeStatic(CalibratedPass):
+class QuantizeStatic(Pass):
     """Put QuantizeLinear and DequantizeLinear around products with a constant matrix, and other operators if asked."""
 
     name = "quantize-static"
     exact = False
+    needs_samples = True
     wanted_rows = 64
     wanted_length = 128
 
@@ -96,7 +103,7 @@ class QuantizeStatic(CalibratedPass):
         self.min_features = min_features
         self.operators, self.outputs = frozenset(operators), outputs
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         graph = model.graph
         if (self.operators or self.outputs) and any(value.type is None for node in graph for value in node.outputs):
             ShapeInferencePass()(model)
@@ -104,7 +111,7 @@ class QuantizeStatic(CalibratedPass):
         others = self._others(graph)
         if not linears and not others:
             return
-        if not self._has_samples(model, report, len(linears) + len(others)):
+        if not self._has_samples(model, context.calibration, report, len(linears) + len(others)):
             return
         opset = model.opset_imports.get("", 0)
         if opset < OPSETS[self.activation_type]:
@@ -115,7 +122,7 @@ class QuantizeStatic(CalibratedPass):
             readers.setdefault(value, [])
         grids = find_grids(
             model,
-            self.calibration,
+            context.calibration,
             readers,
             self.methods,
             self.activation_type,
@@ -156,11 +163,11 @@ class QuantizeStatic(CalibratedPass):
             and any(_is_float(value) and weight(value) is None and not _is_done(value) for value in node.inputs)
         ]
 
-    def _has_samples(self, model: ir.Model, report: Report, count: int) -> bool:
-        if not self.calibration.fits(model):
+    def _has_samples(self, model: ir.Model, calibration: Calibration, report: Report, count: int) -> bool:
+        if not calibration.fits(model):
             report.skip(NO_SAMPLES, count)
             return False
-        tokens = token_count(self.calibration.samples)
+        tokens = token_count(calibration.samples)
         if 0 < tokens < FEWEST_TOKENS:
             raise BadInputError(
                 f"quantize-static has {tokens} tokens to find ranges with; it needs at least {FEWEST_TOKENS}",
@@ -169,7 +176,7 @@ class QuantizeStatic(CalibratedPass):
         return True
 
     def _values(self, linears: Sequence[Linear], others: Sequence[ir.Node]) -> list[ir.Value]:
-        """What is quantized besides the inputs of products."""
+        """The values that are quantized besides the inputs of products."""
         found = [
             value
             for node in others
@@ -186,7 +193,7 @@ class QuantizeStatic(CalibratedPass):
         graph: ir.Graph,
         linears: Sequence[Linear],
         others: Sequence[ir.Node],
-        grids: dict[ir.Value, Grid],
+        grids: dict[ir.Value, ActivationGrid],
         report: Report,
     ) -> None:
         nodes = [*(linear.node for linear in linears), *others]
@@ -210,7 +217,7 @@ class QuantizeStatic(CalibratedPass):
                     put_constant(graph, node, position, self.weight_type)
             report.match(node.op_type)
 
-    def _put(self, graph: ir.Graph, linear: Linear, grid: Grid) -> None:
+    def _put(self, graph: ir.Graph, linear: Linear, grid: ActivationGrid) -> None:
         if linear.bias is None:
             put_weight(linear, integer_weight(graph, linear, self.weight_type, per_channel=self.per_channel), None)
             return

@@ -20,7 +20,7 @@ from onnxpress.graph.edits import add_constant
 from onnxpress.graph.linear import ROTATION, Linear, chosen_linears, group_by_activation, is_shared
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.maths.rotation import hadamard, rotate_channels
 
 
@@ -43,7 +43,7 @@ class Rotate(Pass):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in groups.items():
             reason = self._obstacle(activation, linears)

@@ -17,17 +17,18 @@ import onnx_ir as ir
 
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
-from onnxpress.optimizers.quantization.folding import Kind, find_sites
+from onnxpress.optimizers.quantization.folding import Kind, find_folding_sites
 from onnxpress.optimizers.quantization.maths.channel_scaling import smoothing_factors
 
 
-class Smooth(CalibratedPass):
+class Smooth(Pass):
     """Rescale the channels between products and what computes their input, by activations and weights."""
 
     name = "smooth"
     exact = True
+    needs_samples = True
 
     def __init__(self, strength: float = 0.75, sites: Sequence[Kind] = ("norm",)) -> None:
         """
@@ -42,15 +43,15 @@ class Smooth(CalibratedPass):
         self.strength = strength
         self.sites = tuple(sites)
 
-    def apply(self, model: ir.Model, report: Report) -> None:
-        sites = find_sites(model.graph, report, self.sites)
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
+        sites = find_folding_sites(model.graph, report, self.sites)
         if not sites:
             return
-        if not self.calibration.fits(model):
+        if not context.calibration.fits(model):
             report.skip(NO_SAMPLES, len(sites))
             return
         seen = {name: ChannelStatistics(site.features, name) for site in sites for name in [str(site.activation.name)]}
-        self.calibration.observe(model, {name: [found] for name, found in seen.items()})
+        context.calibration.observe(model, {name: [found] for name, found in seen.items()})
         for site in reversed(sites):
             peaks = site.tied(seen[str(site.activation.name)].peaks())
             site.fold(smoothing_factors(peaks, site.weight_peaks(), self.strength))

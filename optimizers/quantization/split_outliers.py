@@ -20,16 +20,17 @@ from onnxpress.graph.edits import add_constant, add_initializers, replace
 from onnxpress.graph.linear import OUTLIERS, Linear, chosen_linears, group_by_activation, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics
 from onnxpress.optimizers.quantization.maths.outliers import fewest_outliers
 
 
-class SplitOutliers(CalibratedPass):
+class SplitOutliers(Pass):
     """Compute the loudest input channels of products apart, in floating point, where a few of them spoil int8."""
 
     name = "split-outliers"
     exact = True
+    needs_samples = True
 
     def __init__(
         self,
@@ -53,18 +54,18 @@ class SplitOutliers(CalibratedPass):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.min_features = min_features
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in list(groups.items()):
             if any(is_shared(linear, linears) for linear in linears):
                 report.skip("weight is shared", len(groups.pop(activation)))
         if not groups:
             return
-        if not self.calibration.fits(model):
+        if not context.calibration.fits(model):
             report.skip(NO_SAMPLES, sum(map(len, groups.values())))
             return
         seen = {str(activation.name): _Loudness(linears) for activation, linears in groups.items()}
-        self.calibration.observe(model, {name: [one] for name, one in seen.items()})
+        context.calibration.observe(model, {name: [one] for name, one in seen.items()})
         for activation, linears in groups.items():
             columns = seen[str(activation.name)].outliers(self.max_error)
             if not len(columns):
@@ -77,7 +78,7 @@ class SplitOutliers(CalibratedPass):
 
 
 class _Loudness:
-    """What an activation reaches in each channel, and the energy of the products that read it."""
+    """The largest magnitudes of an activation by channel, and the energy of the products that read it."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = linears

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Floats
-from onnxpress.calibration.walk import Step, Walk
+from onnxpress.calibration.walk import Walk, WalkStep
 from onnxpress.graph.anatomy import Product, find_products
 
 WIDTH, INNER, WORDS = 8, 16, 20
@@ -84,7 +84,7 @@ class Rows:
         return np.concatenate(self.parts)
 
 
-def products(step: Step) -> list[Product]:
+def products(step: WalkStep) -> list[Product]:
     return list(find_products(step.segment.nodes))
 
 
@@ -95,7 +95,7 @@ def centre(walk: Walk, note: Any = None) -> None:
             if step.segment.layer is None or ".down." not in product.name:
                 continue
 
-            def compute(step: Step = step, product: Product = product) -> dict[str, Floats]:
+            def compute(step: WalkStep = step, product: Product = product) -> dict[str, Floats]:
                 rows = Rows()
                 step.observe({str(product.activation.name): [rows]})
                 if note is not None:

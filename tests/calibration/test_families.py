@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Floats
-from onnxpress.calibration.samples import feed_of
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.walk import Walk
 from onnxpress.graph.anatomy import find_products
 from onnxpress.graph.io import copy_graph

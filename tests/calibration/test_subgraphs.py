@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.calibration.subgraphs import extract, session_of
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of
 
 Graph = Callable[..., ir.Model]
 
@@ -20,7 +20,7 @@ def test_a_value_of_undeclared_type_gets_its_own(graph: Graph) -> None:
         w=np.eye(8, dtype=np.float32),
     )
     assert model.graph.node(2).outputs[0].type is None
-    part = extract(model, {"x": ir.DataType.FLOAT}, ["h", "wide"])
+    part = extract_subgraph(model, {"x": ir.DataType.FLOAT}, ["h", "wide"])
     assert [value.dtype for value in part.graph.outputs] == [ir.DataType.FLOAT, ir.DataType.INT64]
     x = np.ones((3, 8), np.float32)
     with session_of(part) as session:
@@ -40,7 +40,7 @@ def test_what_only_a_branch_reads_stays_an_input(graph: Graph) -> None:
                     else_branch = e () => (float[B] other) { other = Identity(b) }>
         }"""
     )
-    part = extract(model, {"a": ir.DataType.FLOAT, "b": ir.DataType.FLOAT, "c": ir.DataType.BOOL}, ["y"])
+    part = extract_subgraph(model, {"a": ir.DataType.FLOAT, "b": ir.DataType.FLOAT, "c": ir.DataType.BOOL}, ["y"])
     x = np.array([1, -2], np.float32)
     with session_of(part) as session:
         (found,) = session.run(None, {"a": -x, "b": abs(x), "c": np.array(False)})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnxpress.errors import UsageError
 from onnxpress.graph.report import Report
 from onnxpress.optimizers import recipe, registry
-from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.base import Context, Pass
 
 
 class Shrink(Pass):
@@ -30,7 +30,7 @@ class Shrink(Pass):
             raise ValueError("ratio must be positive")
         self.bits, self.ratio, self.layers, self.method, self.exact_zero = bits, ratio, layers, method, exact_zero
 
-    def apply(self, model: ir.Model, report: Report) -> None:
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
         report.match("shrunk", self.bits)
 
 
@@ -40,7 +40,7 @@ class Needy(Pass):
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def apply(self, model: ir.Model, report: Report) -> None: ...
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None: ...
 
 
 @pytest.fixture(autouse=True)

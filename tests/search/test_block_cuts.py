@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity
 from onnxpress.search.block_cuts import Cut, CutCandidate, check_cuts, find_candidates, linked, numbering
@@ -33,9 +33,7 @@ def true_loss(model: ir.Model, candidate: CutCandidate, cut: Cut, samples: Trial
     """KL, or 1 − cosine, of the whole model with this block cut."""
     changed = copy_graph(model)
     for _, one in cut.passes_at([candidate], candidate.weights):
-        if isinstance(one, CalibratedPass):
-            one.calibration = Calibration(samples.fit)
-        assert one.call(changed).report.matched
+        assert one.run(changed, Context(Calibration(samples.fit))).report.matched
     return lost(model, changed, samples)
 
 

@@ -12,7 +12,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.evaluation.metrics import Divergence
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity
 from onnxpress.search.formats import FLOAT, Format
@@ -32,9 +32,7 @@ def true_loss(model: ir.Model, group: Group, format: Format, samples: TrialInput
     """KL of the whole model, built with this group in this format."""
     changed = copy_graph(model)
     for _, one in format.passes_for(group.weights):
-        if isinstance(one, CalibratedPass):
-            one.calibration = Calibration(samples.fit)
-        one.call(changed)
+        one.run(changed, Context(Calibration(samples.fit)))
     losses = []
     for before, after in zip(logits(model, samples), logits(changed, samples), strict=True):
         divergence = Divergence()

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.calibration.subgraphs import extract, session_of
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of
 from onnxpress.graph.sizes import Size, size_of
-from onnxpress.optimizers.fusion.decomposed.heads import NotFused
+from onnxpress.optimizers.fusion.decomposed.split_heads import NotFused
 
 LOWEST = float(np.finfo(np.float32).min) / 2
 HIDDEN = -1e9
@@ -47,7 +47,7 @@ def require_causal(model: ir.Model, mask: ir.Value) -> None:
     builds it, GroupQueryAttention hides later tokens by itself, which must not be more than the graph hides.
     """
     dimensions, feeds = _dimensions(model.graph), {str(value.name): value for value in _cut(mask)}
-    part = extract(model, {name: _type(value) for name, value in feeds.items()}, [str(mask.name)])
+    part = extract_subgraph(model, {name: _type(value) for name, value in feeds.items()}, [str(mask.name)])
     with session_of(part) as session:
         names = [one.name for one in session.get_inputs()]
         for past, new in PAST_AND_NEW if "past" in dimensions.values() else PAST_AND_NEW[:1]:
@@ -96,7 +96,7 @@ def _type(value: ir.Value) -> ir.DataType:
 
 
 def _dimensions(graph: ir.Graph) -> dict[Size | None, str]:
-    """What dimensions stand for, by their names: `batch`, `new`, `past` or `total`."""
+    """Tell what dimensions stand for, by their names: `batch`, `new`, `past` or `total`."""
     found: dict[Size | None, str] = {}
     for value in graph.inputs:
         axes = _AXES.get(str(value.name), ())
@@ -112,7 +112,7 @@ def _dimensions(graph: ir.Graph) -> dict[Size | None, str]:
 def _feed(
     value: ir.Value, dimensions: dict[Size | None, str], visible: NDArray[np.int64], past: int, new: int
 ) -> NDArray[np.generic]:
-    """What stands for a value: real masks and positions, zeros of the right shape for all else."""
+    """Make an array for a value: real masks and positions, zeros of the right shape for all else."""
     if value.name == "attention_mask":
         return visible
     if value.name == "position_ids":

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxpress.graph.anatomy.layers import NORMS
 from onnxpress.graph.matching import is_op, scalar
 from onnxpress.graph.sizes import Size, size_of
-from onnxpress.optimizers.fusion.decomposed.heads import Heads
+from onnxpress.optimizers.fusion.decomposed.split_heads import SplitHeads
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Lengths:
     replaced: int = 0
     made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
-    def replace(self, heads: Heads) -> None:
+    def replace(self, heads: SplitHeads) -> None:
         """Compute what asks for the length of these keys or values from their parts."""
         for view in heads.views if heads.past is not None else ():
             for shape in [use.node for use in view.uses() if is_op(use.node, "Shape")]:
@@ -37,7 +37,7 @@ class Lengths:
                     gather.outputs[0].replace_all_uses_with(total)
                     self.replaced += 1
 
-    def total(self, heads: Heads) -> ir.Value:
+    def total(self, heads: SplitHeads) -> ir.Value:
         """int64 [1]"""
         new = self.size(heads.source, 1)
         if heads.past is None:
@@ -45,9 +45,9 @@ class Lengths:
         past = self.size(heads.past, 2)
         return self._add(("total", past, new), ir.node("Add", [past, new]))
 
-    def of_all(self, key: Heads, query: Heads) -> tuple[ir.Value, ir.Value]:
-        """What GroupQueryAttention asks for: the place of the last token, int32 [batch], and how many there are with
-        the past, int32 [1]. Every row is as long as the others: what is padding is in the mask."""
+    def of_all(self, key: SplitHeads, query: SplitHeads) -> tuple[ir.Value, ir.Value]:
+        """The lengths that GroupQueryAttention asks for: the place of the last token, int32 [batch], and how many there
+        are with the past, int32 [1]. Every row is as long as the others: what is padding is in the mask."""
         total, batch = self.total(key), self.size(query.source, 0)
         count = self._add(("int32", total), ir.node("Cast", [total], {"to": ir.DataType.INT32}), 1, 32)
         one = self._add(("one",), ir.node("Constant", [], {"value": ir.tensor([1], dtype=ir.DataType.INT32)}), 1, 32)
@@ -83,7 +83,7 @@ class Lengths:
 
 
 def _before(value: ir.Value) -> ir.Value | None:
-    """What a product, a bias, a norm or a split of features made `value` of: as many rows of as many tokens."""
+    """Find what a product, a bias, a norm or a split of features made `value` of: as many rows of as many tokens."""
     node = value.producer()
     if node is None or node.domain != "" or node.op_type not in {"Add", "MatMul", "Mul", "Split", *NORMS}:
         return None

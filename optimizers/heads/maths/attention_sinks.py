@@ -1,4 +1,4 @@
-"""Tokens that attend to nothing but themselves, as the first of a text does, and nearly so the few behind it.
+"""Attention sinks: tokens that attend to nothing but themselves, as the first of a text does.
 
 Samples have few of them, one in so many hundred tokens, so that a fit forgets them, while every short text begins with
 them. What heads compute of such a token needs no attention: z_h = value_g of its own hidden state x, so that moments of

@@ -38,7 +38,7 @@ def clusters(keys: Doubles, values: Doubles, size: int) -> list[list[int]]:
     return found
 
 
-def turn(moments: Doubles, cluster: list[int]) -> Doubles:
+def turn_heads(moments: Doubles, cluster: list[int]) -> Doubles:
     """Orthogonal R of each head of a cluster, so that all x_h R_h agree best, [heads, head_dim, head_dim]."""
     maps = np.repeat(np.eye(moments.shape[1])[None], len(cluster), axis=0)
     part = moments[np.ix_(cluster, range(moments.shape[1]), cluster, range(moments.shape[3]))]
@@ -82,9 +82,9 @@ def merge(
     queries, merged_keys, merged_values, outputs = [], [], [], []
     for cluster in found:
         key_maps, query_maps = (
-            turn_planes(keys, cluster, interleaved=interleaved) if rotary else (turn(keys, cluster),) * 2
+            turn_planes(keys, cluster, interleaved=interleaved) if rotary else (turn_heads(keys, cluster),) * 2
         )
-        value_maps = turn(values, cluster)
+        value_maps = turn_heads(values, cluster)
         merged_keys.append(np.einsum("ihd,hde->ie", weights.key[:, cluster], key_maps) / size)
         merged_values.append(np.einsum("ihd,hde->ie", weights.value[:, cluster], value_maps) / size)
         for one, head in enumerate(cluster):

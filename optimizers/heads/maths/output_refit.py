@@ -12,8 +12,8 @@ from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Of x that end in a 1 and the outputs y that are wanted."""
+class OutputSums:
+    """Sums over x that end in a 1 and the outputs y that are wanted."""
 
     gram: Doubles
     """E[x xᵀ], or the covariance where a bias takes up what is constant, [features, features]."""
@@ -27,7 +27,7 @@ class Sums:
     """E[y], [out]"""
 
     @classmethod
-    def of(cls, normal: Normal, *, centred: bool) -> Sums:
+    def of(cls, normal: Normal, *, centred: bool) -> OutputSums:
         """From normal equations whose last feature is always 1."""
         second, cross = normal.second / normal.second[-1, -1], normal.cross / normal.second[-1, -1]
         mean, wanted = second[-1, :-1], cross[-1]
@@ -39,7 +39,7 @@ class Sums:
         return solve(self.gram, self.cross, prior, penalties(self.gram, ridge, self.raw))
 
 
-def refit(weights: AttentionWeights, normal: Normal, ridge: float, *, centred: bool) -> AttentionWeights:
+def refit_output(weights: AttentionWeights, normal: Normal, ridge: float, *, centred: bool) -> AttentionWeights:
     """The output fitted to what was wanted.
 
     Args:
@@ -47,13 +47,13 @@ def refit(weights: AttentionWeights, normal: Normal, ridge: float, *, centred: b
         ridge: how strongly it is held where it is, in parts of each input's second moment.
         centred: whether there is a bias to fit, too.
     """
-    sums = Sums.of(normal, centred=centred)
+    sums = OutputSums.of(normal, centred=centred)
     output = sums.solve(weights.output.reshape(-1, weights.output.shape[2]), ridge)
     offset = sums.wanted - sums.mean @ output if centred else weights.offset
     return replace(weights, output=output.reshape(weights.output.shape), offset=offset)
 
 
-def error(weights: AttentionWeights, normal: Normal) -> float:
+def output_error(weights: AttentionWeights, normal: Normal) -> float:
     """E|z O + offset − y|² / E|y|² of the same sums."""
     weight = np.vstack([weights.output.reshape(-1, weights.output.shape[2]), weights.offset])
     return normal.error(weight) / max(normal.square, float(np.finfo(np.float64).tiny))

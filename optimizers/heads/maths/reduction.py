@@ -15,7 +15,7 @@ from onnxpress.optimizers.heads.maths.attention_sinks import mixed_moments
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.head_dim import chosen_dimensions, score_bases, value_bases
 from onnxpress.optimizers.heads.maths.kv_merge import merge
-from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.output_refit import OutputSums
 from onnxpress.optimizers.heads.maths.request import HeadPlan
 from onnxpress.optimizers.heads.maths.selection import eliminate_heads, head_blocks, loudest_heads, output_norms
 from onnxpress.optimizers.heads.maths.value_regression import cluster_sums, regress_values, successors
@@ -27,10 +27,10 @@ VALUE_RIDGE = 0.1
 
 @dataclass(frozen=True)
 class Attended:
-    """What the heads attend to, see `value_regression`: inner products of all, sums of those kept."""
+    """Sums of what the heads attend to, see `value_regression`: inner products of all, sums of those kept."""
 
     products: Doubles
-    sums: Sums
+    sums: OutputSums
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Reduction:
     interleaved: bool = False
     kept_dimensions: Indices | None = None
     """Of queries and keys, where positions are rotary and heads become smaller."""
-    lone: float = 0.0
-    """The share of the moments that tokens have which attend to nothing but themselves, see `lone_tokens`."""
+    sink_share: float = 0.0
+    """The share of the moments that tokens have which attend to nothing but themselves, see `attention_sinks`."""
 
     def __call__(self, weights: AttentionWeights, seen: Observed) -> AttentionWeights:
         """The reduced weights; a refit has the last word on the output."""
         states = seen.states.augmented()
-        if self.lone:
-            states = mixed_moments(states, weights, seen.hidden.augmented(), self.lone)
+        if self.sink_share:
+            states = mixed_moments(states, weights, seen.hidden.augmented(), self.sink_share)
         second, mean = states[:-1, :-1], states[-1, :-1]
         gram = second - self.centred * np.outer(mean, mean)
         found, kept = self._drop(weights, gram, np.diagonal(second))

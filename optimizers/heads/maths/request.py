@@ -15,7 +15,7 @@ Wanted = tuple[int | None, int | None, int | None]
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What is asked of every attention, in numbers or in shares of what it has."""
+    """A request to every attention, in numbers or in shares of what it has."""
 
     heads: int | None = None
     kv_heads: int | None = None

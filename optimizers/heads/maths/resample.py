@@ -58,7 +58,7 @@ def normalized(matrix: Doubles) -> Doubles:
 
 
 def summing(matrix: Doubles) -> Doubles:
-    """What the other side is multiplied by, [size, new]: rows scaled to sum to one; rows of zeros stay."""
+    """The matrix of the other side, [size, new]: rows scaled to sum to one; rows of zeros stay."""
     sums = matrix.sum(axis=1, keepdims=True)
     scaled: Doubles = matrix / np.where(np.abs(sums) < 1e-9, 1.0, sums)
     return scaled

@@ -26,7 +26,7 @@ def kept_dimensions(planes: Indices, head_dim: int, *, interleaved: bool) -> Ind
 
 
 def plane_energies(queries: Doubles, keys: Doubles, *, interleaved: bool) -> Doubles:
-    """What each plane adds to squared scores, Σ_heads E|q_p|² E|k_p|², [planes].
+    """The share of each plane in squared scores, Σ_heads E|q_p|² E|k_p|², [planes].
 
     Args:
         queries: E[q²], [heads, head_dim].

@@ -1,4 +1,4 @@
-"""What the heads that stay attend to, put to the best use: values and output regressed on the whole attention's output.
+"""Regression of values and output, for the heads that stay, on the output of the whole attention.
 
 Head h adds a_h · M_h to the output, a_h being the mixture of hidden states that it attends to and M_h = value_h O_h.
 Of the heads that stay, any M of rank head_dim can be had. It is found in three steps: a ridge regression of the
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxpress.arrays import Doubles, Indices
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.head_dim import roots
-from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.output_refit import OutputSums
 
 
 class HeadProducts:
@@ -49,7 +49,7 @@ def cluster_sums(weights: AttentionWeights, kept: Indices, nearest: Indices) -> 
     return sums
 
 
-def regress_values(sums: Sums, prior: Doubles, kv_heads: int, size: int, ridge: float) -> tuple[Doubles, Doubles]:
+def regress_values(sums: OutputSums, prior: Doubles, kv_heads: int, size: int, ridge: float) -> tuple[Doubles, Doubles]:
     """value [hidden, kv_heads, size] and O [kept, size, out] of the heads that stay, the first two steps of the module.
 
     Args:

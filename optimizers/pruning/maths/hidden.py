@@ -31,12 +31,12 @@ def lost_share(covariance: Doubles, directions: Doubles) -> float:
 
 
 def center(writer: AnyFloats) -> AnyFloats:
-    """What writes [..., width] into the stream, without the mean of each row: LayerNorm is an RMS norm behind it."""
+    """Take the mean of each row from what writes [..., width] into the stream: LayerNorm is an RMS norm behind it."""
     return np.asarray(writer - writer.mean(axis=-1, keepdims=True))
 
 
 def stream_scale(width: int, kept: int) -> float:
-    """What a sliced stream is multiplied by, so that a norm over `kept` components divides as one over `width` did."""
+    """The factor of a sliced stream with which a norm over `kept` components divides as one over `width` did."""
     return float(np.sqrt(kept / width))
 
 

@@ -106,7 +106,7 @@ def importance_ratio(weight: Floats, strength: float) -> Floats:
     return ratio
 
 
-def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Booleans:
+def choose_mask(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Booleans:
     """The mask that takes out the lowest scores [inputs, outputs].
 
     Args:
@@ -139,9 +139,9 @@ def choose(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool
 
 
 def is_sparse(weight: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> bool:
-    """Whether a weight has all the zeros that `choose` would make."""
+    """Whether a weight has all the zeros that `choose_mask` would make."""
     nonzero = weight != 0
-    return not bool(nonzero[~choose(nonzero.astype(np.float32), sparsity, pattern, per_output=per_output)].any())
+    return not bool(nonzero[~choose_mask(nonzero.astype(np.float32), sparsity, pattern, per_output=per_output)].any())
 
 
 def count_of(sparsity: float, size: int) -> int:
@@ -186,7 +186,7 @@ class Threshold:
         """How many numbers equal to it go; the first ones."""
 
     def mask(self, found: Floats) -> Booleans:
-        """Of one of the arrays; to be called in the order in which they were read, once for each."""
+        """The mask of one of the arrays; to be called in the order in which they were read, once for each."""
         bits = _bits(found)
         gone = bits < self.bits
         equal = np.flatnonzero(bits == self.bits)[: self.ties]

@@ -8,7 +8,7 @@ With E = W − Ŵ, H = E[x xᵀ] = R Rᵀ and R upper triangular, the error of a
 The errors before k being given, a weight that stays becomes t_k = w_k + Σ_{j<k} (R_jk / R_kk) E_j, at no cost, and one
 that goes costs R_kk² t_k². The masks are chosen by that cost, a panel of inputs at a time: this is SparseGPT (Frantar &
 Alistarh 2023), whose score w² / [H⁻¹]_kk is the same. It solves for each weight once, with those before it frozen.
-`refit` goes on from there, or from any other mask, towards the least squares of all weights that stay.
+`refit_masked` goes on from there, or from any other mask, towards the least squares of all weights that stay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxpress.arrays import Booleans, Doubles, Floats
-from onnxpress.optimizers.pruning.maths.masks import GONE, Pattern, choose, count_of
+from onnxpress.optimizers.pruning.maths.masks import GONE, Pattern, choose_mask, count_of
 from onnxpress.optimizers.quantization.maths.gptq import PANEL, check_gram, damped_gram, upper_root
 
 
@@ -59,7 +59,7 @@ def sparsegpt(
                 ahead[1:] += feedback[start:place, place + 1 : place + unit].T @ errors[start:place]
                 found = np.square(ahead) * costs[start:end][part, None]
                 found[gone[part]] = GONE
-                mask[start:end][part] = choose(found, _share(sparsity, start, end, weight, pattern), pattern)
+                mask[start:end][part] = choose_mask(found, _share(sparsity, start, end, weight, pattern), pattern)
                 mask[start:end][part] &= ~gone[part]
             result[place] = np.where(mask[place], targets[row], 0)
             errors[place] = weight[place] - result[place]
@@ -73,7 +73,7 @@ def _share(sparsity: float, start: int, end: int, weight: Floats, pattern: Patte
     return float((after - before) * size / ((end - start) * weight.shape[1]))
 
 
-def refit(
+def refit_masked(
     weight: Floats, start: Floats, mask: Booleans, gram: Doubles, *, damping: float = 0.03, steps: int = 16
 ) -> Floats:
     """Weights that stay, moved towards the least of tr(Eᵀ H E) by conjugate gradients; those that go are zero.

@@ -113,18 +113,18 @@ def error(second: Doubles, weight: NDArray[np.floating], kept: Indices, after: N
     return float(np.sum(difference * (second @ difference))) / total if total > 0 else 0.0
 
 
-def by_activation(second: Doubles, down: NDArray[np.floating]) -> Doubles:
+def importance_by_activation(second: Doubles, down: NDArray[np.floating]) -> Doubles:
     found: Doubles = np.diagonal(second) * np.square(np.linalg.norm(down, axis=1))
     return found
 
 
-def by_fluctuation(second: Doubles, mean: Doubles, down: NDArray[np.floating]) -> Doubles:
+def importance_by_fluctuation(second: Doubles, mean: Doubles, down: NDArray[np.floating]) -> Doubles:
     variance = np.maximum(np.diagonal(second) - np.square(mean), 0)
     found: Doubles = variance * np.square(np.linalg.norm(down, axis=1))
     return found
 
 
-def by_magnitude(order: int, down: NDArray[np.floating], into: Sequence[NDArray[np.floating]]) -> Doubles:
+def importance_by_magnitude(order: int, down: NDArray[np.floating], into: Sequence[NDArray[np.floating]]) -> Doubles:
     """Norms of order 1 or 2: of rows of `down` [n, m] times those of columns of each of `into` [hidden, n]."""
     found: Doubles = np.linalg.norm(down, ord=order, axis=1).astype(np.float64)
     for weight in into:
@@ -132,11 +132,11 @@ def by_magnitude(order: int, down: NDArray[np.floating], into: Sequence[NDArray[
     return found
 
 
-def by_gradient(
+def importance_by_gradient(
     down: tuple[Floats, Floats],
     into: Sequence[tuple[Floats, Floats]],
 ) -> Doubles:
-    """|Σ g·w| of each channel; weights and their gradients as in `by_magnitude`."""
+    """|Σ g·w| of each channel; weights and their gradients as in `importance_by_magnitude`."""
     total = np.einsum("ij,ij->i", *down, dtype=np.float64)
     for weight, gradient in into:
         total = total + np.einsum("ij,ij->j", weight, gradient, dtype=np.float64)

@@ -1,11 +1,11 @@
-"""Where a scale for each channel can be folded into the weights before and behind it.
+"""Places where a scale for each channel can be folded into the weights before and behind it.
 
 Imports `graph`.
 """
 
 from __future__ import annotations
 
-from onnxpress.optimizers.quantization.folding.site import FREE, FoldingSite, Kind, read_weight
-from onnxpress.optimizers.quantization.folding.tracer import find_sites
+from onnxpress.optimizers.quantization.folding.site import FREE, FoldingSite, Kind
+from onnxpress.optimizers.quantization.folding.tracer import find_folding_sites
 
-__all__ = ["FREE", "FoldingSite", "Kind", "find_sites", "read_weight"]
+__all__ = ["FREE", "FoldingSite", "Kind", "find_folding_sites"]

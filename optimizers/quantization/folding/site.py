@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Floats, Integers
 from onnxpress.graph.edits import add_weight
-from onnxpress.graph.linear import Linear, read_matrix
+from onnxpress.graph.linear import Linear, read_linear, read_matrix
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Kind = Literal["norm", "up", "value", "node"]
@@ -94,7 +94,7 @@ class FoldingSite:
 
     def weight_peaks(self) -> Floats:
         """max|W| of each channel over all products, tied, [features]."""
-        peaks = [np.abs(read_weight(linear)).max(axis=1) for linear in self.linears]
+        peaks = [np.abs(read_linear(linear)).max(axis=1) for linear in self.linears]
         return self.tied(np.max(peaks, axis=0))
 
     def source_peaks(self) -> Floats:
@@ -135,11 +135,6 @@ class FoldingSite:
         graph.insert_before(next(one for one in graph if one in readers), node)
         for reader in readers:
             reader.replace_input_with(0, scaled)
-
-
-def read_weight(linear: Linear) -> Floats:
-    """[in, out]"""
-    return read_matrix(_tensor(linear.weight), linear.name, transpose=linear.transposed)
 
 
 def scale_axis(tensor: ir.TensorProtocol, axis: int, scale: Floats, offset: float = 0.0) -> RowTensor:

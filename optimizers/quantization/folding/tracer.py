@@ -1,4 +1,4 @@
-"""Where the channels of an activation can be rescaled for nothing: (x / s) · (s W) = x · W.
+"""Places where the channels of an activation can be rescaled for nothing: (x / s) · (s W) = x · W.
 
 A site is an activation that only products read, s going into their weights, and 1 / s into constants that already scale
 what computes x. Going back from x, factors pass through
@@ -56,7 +56,7 @@ BIAS = 3
 PAST, OF_ENCODER = "past_key_values.", ".encoder."
 
 
-def find_sites(graph: ir.Graph, report: Report, kinds: Sequence[Kind] = FREE) -> list[FoldingSite]:
+def find_folding_sites(graph: ir.Graph, report: Report, kinds: Sequence[Kind] = FREE) -> list[FoldingSite]:
     """All sites of these kinds, in graph order; why other inputs of products are none goes to the report.
 
     Fold from the last to the first where factors depend on weights: a site changes the columns of weights whose rows an
@@ -109,7 +109,7 @@ class Tracer:
         """Whether the values that a graph caches come back to itself alone."""
 
     def site(self, linears: Sequence[Linear], node: bool) -> FoldingSite:
-        """Of all products that read one activation. Raises Blocked with the reason where it is none.
+        """The site of all products that read one activation. Raises Blocked with the reason where it is none.
 
         node: a Mul may take factors that nothing else takes.
         """
@@ -239,7 +239,7 @@ class Tracer:
                 raise Blocked("Add of two activations keeps factors out")
             slots = (*path.slots, self._vector(path, node, constants[0]))
             return self._follow(replace(onward[0], slots=slots))
-        for value in constants:  # the gain of a norm that is spelled out
+        for value in constants:  # the gain of a decomposed norm
             if _is_vector(value, path.width):
                 return self._gained(path, [self._vector(path, node, value)])
         reasons = []
@@ -268,7 +268,7 @@ class Tracer:
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    """What reads a weight, through transposes."""
+    """The readers of a weight, through transposes."""
     for node in value.consumers():
         if is_op(node, "Transpose"):
             yield from _readers(node.outputs[0])
@@ -281,7 +281,7 @@ def _is_last(value: ir.Value, axis: int) -> bool:
 
 
 def _slice_bounds(node: ir.Node, value: ir.Value) -> tuple[int, int] | None:
-    """Where a Slice along the last axis of `value` begins and ends, if it is one of steps of 1."""
+    """The begin and end of a Slice along the last axis of `value`, if it is one of steps of 1."""
     if not is_op(node, "Slice") or value.shape is None or not isinstance(value.shape[-1], int):
         return None
     numbers = [scalar(one) for one in node.inputs[1:]]  # starts, ends, axes, steps

@@ -130,7 +130,7 @@ class Levels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class QuantizedBlocks:
     """A quantized matrix [features, outputs], not yet packed."""
 
     codes: Codes

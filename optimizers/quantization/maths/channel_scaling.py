@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxpress.arrays import Doubles, Floats
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 
 FLOOR = 1e-4
@@ -40,8 +40,8 @@ def equalizing_factors(first_peaks: Floats, second_peaks: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class Awq:
-    """What rescaling gains."""
+class AwqScaling:
+    """The best factors of a search, and what rescaling by them gains."""
 
     factors: Floats
     """s [features] with geometric mean 1; ones where nothing gains."""
@@ -58,9 +58,9 @@ def awq(
     gram: Doubles,
     format: BlockFormat,
     *,
-    quantize: Callable[[Floats, BlockFormat], Blocks] = round_to_nearest,
+    quantize: Callable[[Floats, BlockFormat], QuantizedBlocks] = round_to_nearest,
     strengths: Sequence[float] = STRENGTHS,
-) -> Awq:
+) -> AwqScaling:
     """Search s = magnitudes^strength for the least error of products that read the same activation.
 
     Args:
@@ -83,14 +83,14 @@ def awq(
         return total / energy
 
     plain = error(np.ones(len(magnitudes), np.float32))
-    best = Awq(np.ones(len(magnitudes), np.float32), 0.0, plain, plain)
+    best = AwqScaling(np.ones(len(magnitudes), np.float32), 0.0, plain, plain)
     for strength in strengths:
         if strength == 0:
             continue
         factors = _centred(strength * logarithm)
         found = error(factors)
         if found < best.error:
-            best = Awq(factors, float(strength), found, plain)
+            best = AwqScaling(factors, float(strength), found, plain)
     return best
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Doubles, Floats
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.grids import rounded_scales
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares
 
@@ -39,7 +39,7 @@ PANEL = 128
 class Gptq:
     """A quantized matrix and what that costs its product."""
 
-    blocks: Blocks
+    blocks: QuantizedBlocks
     error: float
     """tr(Eᵀ H E) / tr(Wᵀ H W), H without damping."""
 
@@ -52,7 +52,7 @@ def gptq(
     damping: float = 0.03,
     order: Order = "activation",
     sweeps: int = 2,
-    grid: Blocks | None = None,
+    grid: QuantizedBlocks | None = None,
 ) -> Gptq:
     """Quantize [features, outputs] for inputs with second moments `gram`.
 
@@ -104,7 +104,7 @@ def relative_error(weight: Floats, approximation: Floats, gram: Doubles) -> floa
 class _State:
     """Codes and errors while they change, inputs along the first axis."""
 
-    def __init__(self, weight: Floats, start: Blocks) -> None:
+    def __init__(self, weight: Floats, start: QuantizedBlocks) -> None:
         self.weight, self.format, self.start = weight, start.format, start
         self.top = np.float32(start.format.top)
         features = len(weight)
@@ -139,13 +139,13 @@ class _State:
         error *= self.scales[block]
         error += self.weight[row]
 
-    def blocks(self) -> Blocks:
+    def blocks(self) -> QuantizedBlocks:
         features, outputs = self.weight.shape
         codes = np.concatenate([self.codes.T.astype(np.uint8), self.padding], axis=1)
         shape = (outputs, len(self.scales), self.format.block_size)
         scales, zero_points = (np.ascontiguousarray(array.T) for array in (self.scales, self.zero_points))
         levels = (self.start.levels, self.start.minima)  # which stay as they are
-        return Blocks(codes.reshape(shape), scales, zero_points, self.format, features, *levels)
+        return QuantizedBlocks(codes.reshape(shape), scales, zero_points, self.format, features, *levels)
 
 
 def _descend(state: _State, feedback: Floats, visit: NDArray[np.int64]) -> None:

@@ -23,8 +23,8 @@ from onnxpress.arrays import Floats
 from onnxpress.optimizers.quantization.maths.block_format import (
     SMALLEST_HALF,
     BlockFormat,
-    Blocks,
     Levels,
+    QuantizedBlocks,
     joined,
     multipliers,
     split_columns,
@@ -53,7 +53,7 @@ class Sums(NamedTuple):
     importance: Floats
 
 
-def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Grid]) -> Blocks:
+def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Grid]) -> QuantizedBlocks:
     """Round a matrix to the grids that `choose` finds, a slab of outputs at a time.
 
     Args:
@@ -86,7 +86,7 @@ def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Gri
         codes[slab] = encode(blocks, found, format)
     if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zero_points).all()):
         raise ValueError(f"scales up to {np.abs(weight).max() / format.middle:g} do not fit in {format.scale_type}")
-    return Blocks(codes, grid.scales, grid.zero_points, format, features, joined(scales), joined(minima))
+    return QuantizedBlocks(codes, grid.scales, grid.zero_points, format, features, joined(scales), joined(minima))
 
 
 def full_range(weights: Floats, format: BlockFormat) -> Grid:

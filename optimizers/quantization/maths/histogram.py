@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Doubles, Floats
-from onnxpress.optimizers.fitting.statistics import require_data, require_finite
+from onnxpress.optimizers.fitting.statistics import require_data, require_finite_sums
 
 Counts = NDArray[np.int64]
 PRECISION = 22
@@ -42,7 +42,7 @@ class Histogram:
         if not x.size:
             return
         low, high = x.min(), x.max()
-        require_finite(np.array([low, high]), self.tensor, sample)
+        require_finite_sums(np.array([low, high]), self.tensor, sample)
         self._reach(float(low), float(high))
         places = np.floor(np.ldexp(x.ravel().astype(np.float64), -self.exponent)).astype(np.int64)
         self.counts += np.bincount(places - self.first, minlength=len(self.counts))

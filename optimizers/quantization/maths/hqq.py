@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxpress.arrays import Floats
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.grids import (
     Grid,
     best_grid,
@@ -31,7 +31,7 @@ BETA, GROWTH = 10.0, 1.01
 ROUNDS = 20
 
 
-def hqq(weight: Floats, format: BlockFormat, *, exponent: float = EXPONENT, rounds: int = ROUNDS) -> Blocks:
+def hqq(weight: Floats, format: BlockFormat, *, exponent: float = EXPONENT, rounds: int = ROUNDS) -> QuantizedBlocks:
     """Quantize [features, outputs] with a lower Σ |w − ŵ|^exponent than rounding to nearest, or the same."""
     if not 0 < exponent <= 1:
         raise ValueError(f"exponent must lie in 0 … 1, not {exponent}")

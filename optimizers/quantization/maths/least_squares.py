@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxpress.arrays import Floats
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, split_columns
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks, split_columns
 from onnxpress.optimizers.quantization.maths.grids import (
     Grid,
     best_grid,
@@ -29,12 +29,12 @@ ROUNDS = 4
 """Of rounding to the best grid so far and fitting it to the new codes."""
 
 
-def round_to_nearest(weight: Floats, format: BlockFormat) -> Blocks:
+def round_to_nearest(weight: Floats, format: BlockFormat) -> QuantizedBlocks:
     """Codes nearest to [features, outputs], on grids that reach each block's largest weights."""
     return quantize(weight, format, lambda blocks: full_range(blocks, format))
 
 
-def fit_least_squares(weight: Floats, format: BlockFormat, importance: Floats | None = None) -> Blocks:
+def fit_least_squares(weight: Floats, format: BlockFormat, importance: Floats | None = None) -> QuantizedBlocks:
     """Grids with the least squared error: several ranges are tried, the best is refined by alternation.
 
     Never worse than rounding to nearest, block by block.

@@ -1,4 +1,4 @@
-"""Weights that are whole multiples of something, exactly: their codes and steps from the values alone.
+"""Exact re-encoding of stored codes: the codes and steps of weights from their values alone.
 
 A K-quant of ggml is a super-block of 256 weights, cut into blocks of 16 or 32, each with a whole number for its step
 and in some kinds one for its minimum:
@@ -24,8 +24,8 @@ from onnxpress.arrays import Booleans, Floats, Integers
 from onnxpress.optimizers.quantization.maths.block_format import (
     LARGEST_MULTIPLIER,
     BlockFormat,
-    Blocks,
     Levels,
+    QuantizedBlocks,
     split_columns,
 )
 
@@ -36,7 +36,7 @@ SPARE_BITS = 4
 MOST_PARTS = 8
 """Of the largest possible unit that are tried where minima must fit, too."""
 EXACT_BITS = 52
-"""Weights of one super-block that are further apart are on no lattice that is worth having."""
+"""Weights of one super-block that are further apart have no exact codes that are worth having."""
 
 
 class _Found(NamedTuple):
@@ -55,7 +55,7 @@ class _Found(NamedTuple):
     """[super-blocks]"""
 
 
-def find_lattice(weight: Floats, format: BlockFormat) -> Blocks | None:
+def find_exact_codes(weight: Floats, format: BlockFormat) -> QuantizedBlocks | None:
     """The weights [features, outputs] in this format, exactly, or None where it does not hold them.
 
     The format has scales of type int8 with a unit for every `unit_size` weights, with or without float zero points; or
@@ -79,16 +79,16 @@ def find_lattice(weight: Floats, format: BlockFormat) -> Blocks | None:
     codes = found.codes.astype(np.uint8).reshape(*shape, format.block_size)
     levels = _levels(found.steps, found.units, found.exponents, outputs) if format.unit_size else None
     if format.zero_points == "none":
-        return Blocks(codes, scales, np.full(shape, format.middle, np.float32), format, features, levels)
+        return QuantizedBlocks(codes, scales, np.full(shape, format.middle, np.float32), format, features, levels)
     values = _floats(found.minima, found.exponents).reshape(shape)
     zero_points = np.divide(-values, scales, out=np.zeros_like(values), where=scales != 0)
     minima = _levels(found.minima, found.minimum_units, found.exponents, outputs)
-    return Blocks(codes, scales, zero_points, format, features, levels, minima)
+    return QuantizedBlocks(codes, scales, zero_points, format, features, levels, minima)
 
 
-def lattice(weight: Floats, format: BlockFormat) -> Blocks:
-    """`find_lattice` of weights that are known to lie on one. ValueError if they do not."""
-    found = find_lattice(weight, format)
+def exact_codes(weight: Floats, format: BlockFormat) -> QuantizedBlocks:
+    """Find the codes of weights that are known to have exact ones. ValueError if they have none."""
+    found = find_exact_codes(weight, format)
     if found is None:
         raise ValueError(f"the weights are no multiples of anything in {format}")
     return found
@@ -199,8 +199,8 @@ def _shares(numbers: Integers, most: Integers, room: int, limit: int) -> Integer
 
 
 class _Places:
-    """Where code 0 may lie in each block: codes that do not use their whole range can be shifted, and a step can be
-    taken in parts. Options are the first axis."""
+    """Places where code 0 may lie in each block: codes that do not use their whole range can be shifted, and a step can
+    be taken in parts. Options are the first axis."""
 
     def __init__(self, lowest: Integers, steps: Integers, most: Integers, numbers: Integers, top: int) -> None:
         options = []

@@ -18,7 +18,13 @@ from onnxpress.evaluation.evaluate import Evaluation, evaluate
 from onnxpress.evaluation.kind import Opened, Options
 from onnxpress.evaluation.opening import open_model, sidecar_folder
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, cost_of, largest_difference, verify_step
+from onnxpress.evaluation.verification import (
+    EXACT_TOLERANCE,
+    Reference,
+    cost_of,
+    largest_difference,
+    verify_step,
+)
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.progress import Update
 from onnxpress.runtime.memory import trim_memory

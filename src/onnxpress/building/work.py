@@ -7,7 +7,7 @@ memory holds a few tensors, never the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,19 +23,18 @@ from onnxpress.artifact.structure_changes import compare
 from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
+from onnxpress.calibration.known_results import KnownResults
 from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
 from onnxpress.graph.io import load_graph, save_graph
 from onnxpress.graph.report import Report
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fusion.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.runtime.memory import trim_memory
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.vocabulary.trimming import trimming
 
 if TYPE_CHECKING:
     from onnxpress.exporter.sources.checkpoint import Checkpoint
@@ -116,42 +115,41 @@ class Work:
             trim_memory()
         self.record(replace(step, metrics=metrics))
 
-    def apply(self, spec: PassSpec, one: Pass, kept: list[Calibration] | None = None) -> None:
+    def apply(self, spec: PassSpec, optimizer: Pass, known: KnownResults | None = None) -> None:
         """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError.
 
-        kept: takes the calibrations whose files the pass still needs, to be discarded by the caller.
+        Args:
+            known: results of the same pass in earlier runs, which is added to; the caller discards it. Without it
+                nothing is kept once the graphs are written.
         """
         began = time.perf_counter()
-        calibrations = self._calibrations(one)
+        samples = self._samples_for(optimizer)
+        results = KnownResults() if known is None else known
         with self.progress.stage(spec.name) as update:
-            companions = trimming(one, self.artifact)
-            calibrations = {stem: replace(found, progress=update) for stem, found in calibrations.items()}
-            graphs, report = _run_pass(one, self.current, calibrations, self.reference)
+            calibrations = self._calibrations(samples, update)
+            graphs, report = self._run(optimizer, calibrations, results)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
         if report.errors:
             step = replace(step, errors=dict(report.errors))
         if report.matched:
-            if companions is not None:
-                self.home = self.folder / f"companions-{len(self.steps)}"
-                self.artifact = companions.follow(self.artifact, self.home)
-                artifact_folder.write_sidecar_files(self.artifact, self.home)
-                self.notes += companions.notes
-                self.samples.clear()
+            self._follow_beside(optimizer)
+            self.notes += report.notes
             before, self.current = self.current, self._save(graphs, spec.name)
-            if one.gives_form and not self.lossy and _is_float(graphs):
+            if optimizer.gives_form and not self.lossy and _is_float(graphs):
                 self.structure = read_structure(graphs.values())
                 self.floats = self.current if self.structure is not None else None
             elif self.floats == before:
-                self._follow(one, graphs)
-            if kept is not None:
-                kept += calibrations.values()
-            else:
-                discard(calibrations.values())  # what was found is in the graphs' files
+                self._follow(optimizer, graphs)
+            results.keep_files(calibrations.values())
+            if known is None:
+                results.discard()  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
-                found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
+                metrics = self.meter.check_step(
+                    spec.name, self.current, before, exact=optimizer.exact, lossy=self.lossy
+                )
             trim_memory()
-            step = replace(step, metrics=found)
-            self.lossy |= not one.exact
+            step = replace(step, metrics=metrics)
+            self.lossy |= not optimizer.exact
         elif not spec.optional:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in report.skipped.most_common(3))
             raise NothingMatchedError(
@@ -160,48 +158,84 @@ class Work:
             )
         self.record(replace(step, seconds=time.perf_counter() - began))
 
-    def _follow(self, one: Pass, graphs: Mapping[str, ir.Model]) -> None:
+    def _run(
+        self, optimizer: Pass, calibrations: Mapping[str, Calibration], known: KnownResults
+    ) -> tuple[dict[str, ir.Model], Report]:
+        """Every graph after the pass, and what was done to all of them."""
+        graphs = {stem: load_graph(path) for stem, path in self.current.items()}
+        total = Report()
+        for stem, model in graphs.items():
+            calibration = calibrations.get(stem, Calibration())
+            reference = load_graph(self.reference[stem]) if optimizer.needs_reference else None
+            try:
+                report = optimizer.run(model, Context(calibration, reference, self.artifact, known)).report
+            except OnnxpressError:
+                raise
+            except Exception as error:
+                raise VerificationError(f"pass {optimizer.name} failed: {type(error).__name__}: {error}") from error
+            total.add(report)
+        return graphs, total
+
+    def _follow_beside(self, optimizer: Pass) -> None:
+        """Let what lies beside the graphs follow a pass, in a folder of its own if anything changes."""
+        folder = self.folder / f"companions-{len(self.steps)}"
+        artifact = optimizer.follow(self.artifact, folder)
+        if artifact is self.artifact:
+            return
+        self.artifact, self.home = artifact, folder
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
+        self.samples.clear()
+
+    def _follow(self, optimizer: Pass, graphs: Mapping[str, ir.Model]) -> None:
         """Let config.json say what the structure of float graphs is by now.
 
         An exact pass that gives products other names packs them, and a pass that is not float quantizes: these change
         how the model is stored, not its structure, and what comes after them is not followed.
         """
-        found = read_structure(graphs.values()) if _is_float(graphs) else None
-        if found is None or self.structure is None or (one.exact and found.names - self.structure.names):
+        structure = read_structure(graphs.values()) if _is_float(graphs) else None
+        if structure is None or self.structure is None or (optimizer.exact and structure.names - self.structure.names):
             return
         export = self.artifact.export
-        changed = reduced_config(self.artifact.config, self.structure, found)
+        changed = reduced_config(self.artifact.config, self.structure, structure)
         earlier = StructureChange.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
-        if reasons or compare(before, found):
-            export = {**export, EXPORT_KEY: StructureChange(before, found, tuple(reasons)).to_dict()}
+        if reasons or compare(before, structure):
+            export = {**export, EXPORT_KEY: StructureChange(before, structure, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
         self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
-        self.structure, self.floats = found, self.current
+        self.structure, self.floats = structure, self.current
         artifact_folder.write_sidecar_files(self.artifact, self.home)
 
-    def _calibrations(self, one: Pass) -> dict[str, Calibration]:
-        """Samples of each graph, by its stem, for a pass that looks at activations."""
-        if not isinstance(one, CalibratedPass) or not one.needs_samples:
-            return {}
-        wanted = (one.wanted_rows, one.wanted_length)
+    def _samples_for(self, optimizer: Pass) -> Mapping[str, Sequence[Feeds]] | None:
+        """Inputs of each graph, by its stem or "", for a pass that looks at activations."""
+        if not optimizer.needs_samples:
+            return None
+        wanted = (optimizer.wanted_rows, optimizer.wanted_length)
         if wanted not in self.samples:
             with self.progress.stage("sampling inputs"):
                 self.samples[wanted] = self.data.calibration.feeds(
                     main_graph(self.reference), *wanted, self.threads, self.home
                 )
             trim_memory()
-        samples, folder = self.samples[wanted], calibration_folder()
+        return self.samples[wanted]
+
+    def _calibrations(
+        self, samples: Mapping[str, Sequence[Feeds]] | None, progress: Callable[[int, int], None]
+    ) -> dict[str, Calibration]:
+        """Samples of each graph, by its stem, and what may be spent on them."""
+        if samples is None:
+            return {}
+        folder = calibration_folder()
         return {
-            stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads)
+            stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads, progress=progress)
             for stem in self.current
         }
 
     def mark(self) -> Mark:
-        """Where the work stands, to come back to; the files stay."""
+        """Note where the work stands, to come back to; the files stay."""
         state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
         return Mark(*state, tuple(self.notes))
 
@@ -217,7 +251,7 @@ class Work:
     def cut_logits(self) -> None:
         """Keep the logits of the last position only, where the graph has a head that can be cut."""
         began = time.perf_counter()
-        graphs, report = _run_pass(LastLogits(), self.current, {})
+        graphs, report = self._run(LastLogits(), {}, KnownResults())
         step = Step(LastLogits.name, {}, 0.0, dict(report.matched), dict(report.skipped))
         if report.matched:
             before, self.current = self.current, self._save(graphs, LastLogits.name)
@@ -251,11 +285,6 @@ class Work:
         self.artifact = self.artifact.with_step(step)
 
 
-def discard(calibrations: Iterable[Calibration]) -> None:
-    for calibration in calibrations:
-        calibration.discard()
-
-
 def _is_float(graphs: Mapping[str, ir.Model]) -> bool:
     """Whether all weights are float32."""
     return all(set(artifact_folder.weight_formats(model)) <= {"float32"} for model in graphs.values())
@@ -266,29 +295,3 @@ def graph_bytes(paths: Mapping[str, Path]) -> int:
     models = {stem: load_graph(path) for stem, path in paths.items()}
     decoders = [models.pop(stem) for stem in (DECODER, DECODER_WITH_PAST) if stem in models]
     return sum(map(artifact_folder.weight_bytes, models.values())) + artifact_folder.weight_bytes(*decoders)
-
-
-def _run_pass(
-    one: Pass,
-    paths: Mapping[str, Path],
-    calibrations: Mapping[str, Calibration],
-    reference: Mapping[str, Path] | None = None,
-) -> tuple[dict[str, ir.Model], Report]:
-    """Every graph after the pass, and what was done to all of them."""
-    graphs = {stem: load_graph(path) for stem, path in paths.items()}
-    total = Report()
-    for stem, model in graphs.items():
-        if isinstance(one, CalibratedPass):
-            one.calibration = calibrations.get(stem, Calibration())
-            if one.needs_reference and reference is not None:
-                one.reference = load_graph(reference[stem])
-        try:
-            report = one.call(model).report
-        except OnnxpressError:
-            raise
-        except Exception as error:
-            raise VerificationError(f"pass {one.name} failed: {type(error).__name__}: {error}") from error
-        total.matched += report.matched
-        total.skipped += report.skipped
-        total.errors |= report.errors
-    return graphs, total

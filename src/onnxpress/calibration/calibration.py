@@ -1,4 +1,4 @@
-"""What a pass that looks at activations is given: samples, and what may be spent on them."""
+"""Calibration: the samples of a pass that looks at activations, and what may be spent on them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import onnx_ir as ir
 
 from onnxpress.arrays import Feeds
-from onnxpress.calibration.samples import feeds_graph
-from onnxpress.calibration.walk import MEMORY_BYTES, Accumulator, Feed, Walk
+from onnxpress.calibration.feeds import feeds_graph
+from onnxpress.calibration.walk import MEMORY_BYTES, Accumulator, FeedMode, Walk
 
 T = TypeVar("T")
 NO_SAMPLES = "no sample inputs for this graph"
@@ -37,7 +37,7 @@ class Calibration:
         """Whether there are samples and they are for this graph."""
         return bool(self.samples) and all(feeds_graph(sample, model) for sample in self.samples)
 
-    def walk(self, model: ir.Model, *, feed: Feed = "modified", method: str = "", by_product: bool = False) -> Walk:
+    def walk(self, model: ir.Model, *, feed: FeedMode = "modified", method: str = "", by_product: bool = False) -> Walk:
         """A walk over `model`; one without a method keeps nothing that another process could use."""
         folder = self.folder if method else None
         walk = Walk(
@@ -48,13 +48,13 @@ class Calibration:
         return walk
 
     def recall(self, key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = lambda _: True) -> T:
-        """What was found under a key, if it will still do, or what `compute` finds; without a memory always that."""
+        """Take what was found under a key, if it will still do, or what `compute` finds; without a memory, that."""
         if self.memory is None:
             return compute()
         if key not in self.memory or not still(self.memory[key]):
             self.memory[key] = compute()
-        found: T = self.memory[key]
-        return found
+        known: T = self.memory[key]
+        return known
 
     def discard(self) -> None:
         """Remove what walks kept; the graphs have been written."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxpress.arrays import Feeds, Ids
-from onnxpress.calibration.files import Inputs, Record, Recording, Texts, read_records
+from onnxpress.calibration.files import CalibrationRecord, Inputs, Recording, Texts, read_records
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.evaluation.inputs import encoder_rows, first_token, longest, random_feeds
@@ -45,7 +45,7 @@ STALE = 7 * 24 * 3600
 
 
 def calibration_folder() -> Path:
-    """Where calibrations keep what they know, so that one that was killed goes on; old ones are removed."""
+    """The folder where calibrations keep what they know, so that one that was killed goes on; removes old ones."""
     folder = cache_folder() / "calibration"
     for old in folder.iterdir() if folder.is_dir() else ():
         if time.time() - old.stat().st_mtime > STALE:
@@ -55,7 +55,7 @@ def calibration_folder() -> Path:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What to calibrate with; anything left out is decided by the pass that asks."""
+    """The data to calibrate with; anything left out is decided by the pass that asks."""
 
     source: str | None = None
     """A file, a folder or the name of a data set, see `calibration_files`; none: what the model writes itself."""
@@ -144,7 +144,7 @@ def _written(opened: Opened, graph: Path, rows: int, length: int, seed: int) -> 
 
 
 def _from_records(
-    opened: Opened, records: Sequence[Record], rows: int, length: int, source: str
+    opened: Opened, records: Sequence[CalibrationRecord], rows: int, length: int, source: str
 ) -> dict[str, list[Feeds]]:
     kinds = {Texts if isinstance(one, Texts) else Recording if isinstance(one, Recording) else dict for one in records}
     if len(kinds) > 1:

@@ -1,4 +1,4 @@
-"""What a user has to calibrate with, whatever it is kept in: texts, pairs of texts, recordings, or inputs as they are.
+"""Records to calibrate with, whatever they are kept in: texts, pairs of texts, recordings, or inputs as they are.
 
 .jsonl             a text, a pair or inputs a line: {"text": …}, {"first": …, "second": …}, {"input_ids": […], …}
 .csv .tsv .tab     a text or a pair a row; numbers, such as scores, are left out
@@ -55,10 +55,10 @@ class Recording:
 
 Inputs = Mapping[str, NDArray[Any]]
 """Inputs of a graph for one sample, without a batch axis."""
-Record = Texts | Recording | Inputs
+CalibrationRecord = Texts | Recording | Inputs
 
 
-def read_records(source: str) -> Iterator[Record]:
+def read_records(source: str) -> Iterator[CalibrationRecord]:
     """The records of a file, folder or data set, one by one.
 
     Raises SourceNotFoundError, CorruptFileError or BadInputError, naming the file and the line.
@@ -75,14 +75,14 @@ def read_records(source: str) -> Iterator[Record]:
         yield from _dataset(source)
 
 
-def _whole(path: Path) -> Iterator[Record]:
+def _whole(path: Path) -> Iterator[CalibrationRecord]:
     if path.suffix.lower() == ".wav":
         yield read_wav(path)
     else:
         yield Texts(read_text(path))
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _json_lines(path: Path) -> Iterator[CalibrationRecord]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -94,7 +94,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
         yield _record(entry, f"{path}, line {number}")
 
 
-def _record(entry: Any, where: str) -> Record:
+def _record(entry: Any, where: str) -> CalibrationRecord:
     """A text, a pair or inputs from an object."""
     if isinstance(entry, str):
         return Texts(entry)
@@ -114,7 +114,7 @@ def _record(entry: Any, where: str) -> Record:
     raise BadInputError(f"{where}: neither a text nor inputs", hint=f"an object with one of {', '.join(TEXT_FIELDS)}")
 
 
-def _rows(path: Path) -> Iterator[Record]:
+def _rows(path: Path) -> Iterator[CalibrationRecord]:
     text = read_text(path)
     delimiter = "," if path.suffix.lower() == ".csv" and "\t" not in text.split("\n", 1)[0] else "\t"
     for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), start=1):
@@ -132,7 +132,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _arrays(path: Path) -> Iterator[Record]:
+def _arrays(path: Path) -> Iterator[CalibrationRecord]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -147,7 +147,7 @@ def _arrays(path: Path) -> Iterator[Record]:
         yield {name: array[row] for name, array in arrays.items()}
 
 
-def _recordings(folder: Path) -> Iterator[Record]:
+def _recordings(folder: Path) -> Iterator[CalibrationRecord]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav")
     if not paths:
         raise BadInputError(f"{folder} has no .wav files", hint="give a folder of recordings, or a file")
@@ -178,7 +178,7 @@ def read_wav(path: Path) -> Recording:
     return Recording(mono.astype(np.float32), rate, path.name)
 
 
-def _dataset(name: str) -> Iterator[Record]:
+def _dataset(name: str) -> Iterator[CalibrationRecord]:
     try:
         import datasets
     except ImportError as error:

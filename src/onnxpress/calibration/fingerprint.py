@@ -1,4 +1,4 @@
-"""What a graph, its samples and a method are recognised by when an interrupted calibration goes on."""
+"""Fingerprints of a graph, its samples and a method, by which an interrupted calibration goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method found for one block, kept in a file until the graph is written."""
+"""Results of a method for one block, kept in a file until the graph is written."""
 
 from __future__ import annotations
 

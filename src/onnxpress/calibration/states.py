@@ -30,7 +30,7 @@ class States:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """What another process needs to find the same values, see `adopt`."""
+        """The numbers that another process needs to find the same values, see `adopt`."""
         return dict(self._numbers)
 
     def adopt(self, numbers: dict[str, int]) -> None:

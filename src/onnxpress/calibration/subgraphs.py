@@ -27,7 +27,7 @@ def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     return values
 
 
-def extract(model: ir.Model, inputs: Mapping[str, ir.DataType], outputs: Sequence[str]) -> ir.Model:
+def extract_subgraph(model: ir.Model, inputs: Mapping[str, ir.DataType], outputs: Sequence[str]) -> ir.Model:
     """The part of a graph that computes `outputs` from `inputs` and weights, as a graph of its own.
 
     Args:

@@ -36,22 +36,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Array, Feeds
+from onnxpress.calibration.feeds import Padding, check_samples, feed_of
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.results import read_results, write_results
-from onnxpress.calibration.samples import Padding, check_samples, feed_of
 from onnxpress.calibration.states import States
-from onnxpress.calibration.subgraphs import extract, session_of, values_by_name
+from onnxpress.calibration.subgraphs import extract_subgraph, session_of, values_by_name
 from onnxpress.errors import BadInputError, UnsupportedModelError
 from onnxpress.graph.anatomy import Segment, split_layers
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.linear import find_linears
 
 MEMORY_BYTES = 1 << 30
-Feed = Literal["modified", "original"]
+FeedMode = Literal["modified", "original"]
 
 
 class Accumulator(Protocol):
-    """What is kept of an activation while it streams by."""
+    """A statistic of an activation that streams by."""
 
     def update(self, x: NDArray[np.float32], sample: int) -> None:
         """Take in what sample number `sample` made of it, [tokens, features], padding left out."""
@@ -66,7 +66,7 @@ class Walk:
 
     model: ir.Model
     samples: Sequence[Feeds]
-    feed: Feed = "modified"
+    feed: FeedMode = "modified"
     """What the next block reads: the outputs of this one after it was edited, or those of the untouched graph."""
     memory_bytes: int = MEMORY_BYTES
     """Of hidden states kept in memory, and of activations looked at in one run."""
@@ -102,12 +102,12 @@ class Walk:
         self._states = States(self.memory_bytes, self.folder / "states" if self.folder else None)
         self._finished = self._resume()
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[WalkStep]:
         try:
             for number, segment in enumerate(self.segments):
-                step = Step(self, number, segment)
+                step = WalkStep(self, number, segment)
                 if number < self._finished:
-                    step.finished = True
+                    step.known = True
                     yield step
                     continue
                 yield step
@@ -135,11 +135,11 @@ class Walk:
             session = None
             if computed:
                 types = {name: ir.DataType.from_numpy(array.dtype) for name, array in first.items()}
-                session = stack.enter_context(session_of(extract(self._graph, types, computed), self.threads))
+                session = stack.enter_context(session_of(extract_subgraph(self._graph, types, computed), self.threads))
                 wanted = {node.name for node in session.get_inputs()}
             for sample in range(len(self.samples)):
                 arrays = first if sample == 0 else {name: self._input(values, name, sample) for name in given}
-                found = {name: arrays[name] for name in outputs if name in arrays}
+                read = {name: arrays[name] for name in outputs if name in arrays}
                 if session is not None:
                     feeds = {name: array for name, array in arrays.items() if name in wanted}
                     try:
@@ -149,8 +149,8 @@ class Walk:
                             f"{self.segments[number].title} cannot run on sample {sample}: "
                             f"{' '.join(str(error).split())[:300]}"
                         ) from error
-                    found |= dict(zip(computed, results, strict=True))
-                receive(sample, found)
+                    read |= dict(zip(computed, results, strict=True))
+                receive(sample, read)
 
     def _input(self, values: Mapping[str, ir.Value], name: str, sample: int) -> Array:
         value = values[name]
@@ -226,13 +226,13 @@ class Walk:
 
 
 @dataclass
-class Step:
+class WalkStep:
     """One segment of a walk while its turn lasts."""
 
     walk: Walk
     number: int
     segment: Segment
-    finished: bool = False
+    known: bool = False
     """An earlier process was here: the results are known, and nothing is run."""
     forwarded: bool = False
     """Whether the outputs for later segments are kept by now."""
@@ -243,7 +243,7 @@ class Step:
 
     @property
     def values(self) -> set[str]:
-        """What can be observed here: all that the segment reads or makes."""
+        """The values that can be observed here: all that the segment reads or makes."""
         made = {str(output.name) for node in self.segment.nodes for output in node.outputs}
         return made | {str(value.name) for value in self.segment.inputs()}
 
@@ -270,7 +270,7 @@ class Step:
             self.forwarded |= bool(onward)
 
     def results(self, key: str, compute: Callable[[], Mapping[str, Array]]) -> dict[str, ir.TensorProtocol]:
-        """What `compute` returns, or returned in an earlier process; as tensors in a file if the walk has a folder."""
+        """Take what `compute` returns, or returned in an earlier process; in a file if the walk has a folder."""
         if self.walk.folder is None:
             return {name: ir.tensor(array, name=name) for name, array in compute().items()}
         path = self.walk.folder / f"result_{self.number}_{key}.bin"

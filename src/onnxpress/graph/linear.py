@@ -152,6 +152,12 @@ def read_rows(linear: Linear) -> NDArray[np.float32]:
     return read_matrix(linear.weight.const_value, linear.name, transpose=not linear.transposed)
 
 
+def read_linear(linear: Linear) -> NDArray[np.float32]:
+    """The weight as [in, out], read now; onnxpress.errors.CorruptFileError if it holds NaN or infinity."""
+    assert linear.weight.const_value is not None
+    return read_matrix(linear.weight.const_value, linear.name, transpose=linear.transposed)
+
+
 def read_matrix(tensor: ir.TensorProtocol, name: str, *, transpose: bool = False) -> NDArray[np.float32]:
     """A matrix that is about to be quantized, checked to be finite."""
     matrix: NDArray[np.float32] = require_finite_weight(np.asarray(tensor.numpy(), dtype=np.float32), name)

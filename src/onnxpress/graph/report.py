@@ -14,6 +14,8 @@ class Report:
     skipped: Counter[str] = field(default_factory=Counter)
     errors: dict[str, float] = field(default_factory=dict)
     """The loss by weight: |x·Ŵ − x·W|² / |x·W|² on the samples, for passes that know it."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know."""
 
     def match(self, what: str, count: int = 1) -> None:
         self.matched[what] += count
@@ -23,3 +25,10 @@ class Report:
 
     def skip(self, reason: str, count: int = 1) -> None:
         self.skipped[reason] += count
+
+    def add(self, other: Report) -> None:
+        """Take in what was done to another graph; notes that are the same are one."""
+        self.matched += other.matched
+        self.skipped += other.skipped
+        self.errors |= other.errors
+        self.notes = list(dict.fromkeys([*self.notes, *other.notes]))

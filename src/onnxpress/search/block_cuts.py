@@ -23,13 +23,12 @@ from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Block, anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.depth.cuts import renumbered, stacks_of
-from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
+from onnxpress.optimizers.depth.removal import renumbered, stacks_of
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import Format, Shapes
 from onnxpress.search.groups import Group, Part, find_groups
 
-REMOVED = PassSpec(ReduceDepth.name, {"drop": 1})
+REMOVED = PassSpec("reduce-depth", {"drop": 1})
 """The pass of a cut that removes blocks."""
 
 

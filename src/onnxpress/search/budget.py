@@ -17,14 +17,12 @@ from pathlib import Path
 from onnxpress.artifact.artifact import Step
 from onnxpress.artifact.folder import size_bytes, write_graphs
 from onnxpress.building.measuring import speed
-from onnxpress.building.work import Mark, Work, discard
-from onnxpress.calibration.calibration import Calibration
+from onnxpress.building.work import Mark, Work
+from onnxpress.calibration.known_results import KnownResults
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
 from onnxpress.graph.io import load_graph
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.quantization.fit_blocks import Fitted
-from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.requests import Gates, SearchOptions
 from onnxpress.search import kernels
@@ -132,15 +130,14 @@ class _Builder:
 
     def __post_init__(self) -> None:
         self.start = self.work.mark()
-        self.fitted: dict[str, dict[str, Fitted]] = {}
+        self.results: dict[str, KnownResults] = {}
         """By format: what was fitted in a round before need not be fitted again."""
-        self.kept: list[Calibration] = []
         self.cut: dict[tuple[str, ...], tuple[Mark, list[PassSpec]]] = {(): (self.start, [])}
         """The start after cuts that a round before made, and how it made them."""
 
     def close(self) -> None:
-        """Discard the files of calibrations that were kept for the next round."""
-        discard(self.kept)
+        for results in self.results.values():
+            results.discard()
 
     def build(self, assignment: Assignment) -> tuple[Recipe, float | None]:
         """Run the passes of the cuts, each format's on the weights that it was chosen for, and those after.
@@ -172,8 +169,8 @@ class _Builder:
             changed = [self.known.cut_groups[cut_name(block.name, cut.name)] for block in blocks]
             groups = [group for by_name in changed for group in by_name.values()]
             weights = [weight if cut.removes else name_of(weight) for group in groups for weight in group.weights]
-            for spec, one in cut.passes_at(blocks, weights):
-                self.work.apply(spec, one)
+            for spec, optimizer in cut.passes_at(blocks, weights):
+                self.work.apply(spec, optimizer)
                 specs.append(spec)
         return self.work.mark(), specs
 
@@ -188,23 +185,21 @@ class _Builder:
         name_of = self._numbering(assignment.cuts)
         groups = {group.name: group for group in self.known.groups}
         specs: list[PassSpec] = []
-        first: list[tuple[PassSpec, Pass]] = []
+        first: list[tuple[PassSpec, Pass, KnownResults]] = []
         """What formats begin with and is exact: on a graph that nothing was rounded in, verification can tell."""
-        rest: list[tuple[PassSpec, Pass]] = []
+        rest: list[tuple[PassSpec, Pass, KnownResults]] = []
         for format in self.known.formats:
             named = [name for name, chosen in assignment.formats.items() if chosen == format.name]
             weights = [name_of(weight) for name in named for weight in groups[name].weights]
             if not weights:
                 continue
-            steps = format.passes_for(weights)
-            for _, one in steps:
-                if isinstance(one, QuantizeBlocks):
-                    one.fitted = self.fitted.setdefault(format.name, one.fitted)
+            results = self.results.setdefault(format.name, KnownResults())
+            steps = [(spec, optimizer, results) for spec, optimizer in format.passes_for(weights)]
             exact = list(takewhile(lambda step: step[1].exact, steps))
             first += exact
             rest += steps[len(exact) :]
-        for spec, one in (*first, *rest):
-            self.work.apply(spec, one, self.kept)
+        for spec, optimizer, results in (*first, *rest):
+            self.work.apply(spec, optimizer, results)
             specs.append(spec)
         return specs
 

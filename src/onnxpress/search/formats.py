@@ -22,8 +22,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.storage import stored
 from onnxpress.graph.tensors import ViewTensor
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.groups import Part
@@ -67,11 +66,8 @@ class Format:
         """Run all passes on a copy of the part; None where one of them finds nothing to do, or cannot do it."""
         model = copy_graph(part)
         try:
-            for _, one in self.passes_for(of.weights):
-                if isinstance(one, CalibratedPass):
-                    one.calibration = calibration
-                    one.reference = part if one.needs_reference else None
-                if not one.call(model).report.matched:
+            for _, optimizer in self.passes_for(of.weights):
+                if not optimizer.run(model, Context(calibration, part)).report.matched:
                     return None
         except UnsupportedModelError:
             return None

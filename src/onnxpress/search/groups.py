@@ -12,7 +12,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from onnxpress.calibration.subgraphs import extract
+from onnxpress.calibration.subgraphs import extract_subgraph
 from onnxpress.graph.linear import find_linears, matrix_shape
 from onnxpress.optimizers.quantization.quantize_embedding import looks_up, tables
 
@@ -128,7 +128,7 @@ def part_model(model: ir.Model, part: Part, types: Mapping[str, ir.DataType] | N
     values |= {str(value.name): value for node in model.graph for value in node.inputs if value is not None}
     known = types or {}
     inputs = {name: known.get(name) or values[name].dtype or ir.DataType.FLOAT for name in part.inputs}
-    found = extract(model, inputs, part.outputs)
+    found = extract_subgraph(model, inputs, part.outputs)
     for value in found.graph.inputs:
         original = values[str(value.name)]
         value.shape = original.shape

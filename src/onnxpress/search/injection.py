@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Feeds, Floats
-from onnxpress.calibration.samples import feed_of
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.subgraphs import session_of
 from onnxpress.evaluation.loss import Run, loss_of
 from onnxpress.graph.io import copy_graph

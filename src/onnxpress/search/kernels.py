@@ -26,7 +26,7 @@ from onnxpress.artifact.manifest import machine
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.subgraphs import session_of
 from onnxpress.errors import BadInputError, SourceNotFoundError, UnsupportedModelError
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import FLOAT, Format
 from onnxpress.search.groups import Group
@@ -137,11 +137,10 @@ def _measure(
     names = list(model.graph.initializers)
     if format is not None:
         with contextlib.suppress(UnsupportedModelError):
-            for one in [_without_fit(spec).build() for spec in format.specs]:
-                if isinstance(one, CalibratedPass) and one.needs_samples:
-                    one.calibration = Calibration([_inputs(group, TOKENS[-1])], threads=threads)
-                one.prepare_example(model)
-                one.call(model)
+            for optimizer in [_without_fit(spec).build() for spec in format.specs]:
+                samples = [_inputs(group, TOKENS[-1])] if optimizer.needs_samples else []
+                optimizer.prepare_example(model)
+                optimizer.run(model, Context(Calibration(samples, threads=threads)))
         if any(name in model.graph.initializers for name in names):
             return {}
     scratch = np.zeros(CACHE_BYTES // 8)

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.fingerprint import fingerprint
-from onnxpress.calibration.samples import feed_of
-from onnxpress.calibration.walk import Step, Walk
+from onnxpress.calibration.walk import Walk, WalkStep
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
 from onnxpress.search.groups import Group, Part, part_model
@@ -202,13 +202,13 @@ def _distance(one: TrialRecord, other: TrialRecord) -> float:
     return abs(math.log(max(one.error, TINY) / max(other.error, TINY)))
 
 
-def _is_complete(part: Part, step: Step, model: ir.Model) -> bool:
+def _is_complete(part: Part, step: WalkStep, model: ir.Model) -> bool:
     """Tell whether all that a part reads is at hand."""
     inputs = {str(value.name) for value in model.graph.inputs}
     return all(name in step.values or name in inputs for name in part.inputs)
 
 
-def _inputs(step: Step, part: Part) -> list[Arrays]:
+def _inputs(step: WalkStep, part: Part) -> list[Arrays]:
     """Collect what a part reads of each sample, in the order of its inputs."""
     walk = step.walk
     given = {str(value.name): value for value in walk.model.graph.inputs if value.name in part.inputs}

@@ -10,8 +10,7 @@ import numpy as np
 from onnxpress.arrays import Feeds
 from onnxpress.building.measuring import main_graph
 from onnxpress.building.work import Work
-from onnxpress.calibration.samples import token_count
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.calibration.feeds import token_count
 from onnxpress.optimizers.recipe import Recipe
 from onnxpress.search.sensitivity import TrialInputs
 
@@ -27,7 +26,7 @@ def sample_inputs(work: Work, recipe: Recipe) -> dict[str, TrialInputs]:
     right."""
     kinds = (*recipe.formats.values(), *recipe.cuts.values())
     passes = [spec.build() for specs in kinds for spec in specs]
-    calibrated = [one for one in passes if isinstance(one, CalibratedPass) and one.needs_samples]
+    calibrated = [one for one in passes if one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
     data, graph = work.data.calibration, main_graph(work.reference)

@@ -102,7 +102,7 @@ class BytesOf:
 
 
 def _last_character(piece: bytes) -> int:
-    """Where the last character begins if it is cut off, else the length."""
+    """The place where the last character begins if it is cut off, else the length."""
     for back in range(1, min(3, len(piece)) + 1):
         byte = piece[-back]
         if byte >= 0xC0:

@@ -95,7 +95,7 @@ class Vocabulary:
         return list(token)
 
     def fundamental(self, characters: frozenset[str]) -> set[int]:
-        """What any text of these characters may fall back on: bytes where the tokenizer has them, else characters."""
+        """The tokens that any text of these characters may fall back on: bytes, if there are any, or characters."""
         found = set(self.added.values()) | set(self.named)
         if self.byte_fallback:
             found |= {number for token, number in self.ids.items() if _BYTE.fullmatch(token)}

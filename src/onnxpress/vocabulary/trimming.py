@@ -1,10 +1,10 @@
-"""The pass `trim-vocabulary` in a build: which tokens it is to keep, and the files that follow."""
+"""An artifact with fewer tokens: which ones it keeps, and the files that follow."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from onnxpress.calibration.files import Texts, read_records
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError, VerificationError
 from onnxpress.evaluation import restriction
 from onnxpress.files.json_files import read_optional_json
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
 from onnxpress.vocabulary import rewriting
 from onnxpress.vocabulary.characters import scripts_in
 from onnxpress.vocabulary.choosing import kept_tokens
@@ -56,7 +54,7 @@ class Trimming:
             settings = rewriting.renumbered_settings(read_optional_json(files[SETTINGS]), kept)
             contents[SETTINGS] = json.dumps(settings, indent=2, ensure_ascii=False)
         if "added_tokens.json" in files:
-            added = {one["content"]: one["id"] for one in self.tokenizer.get("added_tokens") or ()}
+            added = {token["content"]: token["id"] for token in self.tokenizer.get("added_tokens") or ()}
             contents["added_tokens.json"] = json.dumps(added, ensure_ascii=False)
         for name in contents.keys() & files.keys():
             files[name] = target / name
@@ -71,8 +69,19 @@ class Trimming:
         return replace(artifact, files=files, config=config)
 
 
-def trimming(one: Pass, artifact: Artifact) -> Trimming | None:
-    """What `trim-vocabulary` is to keep of an artifact, told to the pass; None for any other pass.
+def trimming(
+    artifact: Artifact,
+    *,
+    corpus: str | None = None,
+    scripts: Sequence[str] | None = None,
+    tokens: int | None = None,
+    multiple_of: int = 1,
+) -> Trimming:
+    """Choose the tokens that an artifact is to keep, and make its tokenizer of them.
+
+    Args:
+        corpus: a text whose tokens are kept.
+        scripts, tokens, multiple_of: see `choosing.kept_tokens`.
 
     Raises:
         UnsupportedModelError: there is no tokenizer.json, or it is of a kind that cannot be trimmed.
@@ -80,8 +89,6 @@ def trimming(one: Pass, artifact: Artifact) -> Trimming | None:
         BadInputError: the corpus holds no text.
         VerificationError: the new tokenizer reads the corpus in another way, though it has all of its tokens.
     """
-    if not isinstance(one, TrimVocabulary):
-        return None
     if TOKENIZER not in artifact.files:
         raise UnsupportedModelError("the model has no tokenizer.json, so nothing tells what its tokens are")
     content = json.loads(artifact.files[TOKENIZER].read_text(encoding="utf-8"))
@@ -89,24 +96,23 @@ def trimming(one: Pass, artifact: Artifact) -> Trimming | None:
     text_config = artifact.config.get("text_config") or {}
     size = int(artifact.config.get("vocab_size") or text_config.get("vocab_size") or vocabulary.size)
     old = _load(content)
-    texts = list(_chunks(one.corpus)) if one.corpus is not None else None
+    texts = list(_chunks(corpus)) if corpus is not None else None
     read = [old.encode(text, add_special_tokens=False).ids for text in texts or ()]
     generation = read_optional_json(artifact.files[GENERATION]) if GENERATION in artifact.files else {}
     named = rewriting.config_ids(artifact.config) | rewriting.config_ids(generation)
     kept = kept_tokens(
         vocabulary,
         counts=Counter(number for ids in read for number in ids) if texts is not None else None,
-        scripts=one.scripts,
+        scripts=scripts,
         of_texts=frozenset().union(*map(scripts_in, texts)) if texts is not None else (),
-        tokens=one.tokens,
-        multiple_of=one.multiple_of,
+        tokens=tokens,
+        multiple_of=multiple_of,
         required={number for number in named if number < size},
     )
     if kept[-1] >= size:
         raise UnsupportedModelError(f"the tokenizer has a token {int(kept[-1])}, the model {size} rows")
     tokenizer = rewriting.trimmed(content, kept)
     _check(_load(tokenizer), tokenizer, texts or (), read, kept)
-    one.kept = kept
     return Trimming(kept, size, tokenizer, tuple(_notes(artifact, kept, size, read)))
 
 
@@ -123,12 +129,12 @@ def _notes(artifact: Artifact, kept: Ids, size: int, read: list[list[int]]) -> I
 
 def _chunks(corpus: str) -> Iterator[str]:
     """The texts of a corpus, long ones cut at line ends. BadInputError where there are none."""
-    found = False
+    any_text = False
     for record in read_records(corpus):
         if not isinstance(record, Texts):
             raise BadInputError(f"{corpus} holds no text", hint="give a text file, or text as .jsonl, .csv, .tsv")
         for text in filter(None, (record.first, record.second)):
-            found = True
+            any_text = True
             lines, size = [], 0
             for line in text.splitlines(keepends=True):
                 lines.append(line)
@@ -138,7 +144,7 @@ def _chunks(corpus: str) -> Iterator[str]:
                     lines, size = [], 0
             if lines:
                 yield "".join(lines)
-    if not found:
+    if not any_text:
         raise BadInputError(f"{corpus} holds no text")
 
 

@@ -29,14 +29,14 @@ from onnxpress.exporter.sources.checkpoint import load_folder
 from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 from onnxpress.graph.io import copy_graph
-from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.fusion.clean_up import CleanUp
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
 from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden
-from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
+from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary, keep_tokens
 from onnxpress.vocabulary.rewriting import renumbered_config
 
 ROUNDING = 10
@@ -49,7 +49,7 @@ REDUCTIONS: Mapping[str, Callable[[], Pass]] = {
     "reduce-depth": lambda: ReduceDepth(keep=0.5),
     "reduce-heads": lambda: ReduceHeads(heads=2, method="slice"),
     "reduce-hidden": lambda: ReduceHidden(ratio=0.5, multiple_of=8, tie=False),
-    "trim-vocabulary": lambda: TrimVocabulary(tokens=len(KEPT)),
+    "trim-vocabulary": lambda: KeepTokens(tokens=len(KEPT)),
 }
 POST_NORM = "bert roberta xlm-roberta distilbert mpnet electra deberta-v2 nomic_bert wav2vec2 bart marian".split()
 LAYER_NORM = "gpt2 gpt_neox falcon stablelm starcoder2".split()
@@ -166,6 +166,13 @@ def test_layers_of_different_widths_are_named(exported: Callable[..., Exported])
         _reduce(exported("llama").artifact, one)
 
 
+class KeepTokens(TrimVocabulary):
+    """Keeps `KEPT`, without asking a tokenizer."""
+
+    def apply(self, model: ir.Model, context: Context, report: Report) -> None:
+        keep_tokens(model, KEPT, report)
+
+
 def _reduce(artifact: Artifact, one: Pass) -> Artifact:
     """The artifact after clean-up and a pass, its configuration as the driver makes it follow. Raises
     UnsupportedModelError where the pass does nothing, or where that cannot be said."""
@@ -175,15 +182,12 @@ def _reduce(artifact: Artifact, one: Pass) -> Artifact:
     for graph in graphs.values():
         CleanUp()(graph)
     size = read_structure(graphs.values())
-    if isinstance(one, TrimVocabulary):
-        one.kept = KEPT
+    if one.name == TrimVocabulary.name:
         rows = (size.vocabulary if size is not None else None) or len(KEPT) + 1
         reduced = replace(reduced, config=renumbered_config(artifact.config, KEPT, rows))
     matched = 0
     for graph in graphs.values():
-        if isinstance(one, CalibratedPass):
-            one.calibration = Calibration([_feeds(graph, seed) for seed in range(3)])
-        report = one(graph).report
+        report = one.run(graph, Context(Calibration([_feeds(graph, seed) for seed in range(3)]))).report
         matched += report.matched.total()
         skipped |= report.skipped
     if not matched:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress.optimizers.depth.maths import (
-    Regression,
+    CrossValidatedRegression,
     angular_distance,
     before_norm,
     combine,
@@ -108,7 +108,7 @@ def test_a_linear_map_is_found_exactly(seed: int, inputs: int, outputs: int, par
     rng = np.random.default_rng(seed)
     x, matrix = rng.standard_normal((128, inputs)), rng.standard_normal((inputs, outputs))
     weights = rng.uniform(0.1, 10, 128)
-    regression = Regression()
+    regression = CrossValidatedRegression()
     for rows in np.array_split(np.arange(128), parts):
         regression.update(x[rows], x[rows] @ matrix, weights[rows])
     patch = regression.solve((1e-12,))
@@ -123,7 +123,7 @@ def test_weighted_least_squares(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y, weights = rng.standard_normal((200, 5)), rng.standard_normal((200, 2)), rng.uniform(0.1, 3, 200)
     y += x @ rng.standard_normal((5, 2))
-    regression = Regression()
+    regression = CrossValidatedRegression()
     regression.update(x, y, weights)
     patch = regression.solve((0.1,))
     roots = np.sqrt(weights)[:, None]
@@ -135,7 +135,7 @@ def test_weighted_least_squares(seed: int) -> None:
 def test_noise_gets_no_map() -> None:
     """Fewer tokens than inputs, and nothing to find: what one half says does not hold in the other."""
     rng = np.random.default_rng(0)
-    regression = Regression()
+    regression = CrossValidatedRegression()
     regression.update(rng.standard_normal((64, 60)), rng.standard_normal((64, 8)), np.ones(64))
     patch = regression.solve((1e-7, 1e-3))
     assert patch.error == 1
@@ -147,7 +147,7 @@ def test_the_ridge_is_chosen_by_what_was_not_fitted() -> None:
     rng = np.random.default_rng(0)
     found = []
     for tokens, noise in ((4096, 0.0), (96, 3.0)):
-        regression = Regression()
+        regression = CrossValidatedRegression()
         x = rng.standard_normal((tokens, 40))
         y = x @ rng.standard_normal((40, 10)) + noise * rng.standard_normal((tokens, 10))
         regression.update(x, y, np.ones(tokens))

@@ -20,6 +20,7 @@ from onnxpress.graph.conventions import LAYERS, MODULE
 from onnxpress.graph.edits import add_constant
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.depth.compatibility import layer_weights
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
@@ -78,8 +79,8 @@ def silence(model: ir.Model, index: int) -> None:
 def reduced(model: ir.Model, samples: Any = (), **options: Any) -> tuple[ir.Model, Report]:
     copy = copy_graph(model)
     optimizer = ReduceDepth(**options)
-    optimizer.calibration = Calibration(samples)
-    return copy, optimizer(copy).report  # type: ignore[return-value]
+    context = Context(Calibration(samples))
+    return copy, optimizer.run(copy, context).report
 
 
 def samples_for(model: ir.Model, rows: int = 4, length: int = 64) -> list[dict[str, Array]]:
@@ -181,8 +182,8 @@ def test_both_decoders_are_cut_alike_and_the_encoder_is_left_alone(exported: Exp
     optimizer = ReduceDepth(drop=1, include=["decoder.*"], method="linear", select="loss")
     models = {stem: exported("t5", stem) for stem in ("encoder_model", "decoder_model", "decoder_with_past_model")}
     for stem, model in models.items():
-        optimizer.calibration = Calibration(samples_for(model) if stem == "decoder_model" else ())
-        report = optimizer(model).report  # type: ignore[union-attr]
+        context = Context(Calibration(samples_for(model) if stem == "decoder_model" else ()))
+        report = optimizer.run(model, context).report
         assert bool(report.matched) == stem.startswith("decoder")
     one, other = models["decoder_model"], models["decoder_with_past_model"]
     assert one.metadata_props[LAYERS] == other.metadata_props[LAYERS]
@@ -199,8 +200,8 @@ def test_a_stack_that_one_decoder_has_no_samples_for_is_cut_in_neither(exported:
     optimizer = ReduceDepth(drop=1)
     for stem, rows in (("decoder_with_past_model", 0), ("decoder_model", 4)):
         model = exported("t5", stem)
-        optimizer.calibration = Calibration(samples_for(model, rows))
-        assert optimizer(model).report.skipped == {"no sample inputs for this graph": 1}  # type: ignore[union-attr]
+        context = Context(Calibration(samples_for(model, rows)))
+        assert optimizer.run(model, context).report.skipped == {"no sample inputs for this graph": 1}
 
 
 @pytest.mark.parametrize("select", ["influence", "angular", "loss"])

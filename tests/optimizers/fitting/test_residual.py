@@ -10,6 +10,7 @@ import pytest
 
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fitting.residual import Addition, addition_of
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
@@ -89,5 +90,5 @@ def test_a_last_layer_that_is_pooled(graph: Callable[..., ir.Model], pooled: str
     mask[0, 9:] = 0
     optimizer = PruneFfn(ratio=0.5, multiple_of=1)
     samples = [{"input_ids": rng.integers(0, 60, (4, 20)), "attention_mask": mask} for _ in range(4)]
-    optimizer.calibration = Calibration(samples)
-    assert optimizer.call(model).report.matched == {"feed-forward 16 -> 8": 1}
+    context = Context(Calibration(samples))
+    assert optimizer.run(model, context).report.matched == {"feed-forward 16 -> 8": 1}

@@ -16,10 +16,11 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph, load_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.fuse_foreign import FuseForeign
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import pack, site_of, table_width
+from onnxpress.optimizers.heads.sites import pack_weights, site_of, table_width
 
 from .test_fuse_cached_attention import CASES
 
@@ -167,8 +168,8 @@ def test_anatomy(family: Any, name: str) -> None:
 def reduce(model: ir.Model, **options: int) -> Mapping[str, int]:
     one = ReduceHeads(**options)
     samples = [feeds(model, [[1] * 11] * 2, 0, seed) for seed in range(6)]
-    one.calibration = Calibration([{key: one for key, one in given.items() if one.size} for given in samples])
-    return one(model).report.matched
+    context = Context(Calibration([{key: one for key, one in given.items() if one.size} for given in samples]))
+    return one.run(model, context).report.matched
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -180,7 +181,7 @@ def test_silent_heads_go_and_nothing_changes(family: Any, run: Any, name: str) -
             site = site_of(block, block.attentions[0])
             weights = site.read()
             weights.output[[0, 3]] = 0
-            site.write({key: ir.tensor(array) for key, array in pack(site, weights).items()})
+            site.write({key: ir.tensor(array) for key, array in pack_weights(site, weights).items()})
     smaller = copy_graph(model)
     kv_heads = 2 if name == "stablelm in groups" else HEADS
     assert reduce(smaller, heads=2) == {f"4/{kv_heads} heads × 16 → 2/2 heads × 16": LAYERS}

@@ -16,10 +16,11 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.pack_projections import PackProjections
 from onnxpress.optimizers.heads.packed import packed_columns, unpacked
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
+from onnxpress.optimizers.heads.sites import HeadSite, pack_weights, site_of
 
 Run = Callable[..., list[Array]]
 Tiny = Callable[[str], ir.Model]
@@ -74,8 +75,8 @@ def feeds(model: ir.Model, seed: int, empty_cache: bool = True) -> dict[str, Arr
 
 def reduce(model: ir.Model, **options: Any) -> ReduceHeads:
     one = ReduceHeads(**options)
-    one.calibration = Calibration([feeds(model, seed, empty_cache=False) for seed in range(6)])
-    assert one(model).report.matched
+    context = Context(Calibration([feeds(model, seed, empty_cache=False) for seed in range(6)]))
+    assert one.run(model, context).report.matched
     return one
 
 
@@ -111,7 +112,7 @@ def test_silent_heads_go_and_nothing_changes(tiny: Tiny, run: Run, name: str) ->
         for one in sites:
             weights = one.read()
             weights.output[[0, 3]] = 0
-            one.write({key: ir.tensor(array) for key, array in pack(one, weights).items()})
+            one.write({key: ir.tensor(array) for key, array in pack_weights(one, weights).items()})
     reduced = copy_graph(model)
     reduce(reduced, heads=2)
     assert sizes(reduced) == {(2, min(kv_heads, 2), head_dim)}

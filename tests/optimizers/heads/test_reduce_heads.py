@@ -18,9 +18,10 @@ from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.reduce_heads import ReduceHeads
-from onnxpress.optimizers.heads.sites import HeadSite, pack, site_of
+from onnxpress.optimizers.heads.sites import HeadSite, pack_weights, site_of
 
 Run = Callable[..., list[Array]]
 Exported = Callable[..., ir.Model]
@@ -56,7 +57,7 @@ def sites(model: ir.Model) -> list[HeadSite]:
 
 def change_weights(model: ir.Model, change: Change) -> None:
     for site in sites(model):
-        changed = {name: ir.tensor(array) for name, array in pack(site, change(site.read())).items()}
+        changed = {name: ir.tensor(array) for name, array in pack_weights(site, change(site.read())).items()}
         site.write(changed)
 
 
@@ -82,8 +83,8 @@ def feeds(model: ir.Model, ids: Array, padding: int = 0, past: dict[str, Array] 
 
 def reduce(model: ir.Model, samples: Any = None, **options: Any) -> Report:
     optimizer = ReduceHeads(**options)
-    optimizer.calibration = Calibration(texts(model) if samples is None else samples)
-    return optimizer(model).report
+    context = Context(Calibration(texts(model) if samples is None else samples))
+    return optimizer.run(model, context).report
 
 
 def assert_same(run: Run, found: ir.Model, expected: ir.Model, tolerance: float) -> None:
@@ -368,10 +369,10 @@ def test_an_interrupted_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:
         model = tiny("llama")
         optimizer = ReduceHeads(heads=2)
         steps: list[tuple[int, int]] = []
-        optimizer.calibration = Calibration(
-            texts(model), tmp_path, progress=lambda done, whole, steps=steps: steps.append((done, whole))
+        context = Context(
+            Calibration(texts(model), tmp_path, progress=lambda done, whole, steps=steps: steps.append((done, whole)))
         )
-        optimizer(model)
+        optimizer.run(model, context)
         found.append([site.read() for site in sites(model)])
     assert not steps, "the second run computes nothing again"
     for one, two in zip(*found, strict=True):
@@ -443,9 +444,9 @@ def test_refusals(tiny: Tiny, name: str, options: Any, message: str) -> None:
 def test_a_regression_beyond_the_memory_is_refused(tiny: Tiny) -> None:
     model = tiny("bert")
     optimizer = ReduceHeads(heads=2, method="regress")
-    optimizer.calibration = Calibration(texts(model), memory_bytes=1 << 16)
+    context = Context(Calibration(texts(model), memory_bytes=1 << 16))
     with pytest.raises(UnsupportedModelError, match=r"what 2 heads attend to takes .* GB, more than"):
-        optimizer(model)
+        optimizer.run(model, context)
 
 
 def test_position_biases_of_each_head_are_refused(exported: Exported) -> None:

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.fusion.clean_up import CleanUp
-from onnxpress.optimizers.fusion.decomposed.packed import split_packed_heads
+from onnxpress.optimizers.fusion.decomposed.packed_products import split_packed_heads
 from onnxpress.optimizers.heads.column_moves import columns_at
 from onnxpress.optimizers.heads.packed import packed_columns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.pruning.low_rank import LowRank
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
@@ -34,9 +36,10 @@ def test_exact_rank(graph: Graph, check: Callable[..., Any], rng: np.random.Gene
     if text == "Gemm":
         weights["b"] = rng.standard_normal(48, dtype=np.float32)
     optimizer = LowRank(rank=8, method=method)
-    optimizer.calibration = Calibration([{"x": rng.standard_normal((40, 64), dtype=np.float32)}])
+    context = Context(Calibration([{"x": rng.standard_normal((40, 64), dtype=np.float32)}]))
+    run = partial(optimizer.run, context=context)
     x = rng.standard_normal((5, 64), dtype=np.float32)
-    checked = check(optimizer, graph(TEXTS[text], **weights), {"x": x}, tolerance=1e-3)
+    checked = check(run, graph(TEXTS[text], **weights), {"x": x}, tolerance=1e-3)
     assert checked.result.report.matched == {"products split in two": 1}
     assert checked.model.graph.initializers["w.reduce.weight"].shape == (64, 8)
 

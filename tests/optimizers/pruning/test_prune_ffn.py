@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Feeds
 from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.known_results import KnownResults
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_weight
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.maths import width as maths
 from onnxpress.optimizers.pruning.prune_ffn import PruneFfn
@@ -56,8 +58,8 @@ def samples_of(model: ir.Model, count: int) -> list[Feeds]:
 def pruned(model: ir.Model, samples: int = 6, **options: Any) -> tuple[ir.Model, Any]:
     copy = copy_graph(model)
     optimizer = PruneFfn(**{"multiple_of": 1, **options})
-    optimizer.calibration = Calibration(samples_of(model, samples))
-    return copy, optimizer.call(copy).report
+    context = Context(Calibration(samples_of(model, samples)))
+    return copy, optimizer.run(copy, context).report
 
 
 def widths(model: ir.Model) -> list[int]:
@@ -224,13 +226,13 @@ def test_a_walk_that_goes_on(exported: Exported, tmp_path: Path) -> None:
 
     samples = samples_of(model, 6)
     optimizer = PruneFfn(ratio=0.75, multiple_of=1)
-    optimizer.calibration = Calibration(samples, tmp_path, progress=kill_at)
+    context = Context(Calibration(samples, tmp_path, progress=kill_at))
     with pytest.raises(KilledError):
-        optimizer.call(copy_graph(model))
+        optimizer.run(copy_graph(model), context)
     cut = copy_graph(model)
     optimizer = PruneFfn(ratio=0.75, multiple_of=1)
-    optimizer.calibration = Calibration(samples, tmp_path)
-    optimizer.call(cut)
+    context = Context(Calibration(samples, tmp_path))
+    optimizer.run(cut, context)
     for name, value in expected.graph.initializers.items():
         found = cut.graph.initializers[name].const_value
         assert found is not None
@@ -244,10 +246,10 @@ def test_a_network_of_two_graphs_is_pruned_once(exported: Exported) -> None:
     last = anatomy_of(second).blocks[-1].feed_forward
     assert last is not None
     set_weight(last.down, read_weight(last.down)[::-1].copy())
-    optimizer = PruneFfn(ratio=0.5, multiple_of=1)
+    optimizer, known = PruneFfn(ratio=0.5, multiple_of=1), KnownResults()
     for model, seeds in ((first, range(6)), (second, range(6, 12))):
-        optimizer.calibration = Calibration([{**samples_of(model, 12)[seed]} for seed in seeds])
-        optimizer.call(model)
+        context = Context(Calibration([{**samples_of(model, 12)[seed]} for seed in seeds]), known=known)
+        optimizer.run(model, context)
     for one, other in zip(anatomy_of(first).blocks, anatomy_of(second).blocks, strict=True):
         assert one.feed_forward is not None
         assert other.feed_forward is not None
@@ -361,8 +363,8 @@ def test_what_was_found_for_one_ratio_serves_another(exported: Exported, monkeyp
     for ratio, expected in plain.items():
         copy = copy_graph(model)
         optimizer = PruneFfn(ratio=ratio, multiple_of=1, include=["*.1.mlp.*"])
-        optimizer.calibration = Calibration(samples_of(model, 6), memory=memory)
-        optimizer.call(copy)
+        context = Context(Calibration(samples_of(model, 6), memory=memory))
+        optimizer.run(copy, context)
         for ours, theirs in zip(anatomy_of(copy).blocks, anatomy_of(expected).blocks, strict=True):
             assert ours.feed_forward is not None
             assert theirs.feed_forward is not None

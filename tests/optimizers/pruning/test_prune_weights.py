@@ -12,10 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.known_results import KnownResults
 from onnxpress.errors import BadInputError, UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import copy_graph
 from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.pruning.mask_files import PackedMask, write_masks
 from onnxpress.optimizers.pruning.masked_weights import extract_masks
 from onnxpress.optimizers.pruning.prune_weights import PruneWeights
@@ -41,8 +43,8 @@ def samples(count: int = 8, length: int = 40) -> list[dict[str, NDArray[np.int64
 def prune(model: ir.Model, **options: Any) -> tuple[ir.Model, Report]:
     copy = copy_graph(model)
     optimizer = PruneWeights(**{"min_features": 8, **options})
-    optimizer.calibration = Calibration(samples())
-    return copy, optimizer(copy).report
+    context = Context(Calibration(samples()))
+    return copy, optimizer.run(copy, context).report
 
 
 def weights(model: ir.Model) -> dict[str, NDArray[np.float32]]:
@@ -160,10 +162,10 @@ def test_a_head_that_is_an_embedding_is_left_alone(exported: Exported) -> None:
 
 
 def test_weights_of_two_decoders_stay_the_same(exported: Exported) -> None:
-    optimizer = PruneWeights(min_features=8)
+    optimizer, known = PruneWeights(min_features=8), KnownResults()
     models = [exported("t5", stem) for stem in ("decoder_model", "decoder_with_past_model")]
     for model in models:
-        optimizer(model)
+        optimizer.run(model, Context(known=known))
     first, second = (weights(model) for model in models)
     shared = first.keys() & second.keys()
     assert shared
@@ -232,10 +234,10 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 def test_too_few_tokens_and_none(exported: Exported) -> None:
     optimizer = PruneWeights(method="sparsegpt", min_features=8)
-    optimizer.calibration = Calibration(samples(1))
+    context = Context(Calibration(samples(1)))
     with pytest.raises(BadInputError, match="75 tokens to calibrate with; it needs at least 256"):
-        optimizer(exported("llama"))
-    optimizer.calibration = Calibration()
-    report = optimizer(exported("llama")).report
+        optimizer.run(exported("llama"), context)
+    context = Context(Calibration())
+    report = optimizer.run(exported("llama"), context).report
     assert not report.matched
     assert list(report.skipped) == ["no sample inputs for this graph"]

@@ -12,6 +12,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.pruning.reduce_hidden import ReduceHidden
 from onnxpress.optimizers.pruning.stream import find_stream
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
@@ -46,10 +47,10 @@ def reduced(model: ir.Model, **options: Any) -> tuple[ir.Model, Any]:
     copy = model.clone()
     optimizer = ReduceHidden(**options)
     samples = [feeds(model, seed) for seed in range(4)]
-    optimizer.calibration = Calibration(
-        [{name: array for name, array in sample.items() if array.size} for sample in samples]
+    context = Context(
+        Calibration([{name: array for name, array in sample.items() if array.size} for sample in samples])
     )
-    return copy, optimizer(copy)
+    return copy, optimizer.run(copy, context)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

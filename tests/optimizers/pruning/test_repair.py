@@ -19,6 +19,7 @@ from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.pruning.repair import Repair, match_blocks
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
@@ -56,9 +57,8 @@ def outputs(run: Run, model: ir.Model, given: Feeds) -> NDArray[Any]:
 def repaired(model: ir.Model, reference: ir.Model, samples: int = 8, **options: Any) -> tuple[ir.Model, Any]:
     copy = copy_graph(model)
     optimizer = Repair(**options)
-    optimizer.calibration = Calibration([feeds(model, seed=100 + i) for i in range(samples)])
-    optimizer.reference = reference
-    return copy, optimizer.call(copy).report
+    context = Context(Calibration([feeds(model, seed=100 + i) for i in range(samples)]), reference)
+    return copy, optimizer.run(copy, context).report
 
 
 def damage(model: ir.Model, rng: np.random.Generator, part: str = "both") -> None:
@@ -174,8 +174,8 @@ def test_without_a_reference_or_samples_nothing_happens(exported: Exported) -> N
     optimizer = Repair()
     report = optimizer.call(model).report
     assert report.skipped == {"no reference: there is nothing to repair towards": 1}
-    optimizer.reference = exported("llama")
-    report = optimizer.call(model).report
+    context = Context(reference=exported("llama"))
+    report = optimizer.run(model, context).report
     assert not report.matched
     assert list(report.skipped) == ["no sample inputs for this graph"]
 
@@ -195,9 +195,9 @@ def test_another_hidden_size_is_refused(graph: Callable[..., ir.Model]) -> None:
         )
 
     optimizer = Repair()
-    optimizer.reference = model(8)
+    context = Context(reference=model(8))
     with pytest.raises(UnsupportedModelError, match="writes 6 features, the reference's 8"):
-        optimizer.call(model(6))
+        optimizer.run(model(6), context)
 
 
 def test_a_walk_that_goes_on(exported: Exported, rng: np.random.Generator, tmp_path: Path) -> None:
@@ -218,15 +218,13 @@ def test_a_walk_that_goes_on(exported: Exported, rng: np.random.Generator, tmp_p
 
     samples = [feeds(model, seed=100 + i) for i in range(8)]
     optimizer = Repair()
-    optimizer.reference = reference
-    optimizer.calibration = Calibration(samples, tmp_path, progress=kill)
+    context = Context(Calibration(samples, tmp_path, progress=kill), reference)
     with pytest.raises(KilledError):
-        optimizer.call(copy_graph(model))
+        optimizer.run(copy_graph(model), context)
     found = copy_graph(model)
     optimizer = Repair()
-    optimizer.reference = reference
-    optimizer.calibration = Calibration(samples, tmp_path)
-    optimizer.call(found)
+    context = Context(Calibration(samples, tmp_path), reference)
+    optimizer.run(found, context)
     for name, value in expected.graph.initializers.items():
         other = found.graph.initializers[name].const_value
         assert other is not None

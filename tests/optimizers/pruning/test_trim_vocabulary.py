@@ -11,7 +11,9 @@ import pytest
 
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
-from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import PassResult
+from onnxpress.optimizers.pruning.trim_vocabulary import TrimVocabulary, keep_tokens
 from onnxpress.optimizers.quantization.quantize_embedding import QuantizeEmbedding
 
 Exported = Callable[..., ir.Model]
@@ -21,10 +23,15 @@ SIZES = {"batch": 2, "batch_size": 2, "sequence": 5, "sequence_length": 5, "tota
 TYPES = {ir.DataType.INT64: np.int64, ir.DataType.FLOAT: np.float32}
 
 
-def trim(kept: Any) -> TrimVocabulary:
-    one = TrimVocabulary(tokens=1)
-    one.kept = np.array(kept, np.int64)
-    return one
+def trim(kept: Any) -> Callable[[ir.Model], PassResult]:
+    """What the pass does to a graph once it is known which tokens are kept."""
+
+    def run(model: ir.Model) -> PassResult:
+        report = Report()
+        keep_tokens(model, np.array(kept, np.int64), report)
+        return PassResult(model, modified=bool(report.matched), report=report)
+
+    return run
 
 
 def rows_of(model: ir.Model) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.optimizers import recipe
+from onnxpress.optimizers.base import Context, PassResult
 from onnxpress.optimizers.quantization.awq import Awq
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 
@@ -36,9 +38,8 @@ def x(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"x": rng.standard_normal((4, 100, 64), dtype=np.float32)}
 
 
-def calibrated(x: dict[str, np.ndarray], optimizer: Awq) -> Awq:
-    optimizer.calibration = Calibration([x])
-    return optimizer
+def calibrated(x: dict[str, np.ndarray], optimizer: Awq) -> Callable[[ir.Model], PassResult]:
+    return partial(optimizer.run, context=Context(Calibration([x])))
 
 
 def test_outputs_stay_and_blocks_lose_less(mlp: ir.Model, run: Run, x: dict[str, np.ndarray]) -> None:

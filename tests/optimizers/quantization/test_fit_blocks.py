@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.known_results import KnownResults
 from onnxpress.errors import BadInputError
 from onnxpress.graph.io import copy_graph
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.quantization.quantize_blocks import Method, QuantizeBlocks
 
 WIDTH = 64
@@ -53,8 +55,8 @@ def rows(rng: np.random.Generator, count: int, length: int = 40) -> list[dict[st
 def quantized(model: ir.Model, method: Method, samples: Any = (), **options: Any) -> tuple[ir.Model, Any]:
     copy = copy_graph(model)
     optimizer = QuantizeBlocks(bits=4, block_size=32, method=method, zero_points="integer", **options)
-    optimizer.calibration = Calibration(samples)
-    return copy, optimizer(copy).report
+    context = Context(Calibration(samples))
+    return copy, optimizer.run(copy, context).report
 
 
 def test_each_statistic_buys_quality(
@@ -92,9 +94,10 @@ def test_a_weight_of_two_graphs_is_fitted_once(layers: ir.Model, rng: np.random.
     assert table.const_value is not None
     table.const_value = ir.tensor(table.const_value.numpy() * np.float32(1.01))  # another weight of the same name
     optimizer = QuantizeBlocks(bits=4, block_size=32, method="gptq", zero_points="integer")
+    known = KnownResults()
     for model in (first, second):
-        optimizer.calibration = Calibration(rows(rng, 3))
-        assert optimizer(model).modified
+        context = Context(Calibration(rows(rng, 3)), known=known)
+        assert optimizer.run(model, context).modified
     for name in ("h.0.up", "h.0.down", "h.1.up", "h.1.down"):
         one, other = (model.graph.initializers[f"{name}.scales"].const_value for model in (first, second))
         assert one is not None

@@ -15,6 +15,7 @@ from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
 from onnxpress.graph.io import save_graph
 from onnxpress.graph.storage import encode_weights
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
@@ -178,8 +179,8 @@ def test_activations_that_one_range_would_spoil_are_left_alone(siblings: ir.Mode
     loud[0, 0] *= 1000
     for sample, left in ((x["x"], 0), (loud, 2)):
         optimizer = QuantizeDynamic("uint8", max_error=1e-3)
-        optimizer.calibration = Calibration([{"x": sample}])
-        report = optimizer(siblings.clone()).report  # type: ignore[attr-defined]
+        context = Context(Calibration([{"x": sample}]))
+        report = optimizer.run(siblings.clone(), context).report
         assert report.skipped.get("error above 0.001", 0) == left
     report = QuantizeDynamic("uint8", max_error=1e-3)(siblings).report  # type: ignore[attr-defined]
     assert not report.matched

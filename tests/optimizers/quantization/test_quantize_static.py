@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import BadInputError
 from onnxpress.graph.anatomy import find_products
+from onnxpress.optimizers.base import Context, PassResult
 from onnxpress.optimizers.quantization.activation_ranges import METHODS
 from onnxpress.optimizers.quantization.quantize_static import QuantizeStatic
 
@@ -33,10 +35,8 @@ ROWS = (
 SIBLINGS = f"{ROWS} {{ y = MatMul(x, a__weight)  z = MatMul(x, b__weight) }}"
 
 
-def static(sample: dict[str, Array], **options: Any) -> QuantizeStatic:
-    optimizer = QuantizeStatic(**options)
-    optimizer.calibration = Calibration([sample])
-    return optimizer
+def static(sample: dict[str, Array], **options: Any) -> Callable[[ir.Model], PassResult]:
+    return partial(QuantizeStatic(**options).run, context=Context(Calibration([sample])))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.graph.anatomy.products import find_products
+from onnxpress.optimizers.base import Context, PassResult
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantization.split_outliers import SplitOutliers
@@ -37,10 +39,8 @@ def loud(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"x": x}
 
 
-def calibrated(samples: list[dict[str, np.ndarray]], **options: Any) -> SplitOutliers:
-    optimizer = SplitOutliers(**options)
-    optimizer.calibration = Calibration(samples)
-    return optimizer
+def calibrated(samples: list[dict[str, np.ndarray]], **options: Any) -> Callable[[ir.Model], PassResult]:
+    return partial(SplitOutliers(**options).run, context=Context(Calibration(samples)))
 
 
 def test_golden(check: Callable[..., Any], siblings: ir.Model, loud: dict[str, np.ndarray]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.maths.kv_merge import merge, turn, turn_planes
+from onnxpress.optimizers.heads.maths.kv_merge import merge, turn_heads, turn_planes
 from onnxpress.optimizers.heads.maths.rotary_planes import (
     kept_dimensions,
     plane_dimensions,
@@ -62,7 +62,7 @@ def test_turned_copies_merge_exactly(
 def test_maps_are_legal(rng: np.random.Generator, rotate: Function) -> None:
     x = rng.standard_normal((30, 3, 6))
     products = np.einsum("tgd,the->gdhe", x, x)
-    for matrix in turn(products, [0, 1, 2]):
+    for matrix in turn_heads(products, [0, 1, 2]):
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(6), atol=1e-12)
     maps, undo = turn_planes(products, [0, 1, 2], interleaved=False)
     for one, other in zip(maps, undo, strict=True):

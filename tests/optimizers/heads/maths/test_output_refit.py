@@ -10,7 +10,7 @@ import pytest
 
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.maths.output_refit import error, refit
+from onnxpress.optimizers.heads.maths.output_refit import output_error, refit_output
 
 Function = Callable[..., Any]
 
@@ -27,19 +27,19 @@ def problem(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Normal]:
 def test_with_a_bias_it_is_regression_with_an_intercept(rng: np.random.Generator, random_weights: Function) -> None:
     x, y, normal = problem(rng)
     weights: AttentionWeights = random_weights(rng, 5, 2, 2, 3)
-    found = refit(weights, normal, 0.0, centred=True)
+    found = refit_output(weights, normal, 0.0, centred=True)
     expected, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(90)]), y, rcond=None)
     np.testing.assert_allclose(found.output.reshape(6, 5), expected[:6], atol=1e-3)
     np.testing.assert_allclose(found.offset, expected[6], atol=1e-2)
     residual = np.column_stack([x, np.ones(90)]) @ expected - y
-    assert error(found, normal) == pytest.approx(np.square(residual).sum() / np.square(y).sum(), rel=1e-4)
-    assert error(weights, normal) > error(found, normal)
+    assert output_error(found, normal) == pytest.approx(np.square(residual).sum() / np.square(y).sum(), rel=1e-4)
+    assert output_error(weights, normal) > output_error(found, normal)
 
 
 def test_without_a_bias_the_offset_stays(rng: np.random.Generator, random_weights: Function) -> None:
     x, y, normal = problem(rng)
     weights: AttentionWeights = random_weights(rng, 5, 2, 2, 3, bias=False)
-    found = refit(weights, normal, 0.0, centred=False)
+    found = refit_output(weights, normal, 0.0, centred=False)
     expected, *_ = np.linalg.lstsq(x, y, rcond=None)
     np.testing.assert_allclose(found.output.reshape(6, 5), expected, atol=1e-4)
     assert not found.offset.any()
@@ -48,5 +48,5 @@ def test_without_a_bias_the_offset_stays(rng: np.random.Generator, random_weight
 def test_a_strong_ridge_holds_what_was_there(rng: np.random.Generator, random_weights: Function) -> None:
     _, _, normal = problem(rng)
     weights: AttentionWeights = random_weights(rng, 5, 2, 2, 3)
-    found = refit(weights, normal, 1e9, centred=True)
+    found = refit_output(weights, normal, 1e9, centred=True)
     np.testing.assert_allclose(found.output, weights.output, atol=1e-6)

@@ -9,16 +9,16 @@ import numpy as np
 
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
-from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.output_refit import OutputSums
 from onnxpress.optimizers.heads.maths.value_regression import HeadProducts, cluster_sums, regress_values, successors
 
 Function = Callable[..., Any]
 
 
-def sums_of(x: np.ndarray, y: np.ndarray) -> Sums:
+def sums_of(x: np.ndarray, y: np.ndarray) -> OutputSums:
     normal = Normal.empty(x.shape[1] + 1, y.shape[1])
     normal.add(np.column_stack([x, np.ones(len(x))]), y)
-    return Sums.of(normal, centred=False)
+    return OutputSums.of(normal, centred=False)
 
 
 def test_a_head_takes_over_from_those_that_attend_like_it(rng: np.random.Generator, random_weights: Function) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxpress.optimizers.pruning.maths.masks import (
     Pattern,
     Threshold,
-    choose,
+    choose_mask,
     growing,
     importance_ratio,
     is_sparse,
@@ -40,7 +40,7 @@ def test_unstructured_masks_take_out_the_lowest_and_as_many_as_asked(
     seed: int, inputs: int, outputs: int, sparsity: float
 ) -> None:
     weight = weights(seed, inputs, outputs)
-    mask = choose(scores(weight, "magnitude"), sparsity, Pattern())
+    mask = choose_mask(scores(weight, "magnitude"), sparsity, Pattern())
     assert np.count_nonzero(~mask) == round(sparsity * weight.size)
     kept, gone = np.abs(weight[mask]), np.abs(weight[~mask])
     assert not kept.size or not gone.size or gone.max() <= kept.min()
@@ -49,7 +49,7 @@ def test_unstructured_masks_take_out_the_lowest_and_as_many_as_asked(
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 99), SIDES, SIDES, SPARSITIES)
 def test_each_output_loses_as_many(seed: int, inputs: int, outputs: int, sparsity: float) -> None:
-    mask = choose(scores(weights(seed, inputs, outputs), "l2"), sparsity, Pattern(), per_output=True)
+    mask = choose_mask(scores(weights(seed, inputs, outputs), "l2"), sparsity, Pattern(), per_output=True)
     np.testing.assert_array_equal((~mask).sum(axis=0), round(sparsity * inputs))
 
 
@@ -58,7 +58,7 @@ def test_each_output_loses_as_many(seed: int, inputs: int, outputs: int, sparsit
 def test_of_every_group_of_inputs_the_highest_stay(seed: int, groups: int, outputs: int, size: int, data: Any) -> None:
     kept = data.draw(st.integers(1, size - 1))
     weight = weights(seed, groups * size, outputs)
-    mask = choose(scores(weight, "magnitude"), 0.5, parse_pattern(f"{kept}:{size}"))
+    mask = choose_mask(scores(weight, "magnitude"), 0.5, parse_pattern(f"{kept}:{size}"))
     for group in range(groups):
         for output in range(outputs):
             part = slice(group * size, (group + 1) * size)
@@ -71,7 +71,7 @@ def test_of_every_group_of_inputs_the_highest_stay(seed: int, groups: int, outpu
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), SPARSITIES)
 def test_blocks_go_as_a_whole(seed: int, down: int, across: int, columns: int, rows: int, sparsity: float) -> None:
     weight = weights(seed, down * columns, across * rows)
-    mask = choose(scores(weight, "l2"), sparsity, Pattern(rows=rows, columns=columns))
+    mask = choose_mask(scores(weight, "l2"), sparsity, Pattern(rows=rows, columns=columns))
     kept, energy = [], []
     for i in range(down):
         for j in range(across):
@@ -90,16 +90,16 @@ def test_pruning_twice_is_pruning_once(seed: int, inputs: int, outputs: int, spa
     weight = weights(seed, inputs, outputs)
     for score in ("magnitude", "ratio", "wanda"):
         norms = np.zeros(inputs, np.float32)  # the worst case: a kept weight scores no more than a removed one
-        once = weight * choose(scores(weight, score, norms=norms), sparsity, Pattern(), per_output=each)
+        once = weight * choose_mask(scores(weight, score, norms=norms), sparsity, Pattern(), per_output=each)
         assert is_sparse(once, sparsity, Pattern(), per_output=each)
-        twice = once * choose(scores(once, score, norms=norms), sparsity, Pattern(), per_output=each)
+        twice = once * choose_mask(scores(once, score, norms=norms), sparsity, Pattern(), per_output=each)
         np.testing.assert_array_equal(once, twice)
 
 
 def test_equal_scores_go_from_the_first_input_on() -> None:
-    mask = choose(np.ones((3, 2), np.float32), 0.5, Pattern())
+    mask = choose_mask(np.ones((3, 2), np.float32), 0.5, Pattern())
     np.testing.assert_array_equal(mask, [[False, False], [False, True], [True, True]])
-    mask = choose(np.ones((4, 1), np.float32), 0.5, parse_pattern("2:4"))
+    mask = choose_mask(np.ones((4, 1), np.float32), 0.5, parse_pattern("2:4"))
     np.testing.assert_array_equal(mask[:, 0], [False, False, True, True])
 
 
@@ -107,8 +107,8 @@ def test_a_block_counts_with_its_sum_or_with_its_squares() -> None:
     """One loud weight among zeros against two middling ones."""
     weight = np.array([[5, 3], [0, 3]], np.float32)
     block = Pattern(columns=2)
-    np.testing.assert_array_equal(choose(scores(weight, "magnitude"), 0.5, block)[0], [False, True])
-    np.testing.assert_array_equal(choose(scores(weight, "l2"), 0.5, block)[0], [True, False])
+    np.testing.assert_array_equal(choose_mask(scores(weight, "magnitude"), 0.5, block)[0], [False, True])
+    np.testing.assert_array_equal(choose_mask(scores(weight, "l2"), 0.5, block)[0], [True, False])
 
 
 def test_what_lambda_does() -> None:
@@ -165,7 +165,7 @@ def test_unknown_patterns(text: str, message: str) -> None:
 @pytest.mark.parametrize(("pattern", "message"), [("2:4", "do not divide 6 inputs"), ("block:4x3", "do not divide")])
 def test_patterns_that_do_not_divide(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(np.ones((6, 6), np.float32), 0.5, parse_pattern(pattern))
+        choose_mask(np.ones((6, 6), np.float32), 0.5, parse_pattern(pattern))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -173,7 +173,7 @@ def test_patterns_that_do_not_divide(pattern: str, message: str) -> None:
 def test_zeros_outlive_blocks_that_can_represent_them(bits: int, zero_points: ZeroPoints) -> None:
     """Symmetric codes and whole zero points do, whatever chose the grid; offsets in floating point do not."""
     weight = np.random.default_rng(bits).normal(0.3, 1, (128, 8)).astype(np.float32)
-    weight *= choose(scores(weight, "magnitude"), 0.5, parse_pattern("2:4"))
+    weight *= choose_mask(scores(weight, "magnitude"), 0.5, parse_pattern("2:4"))
     blocks = fit_least_squares(weight, BlockFormat(bits, 32, zero_points))
     zeros = blocks.dequantize()[weight == 0]
     assert (not zeros.any()) is (zero_points != "float")
@@ -184,6 +184,6 @@ def test_gptq_brings_zeros_back() -> None:
     generator = np.random.default_rng(0)
     x = generator.standard_normal((256, 64)) @ generator.standard_normal((64, 64))
     weight = generator.standard_normal((64, 8)).astype(np.float32)
-    weight *= choose(scores(weight, "magnitude"), 0.5, Pattern())
+    weight *= choose_mask(scores(weight, "magnitude"), 0.5, Pattern())
     found = gptq(weight, x.T @ x / len(x), BlockFormat(4, 32)).blocks.dequantize()
     assert found[weight == 0].any()

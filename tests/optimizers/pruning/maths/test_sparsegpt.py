@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnxpress.optimizers.pruning.maths.masks import Pattern, choose, is_sparse, parse_pattern, scores
-from onnxpress.optimizers.pruning.maths.sparsegpt import refit, sparsegpt
+from onnxpress.optimizers.pruning.maths.masks import Pattern, choose_mask, is_sparse, parse_pattern, scores
+from onnxpress.optimizers.pruning.maths.sparsegpt import refit_masked, sparsegpt
 from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Case = tuple[NDArray[np.float32], NDArray[np.float64]]
@@ -42,7 +42,7 @@ def test_the_count_is_exact_and_no_output_is_worse_than_its_mask_alone(
         size = shape.columns
         assert np.count_nonzero(~mask) == size * round(sparsity * (weight.size // size))
     assert is_sparse(pruned, sparsity, shape)
-    better = refit(weight, pruned, mask, gram, steps=8)
+    better = refit_masked(weight, pruned, mask, gram, steps=8)
     assert not better[~mask].any()
     damped = gram + 0.03 * np.mean(np.diagonal(gram)) * np.eye(inputs)
     errors = [
@@ -57,8 +57,8 @@ def test_the_count_is_exact_and_no_output_is_worse_than_its_mask_alone(
 def test_the_refit_is_the_least_squares_of_what_stays() -> None:
     """Against the normal equations of each output."""
     weight, gram = case(1, 24, 5, 100)
-    mask = choose(scores(weight, "magnitude"), 0.5, Pattern())
-    found = refit(weight, weight * mask, mask, gram, damping=0.1, steps=60)
+    mask = choose_mask(scores(weight, "magnitude"), 0.5, Pattern())
+    found = refit_masked(weight, weight * mask, mask, gram, damping=0.1, steps=60)
     damped = gram + 0.1 * np.mean(np.diagonal(gram)) * np.eye(24)
     for output in range(5):
         stays = mask[:, output]
@@ -84,12 +84,12 @@ def test_an_input_that_others_explain_is_removed_at_no_loss() -> None:
 def test_updates_beat_wanda_beats_magnitude() -> None:
     weight, gram = case(5, 160, 40, 640)
     norms = np.sqrt(np.diagonal(gram)).astype(np.float32)
-    wanda = choose(scores(weight, "wanda", norms=norms), 0.5, Pattern(), per_output=True)
-    magnitude = choose(scores(weight, "magnitude"), 0.5, Pattern())
+    wanda = choose_mask(scores(weight, "wanda", norms=norms), 0.5, Pattern(), per_output=True)
+    magnitude = choose_mask(scores(weight, "magnitude"), 0.5, Pattern())
     pruned, mask = sparsegpt(weight, gram, 0.5, Pattern())
     errors = [
         relative_error(weight, found, gram)
-        for found in (refit(weight, pruned, mask, gram), pruned, weight * wanda, weight * magnitude)
+        for found in (refit_masked(weight, pruned, mask, gram), pruned, weight * wanda, weight * magnitude)
     ]
     assert errors == sorted(errors)
     assert errors[0] < 0.7 * errors[2]
@@ -111,7 +111,7 @@ def test_zeros_stay_though_updates_pass_them() -> None:
     assert not pruned[::2].any()
     assert not mask[::2].any()
     assert mask[1::2].all()
-    assert not refit(weight, pruned, mask, gram)[::2].any()
+    assert not refit_masked(weight, pruned, mask, gram)[::2].any()
 
 
 def test_what_does_not_fit() -> None:

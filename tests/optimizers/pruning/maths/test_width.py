@@ -77,8 +77,8 @@ def test_zero_channels_go_first_and_nothing_changes(sizes: tuple[int, int, int],
     mean = z.mean(axis=0)
     orders = [
         width.eliminate(second(z), weight, 1, penalties(second(z), 0.01)).order,
-        width.rank(width.by_activation(second(z), weight), 1).order,
-        width.rank(width.by_fluctuation(second(z), mean, weight), 1).order,
+        width.rank(width.importance_by_activation(second(z), weight), 1).order,
+        width.rank(width.importance_by_fluctuation(second(z), mean, weight), 1).order,
     ]
     assert [order.tolist() for order in orders] == [[1]] * 3
     kept = np.delete(np.arange(channels), 1)
@@ -125,7 +125,7 @@ def test_a_constant_channel_goes_into_the_bias() -> None:
     z, weight = problem(6, 3, 1)
     z[:, 2] = 50.0
     mean = z.mean(axis=0)
-    assert width.rank(width.by_fluctuation(second(z), mean, weight), 1).order.tolist() == [2]
+    assert width.rank(width.importance_by_fluctuation(second(z), mean, weight), 1).order.tolist() == [2]
     kept = np.array([0, 1, 3, 4, 5])
     bias = width.compensation(mean, weight, kept, weight[kept])
     np.testing.assert_allclose(z[:, kept] @ weight[kept] + bias, z @ weight, atol=1e-9)
@@ -135,7 +135,7 @@ def test_magnitude_and_gradients() -> None:
     rng = np.random.default_rng(2)
     down, gate, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 3), (4, 5), (4, 5)))
     for order in (1, 2):
-        found = width.by_magnitude(order, down, [gate, up])
+        found = width.importance_by_magnitude(order, down, [gate, up])
         expected = [
             np.prod([np.linalg.norm(part, ord=order) for part in (down[j], gate[:, j], up[:, j])]) for j in range(5)
         ]
@@ -143,4 +143,4 @@ def test_magnitude_and_gradients() -> None:
     # Of f = Σ (down ⊙ a) + Σ (up ⊙ b), whose gradients are a and b, what is lost to first order when channel j goes
     a, b = rng.standard_normal((5, 3)).astype(np.float32), rng.standard_normal((4, 5)).astype(np.float32)
     expected = [abs((down[j] * a[j]).sum() + (up[:, j] * b[:, j]).sum()) for j in range(5)]
-    np.testing.assert_allclose(width.by_gradient((down, a), [(up, b)]), expected, rtol=1e-5)
+    np.testing.assert_allclose(width.importance_by_gradient((down, a), [(up, b)]), expected, rtol=1e-5)

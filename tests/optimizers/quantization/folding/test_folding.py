@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 
 from onnxpress.arrays import Array
 from onnxpress.calibration.calibration import Calibration
-from onnxpress.calibration.samples import feed_of
+from onnxpress.calibration.feeds import feed_of
 from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.quantization.equalize import Equalize
-from onnxpress.optimizers.quantization.folding import FoldingSite, find_sites
+from onnxpress.optimizers.quantization.folding import FoldingSite, find_folding_sites
 from onnxpress.optimizers.quantization.quantize_dynamic import QuantizeDynamic
 from onnxpress.optimizers.quantization.smooth import Smooth
 
@@ -27,7 +29,7 @@ Run = Callable[..., list[Array]]
 
 def sites(model: ir.Model) -> tuple[list[FoldingSite], Counter[str]]:
     report = Report()
-    return find_sites(model.graph, report), report.skipped
+    return find_folding_sites(model.graph, report), report.skipped
 
 
 def fold_randomly(model: ir.Model, seed: int = 0) -> list[FoldingSite]:
@@ -222,14 +224,14 @@ def test_smoothing_changes_nothing_but_makes_int8_better(graph: Graph, run: Run,
     expected, _ = run(plain, x)
     smoothed = plain.clone()
     optimizer = Smooth(sites=("norm", "up"))
-    optimizer.calibration = Calibration([x])
-    assert optimizer(smoothed).report.matched == {  # type: ignore[attr-defined]
+    context = Context(Calibration([x]))
+    assert optimizer.run(smoothed, context).report.matched == {
         "norm and its products": 1,
         "product and those that it feeds": 1,
     }
     np.testing.assert_allclose(run(smoothed, x)[0], expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
     again = smoothed.clone()
-    optimizer(again)
+    optimizer.run(again, context)
     for name in ("a", "b", "d", "gain"):  # smoothed activations and weights have nothing left to trade
         once, twice = (np.array(model.graph.initializers[name].const_value) for model in (smoothed, again))
         np.testing.assert_allclose(twice, once, rtol=1e-4)
@@ -246,9 +248,9 @@ def test_a_node_takes_what_nothing_else_does(graph: Graph, check: Callable[..., 
     model = mlp(graph, body, rng)
     x = {"x": rng.standard_normal((4, 50, 64), dtype=np.float32)}
     optimizer = Smooth(sites=("node",))
-    optimizer.calibration = Calibration([x])
+    context = Context(Calibration([x]))
     found = check(
-        optimizer,
+        partial(optimizer.run, context=context),
         model,
         x,
         golden="""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onnxpress.optimizers.quantization.maths.block_format import (
     BlockFormat,
-    Blocks,
+    QuantizedBlocks,
     join_planes,
     multipliers,
     pack,
@@ -74,7 +74,7 @@ def test_bits_per_weight(format: BlockFormat, expected: float) -> None:
     assert size * 8 / (256 * 64) == expected
 
 
-def kernel_operands(blocks: Blocks) -> list[np.ndarray]:
+def kernel_operands(blocks: QuantizedBlocks) -> list[np.ndarray]:
     """What is stored, as the nodes that `block_operands` puts before the kernel make it; offsets stay last."""
     format, operands = blocks.format, blocks.matmul_nbits()
     if format.planes:
@@ -85,7 +85,7 @@ def kernel_operands(blocks: Blocks) -> list[np.ndarray]:
     return operands
 
 
-def matmul_nbits(run: Run, blocks: Blocks, outputs: int) -> np.ndarray:
+def matmul_nbits(run: Run, blocks: QuantizedBlocks, outputs: int) -> np.ndarray:
     """onnxruntime's MatMulNBits at accuracy level 0, multiplied with the identity: what it takes the weights to be."""
     features, format = blocks.features, blocks.format
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["m", features]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares, round_to_nearest
 
@@ -27,7 +27,9 @@ def case(seed: int, features: int = 96, outputs: int = 24, tokens: int = 400) ->
     return rng.standard_normal((features, outputs)).astype(np.float32), x.T @ x / tokens
 
 
-def optimal_brain_quantization(weight: np.ndarray, gram: np.ndarray, grid: Blocks, damping: float, order: Any) -> Any:
+def optimal_brain_quantization(
+    weight: np.ndarray, gram: np.ndarray, grid: QuantizedBlocks, damping: float, order: Any
+) -> Any:
     """The published recursion, one input at a time with the inverse Hessian shrinking, in double precision.
 
     Rounding input k to ŵ_k, the inputs that remain move by −(w_k − ŵ_k) · H⁻¹[k, rest] / H⁻¹[k, k], and row and

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks
+from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.hqq import hqq
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 
@@ -22,7 +22,7 @@ def weights_with_outliers(seed: int, features: int = 128, outputs: int = 40) -> 
     return np.asarray(0.02 * rng.standard_t(3, (features, outputs)), dtype=np.float32)
 
 
-def objective(weight: np.ndarray, blocks: Blocks, exponent: float = 0.7) -> float:
+def objective(weight: np.ndarray, blocks: QuantizedBlocks, exponent: float = 0.7) -> float:
     """Σ |w − ŵ|^p in steps of each block's first grid, as the method counts."""
     first = round_to_nearest(weight, blocks.format)
     size = np.repeat(np.abs(first.scales), blocks.format.block_size, axis=1)[:, : len(weight)].T

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxpress.graph.matching import is_op, producer, slice_bounds
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import size_of
-from onnxpress.optimizers.fusion.decomposed.heads import SPLIT, is_order
+from onnxpress.optimizers.fusion.decomposed.split_heads import SPLIT, is_order
 
 PACKED = 3
 """Query, key and value."""

@@ -76,7 +76,7 @@ def _check_input(number: int, value: ir.Value, array: Array, sizes: dict[str, tu
 
 
 def feed_of(value: ir.Value, sample: Feeds) -> Array:
-    """What a graph input gets: the sample's array in its type, or an empty cache [batch, heads, 0, head_dim]."""
+    """The array for a graph input: the sample's in its type, or an empty cache [batch, heads, 0, head_dim]."""
     dtype = value.dtype.numpy() if value.dtype is not None else np.float32
     array = sample.get(str(value.name))
     if array is not None:

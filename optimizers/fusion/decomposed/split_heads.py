@@ -1,4 +1,4 @@
-"""Queries, keys and values of attention that is spelled out: what they were before they were split into heads.
+"""Queries, keys and values of decomposed attention: what they were before they were split into heads.
 
 q    [batch, length, hidden] -> Reshape -> Transpose (-> RotaryEmbedding)
 k, v likewise, then appended to the past (Concat), repeated for groups of queries (Unsqueeze, Expand, Reshape); keys
@@ -26,7 +26,7 @@ class NotFused(Exception):
 
 
 @dataclass(frozen=True)
-class Heads:
+class SplitHeads:
     """A value before it was split into heads."""
 
     source: ir.Value
@@ -46,13 +46,13 @@ class Heads:
     """Values as long as the present, which graphs ask for their length."""
 
 
-def heads_of(value: ir.Value | None, what: str) -> Heads:
-    """What [batch, heads, length, head_size] was split from. Raises NotFused, calling it `what`."""
+def heads_of(value: ir.Value | None, what: str) -> SplitHeads:
+    """Find what [batch, heads, length, head_size] was split from. Raises NotFused, calling it `what`."""
     value, scale = unscaled(value)
     return replace(_cached(value, what), scale=scale)
 
 
-def key_heads_of(value: ir.Value | None) -> Heads:
+def key_heads_of(value: ir.Value | None) -> SplitHeads:
     """Likewise for keys [batch, heads, head_size, length]."""
     value, scale = unscaled(value)
     turned = producer(value, "Transpose")
@@ -77,7 +77,7 @@ def unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return value, 1.0
 
 
-def _cached(value: ir.Value | None, what: str) -> Heads:
+def _cached(value: ir.Value | None, what: str) -> SplitHeads:
     """Through repetition, cache and rotation."""
     once, repeats = _unrepeated(value)
     concat = producer(once, "Concat")
@@ -113,7 +113,7 @@ def _unrepeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
     return once, repeats
 
 
-def _rotated(value: ir.Value | None, what: str) -> Heads:
+def _rotated(value: ir.Value | None, what: str) -> SplitHeads:
     node = producer(value, "RotaryEmbedding", MICROSOFT)
     if node is None:
         return _split(value, SPLIT, what)
@@ -129,7 +129,7 @@ def _whole(value: ir.Value | None) -> ir.Value | None:
     return source
 
 
-def _split(value: ir.Value | None, order: tuple[int, ...], what: str) -> Heads:
+def _split(value: ir.Value | None, order: tuple[int, ...], what: str) -> SplitHeads:
     transpose = producer(value, "Transpose")
     reshape = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
     norm = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
@@ -142,7 +142,7 @@ def _split(value: ir.Value | None, order: tuple[int, ...], what: str) -> Heads:
     width = source.shape[-1] if source is not None and source.shape is not None and len(source.shape) == 3 else None
     if source is None or not isinstance(size, int) or not isinstance(width, int) or width % size:
         raise NotFused(f"{what}: number of heads is not known")
-    return Heads(source, size, width // size)
+    return SplitHeads(source, size, width // size)
 
 
 def _order(transpose: ir.Node) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What one attention does on samples, before it is changed and after."""
+"""Statistics of one attention on samples, before it is changed and after."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxpress.arrays import Indices
-from onnxpress.calibration.walk import Step
+from onnxpress.calibration.walk import WalkStep
 from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import Normal
 from onnxpress.optimizers.fitting.targets import Plus, Regression, Target
 from onnxpress.optimizers.heads.attended import KeptHeads, attended_states
-from onnxpress.optimizers.heads.maths.output_refit import Sums
+from onnxpress.optimizers.heads.maths.output_refit import OutputSums
 from onnxpress.optimizers.heads.maths.reduction import Attended
 from onnxpress.optimizers.heads.maths.value_regression import HeadProducts
 from onnxpress.optimizers.heads.sites import HeadSite
@@ -21,7 +21,7 @@ from onnxpress.optimizers.heads.sites import HeadSite
 class HeadSamples:
     """Statistics of an attention; `look` before it is edited."""
 
-    def __init__(self, step: Step, site: HeadSite, target: Target) -> None:
+    def __init__(self, step: WalkStep, site: HeadSite, target: Target) -> None:
         self.step, self.site = step, site
         self.target = target
         """What it puts out as it was."""
@@ -42,7 +42,7 @@ class HeadSamples:
         self.step.observe(wanted)
 
     def regress(self, features: int) -> Normal:
-        """Of what the output product reads by now, and a 1, against what it put out before."""
+        """Sums of what the output product reads by now, and a 1, against what it put out before."""
         return self._regression(features, lambda regression: {self.states.tensor: [regression]})
 
     def attended(self, kept: Indices) -> Attended:
@@ -53,7 +53,7 @@ class HeadSamples:
                 len(kept) * self.site.value.features[0],
                 lambda regression: wanted | {str(joined.name): [KeptHeads(self.site, kept, regression)]},
             )
-        return Attended(products.total, Sums.of(normal, centred=self.site.biased))
+        return Attended(products.total, OutputSums.of(normal, centred=self.site.biased))
 
     def _regression(self, features: int, wanted: Callable[[Regression], dict[str, Any]]) -> Normal:
         shape = (features, self.site.output.features[1])
