@@ -1,4 +1,4 @@
-"""What the exporter does to each architecture, found by doing it to a tiny random model.
+"""The exporter tried on each architecture: a tiny random model of it is exported and compared.
 
 The models are listed in `architectures.toml`. `table` is what `onnxpress list models --architectures` prints; the tests
 hold each row to its tolerance.
@@ -52,7 +52,8 @@ def catalog() -> dict[str, dict[str, Any]]:
     return {name: {**entry, "config": filled(entry["config"])} for name, entry in data["architecture"].items()}
 
 
-def names() -> list[str]:
+def architecture_names() -> list[str]:
+    """The architectures that are tried, by name."""
     return list(catalog())
 
 
@@ -120,10 +121,12 @@ def table(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    wanted = list(architectures) if architectures is not None else names()
+    wanted = list(architectures) if architectures is not None else architecture_names()
     for name in wanted:
         if name not in catalog():
-            raise UsageError(f"no tiny model of architecture {name!r}", hint=f"one of {', '.join(names())}")
+            raise UsageError(
+                f"no tiny model of architecture {name!r}", hint=f"one of {', '.join(architecture_names())}"
+            )
     for done, name in enumerate(wanted):
         if progress is not None:
             progress(done, len(wanted), name)

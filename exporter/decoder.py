@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.fusing import adapters
 from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
-from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 from onnxpress.exporter.tracing import operators
 
 
-class CachedDecoder(nn.Module):
+class DecoderWrapper(nn.Module):
     """forward(input_ids [batch, length], attention_mask [batch, past + length], past) -> logits and the new cache."""
 
     def __init__(self, model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> None:
@@ -60,7 +60,7 @@ class CachedDecoder(nn.Module):
         return (output.logits, *(state for layer in self.layers for state in cache.present[layer]))
 
 
-def signature(wrapper: CachedDecoder, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
+def signature(wrapper: DecoderWrapper, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
     """Example inputs, free dimensions and names; shapes: (kv_heads, head_dim) of each traced layer."""
     batch, length, past_length = 2, 3, 5
     state = {0: "batch_size", 2: "past_sequence_length"}
@@ -109,17 +109,17 @@ def cache_shapes(model: nn.Module) -> dict[int, tuple[int, int]]:
     return shapes
 
 
-def export_decoder(model_class: Any, config: Any, *, positions: int) -> Template:
+def export_decoder(model_class: Any, config: Any, *, positions: int) -> TracedModel:
     """The graph of a causal language model with its cache, parameters unbound."""
     shapes = cache_shapes(on_meta(model_class, config))
 
     def wrap(model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> Traceable:
         layers = layers or tuple(shapes)
-        wrapper = CachedDecoder(model, fusion, layers).eval()
+        wrapper = DecoderWrapper(model, fusion, layers).eval()
         return signature(wrapper, layers, [shapes[layer] for layer in layers])
 
-    template = build(lambda: on_meta(model_class, config), wrap, positions=positions)
-    for output in template.graph.graph.outputs[1:]:
+    traced = trace_model(lambda: on_meta(model_class, config), wrap, positions=positions)
+    for output in traced.graph.graph.outputs[1:]:
         assert output.shape is not None
         output.shape = ir.Shape([*output.shape[:2], "total_sequence_length", output.shape[3]])
-    return template
+    return traced

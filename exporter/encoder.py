@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxpress.exporter.fusing.fuse import Fusion, register_tables
-from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "feature-extraction": ("last_hidden_state",),
@@ -25,7 +25,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 """optimum's task name -> graph outputs, which are also the names of the model's outputs."""
 
 
-class Encoder(nn.Module):
+class EncoderWrapper(nn.Module):
     """forward(*inputs) -> the task's outputs, and `sentence_embedding` where a pooling is given."""
 
     def __init__(
@@ -95,7 +95,7 @@ def example_inputs(model: nn.Module, config: Any) -> tuple[dict[str, Tensor], di
     return inputs, free
 
 
-def export_encoder(model_class: Any, config: Any, *, task: str, pooling: Any, positions: int) -> Template:
+def export_encoder(model_class: Any, config: Any, *, task: str, pooling: Any, positions: int) -> TracedModel:
     """The graph of an encoder or classifier, parameters unbound."""
     outputs = OUTPUTS[task]
 
@@ -103,8 +103,8 @@ def export_encoder(model_class: Any, config: Any, *, task: str, pooling: Any, po
         inputs, free = example_inputs(model, config)
         if pooling is not None and "attention_mask" not in inputs:
             raise ValueError("pooling needs an attention mask")
-        wrapper = Encoder(model, fusion, list(inputs), outputs, pooling).eval()
+        wrapper = EncoderWrapper(model, fusion, list(inputs), outputs, pooling).eval()
         names = [*outputs, *(["sentence_embedding"] if pooling is not None else [])]
         return Traceable(wrapper, tuple(inputs.values()), (tuple(free.values()),), list(inputs), names)
 
-    return build(lambda: on_meta(model_class, config), wrap, positions=positions)
+    return trace_model(lambda: on_meta(model_class, config), wrap, positions=positions)

@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
-from onnxpress.exporter.layers.traced import Template, Traceable, build, on_meta
+from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 
 
 class CrossCache(EncoderDecoderCache):
@@ -64,7 +64,9 @@ class OnceCache(GraphCache):
         return key_states, value_states
 
 
-class Encoder(nn.Module):
+class EncoderHalf(nn.Module):
+    """forward(*inputs) -> last_hidden_state."""
+
     def __init__(self, model: nn.Module, fusion: Fusion, inputs: list[str]) -> None:
         super().__init__()
         self.model = model
@@ -79,7 +81,7 @@ class Encoder(nn.Module):
         return output
 
 
-class Decoder(nn.Module):
+class DecoderHalf(nn.Module):
     """One step of the decoder, with or without a past."""
 
     def __init__(
@@ -146,7 +148,7 @@ def _placeholder(config: Any, cross_key: Tensor) -> Tensor:
     return cross_key.new_zeros(cross_key.shape[0], cross_key.shape[2], width)
 
 
-def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> dict[str, Template]:
+def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> dict[str, TracedModel]:
     """The three graphs of an encoder-decoder model, parameters unbound."""
     make = lambda: on_meta(model_class, config)  # noqa: E731
     encoder_inputs, encoder_free, masked = _encoder_inputs(make(), config)
@@ -158,7 +160,7 @@ def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> 
     heads, head_dim = _decoder_heads(make())
 
     def wrap_encoder(model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> Traceable:
-        wrapper = Encoder(model, fusion, list(encoder_inputs)).eval()
+        wrapper = EncoderHalf(model, fusion, list(encoder_inputs)).eval()
         inputs = tuple(encoder_inputs.values())
         return Traceable(wrapper, inputs, (tuple(encoder_free.values()),), list(encoder_inputs), ["last_hidden_state"])
 
@@ -172,7 +174,7 @@ def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> 
                 inputs.append(torch.ones(2, frames, dtype=torch.int64))
                 free.append({0: batch, **frames_free})
                 names.append("encoder_attention_mask")
-            kinds = ["decoder.key", "decoder.value", "encoder.key", "encoder.value"]
+            parts = ["decoder.key", "decoder.value", "encoder.key", "encoder.value"]
             if with_past:
                 own = lambda: torch.zeros(2, heads, 5, head_dim)  # noqa: E731
                 cross = lambda: torch.zeros(2, heads, frames, head_dim)  # noqa: E731
@@ -180,24 +182,24 @@ def export_encoder_decoder(model_class: Any, config: Any, *, positions: int) -> 
                 inputs.append([(own(), own(), cross(), cross()) for _ in layers])
                 own_free = {0: batch, 2: past_length}
                 free.append([(own_free, own_free, cross_free, cross_free)] * len(layers))
-                names += [f"past_key_values.{layer}.{kind}" for layer in layers for kind in kinds]
-                made = kinds[:2]
+                names += [f"past_key_values.{layer}.{part}" for layer in layers for part in parts]
+                made = parts[:2]
             else:
                 inputs.append(torch.zeros(2, frames, width))
                 free.append({0: batch, **frames_free})
                 names.append("encoder_hidden_states")
-                made = kinds
-            outputs = ["logits", *(f"present.{layer}.{kind}" for layer in layers for kind in made)]
-            wrapper = Decoder(model, fusion, layers, masked, with_past).eval()
+                made = parts
+            outputs = ["logits", *(f"present.{layer}.{part}" for layer in layers for part in made)]
+            wrapper = DecoderHalf(model, fusion, layers, masked, with_past).eval()
             return Traceable(wrapper, tuple(inputs), (free[0], tuple(free[1:])), names, outputs)
 
         return wrap
 
     encoder_path, decoder_path = _stack_paths(make())
     return {
-        "encoder_model": build(make, wrap_encoder, positions=positions, within=encoder_path),
-        "decoder_model": build(make, wrap_decoder(False), positions=positions, within=decoder_path),
-        "decoder_with_past_model": build(make, wrap_decoder(True), positions=positions, within=decoder_path),
+        "encoder_model": trace_model(make, wrap_encoder, positions=positions, within=encoder_path),
+        "decoder_model": trace_model(make, wrap_decoder(False), positions=positions, within=decoder_path),
+        "decoder_with_past_model": trace_model(make, wrap_decoder(True), positions=positions, within=decoder_path),
     }
 
 

@@ -13,12 +13,12 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.encoder import OUTPUTS, example_inputs
 from onnxpress.exporter.layers.trace import IR_VERSION, OPSET, first_line, quiet
-from onnxpress.exporter.sources import binding
-from onnxpress.exporter.sources.weights import TensorSource
-from onnxpress.graph.floats import require_finite
+from onnxpress.exporter.sources.parameters import match_parameters
+from onnxpress.exporter.sources.torch_arrays import to_torch
+from onnxpress.graph.tensors import WeightTensor
 
 
-def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[str, TensorSource], why: str) -> ir.Model:
+def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[str, WeightTensor], why: str) -> ir.Model:
     """The graph of an encoder or classifier, weights included.
 
     Raises UnsupportedModelError, saying both why the first way and why this one failed.
@@ -26,8 +26,8 @@ def export_unfused(model_class: Any, config: Any, task: str, tensors: Mapping[st
     model = model_class._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     parameters = model.state_dict()
     with torch.no_grad():
-        for name, source in binding.bind(model, tensors).items():
-            parameters[name].copy_(binding.to_torch(require_finite(source.numpy(), name)))
+        for name, tensor in match_parameters(model, tensors).items():
+            parameters[name].copy_(to_torch(tensor.checked(name).numpy()))
     inputs, free = example_inputs(model, config)
     shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in free.items()}
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes when it is traced: graphs with their parameters unbound, and where each comes from.
+"""A checkpoint is traced: graphs with their parameters unbound, and the checkpoint tensor of each parameter.
 
 Everything here needs torch and transformers; `export.py` only comes here for a model that it has not seen before.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,29 +20,19 @@ from onnxpress.exporter.decoder import export_decoder
 from onnxpress.exporter.encoder import OUTPUTS, export_encoder
 from onnxpress.exporter.encoder_decoder import export_encoder_decoder
 from onnxpress.exporter.fusing import rotary
+from onnxpress.exporter.layers.export_cache import TracedCheckpoint
 from onnxpress.exporter.layers.trace import first_line
-from onnxpress.exporter.layers.traced import Template, on_meta
-from onnxpress.exporter.sources import binding
+from onnxpress.exporter.layers.traced import TracedModel, on_meta
 from onnxpress.exporter.sources.checkpoint import Checkpoint, check_architecture
-from onnxpress.exporter.sources.weights import TensorSource
-from onnxpress.exporter.tracing.lowering import unbound
+from onnxpress.exporter.sources.parameters import match_parameters
+from onnxpress.exporter.tracing.binding import unbound
+from onnxpress.graph.tensors import WeightTensor
 
 DEFAULT_POSITIONS = 2048
 """Length of rotary tables where the config names no limit."""
 
 
-@dataclass(frozen=True)
-class Traced:
-    """Graphs by file stem, parameters unbound unless the method is `fallback`; where parameters come from; and what
-    artifact.json says of it all."""
-
-    task: str
-    graphs: dict[str, ir.Model]
-    sources: Mapping[str, TensorSource]
-    described: dict[str, Any]
-
-
-def read_config(checkpoint: Checkpoint) -> Any:
+def transformers_config(checkpoint: Checkpoint) -> Any:
     """The configuration as transformers takes it. Raises CorruptFileError for values that it refuses."""
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -56,10 +45,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: int | None) -> Traced:
+def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: int | None) -> TracedCheckpoint:
     """Trace the model of a checkpoint for a task. Raises what `export.export` says."""
     check_architecture(checkpoint.folder, checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    config = read_config(checkpoint)
+    config = transformers_config(checkpoint)
     task = (task or checkpoint.task or tasks.infer_task(config)).removesuffix("-with-past")
     model_class = tasks.model_class(config, task)
     limit, reason = rotary.context_limit(config, context_length)
@@ -70,7 +59,7 @@ def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: i
         )
     positions = limit or context_length or DEFAULT_POSITIONS
     try:
-        templates = _templates(checkpoint, config, model_class, task, positions)
+        models = _traced_models(checkpoint, config, model_class, task, positions)
     except OnnxpressError:
         raise
     except Exception as error:  # whatever torch makes of a model that it cannot trace
@@ -80,15 +69,17 @@ def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: i
 
         why = first_line(error)
         graph = export_unfused(model_class, config, task, checkpoint.tensors, why)
-        return Traced(
+        return TracedCheckpoint(
             task, {"model": graph}, {}, {"method": "fallback", "operators": [], "not_fused": {"template": why}}
         )
-    graphs = {stem: made.graph for stem, made in templates.items()}
-    sources = _bound(on_meta(model_class, config), checkpoint, graphs)
-    return Traced(task, graphs, sources, _described(templates, limit, reason))
+    graphs = {stem: model.graph for stem, model in models.items()}
+    parameters = _parameters(on_meta(model_class, config), checkpoint, graphs)
+    return TracedCheckpoint(task, graphs, parameters, _described(models, limit, reason))
 
 
-def _templates(checkpoint: Checkpoint, config: Any, model_class: Any, task: str, positions: int) -> dict[str, Template]:
+def _traced_models(
+    checkpoint: Checkpoint, config: Any, model_class: Any, task: str, positions: int
+) -> dict[str, TracedModel]:
     """The graphs of the task by file stem, parameters unbound."""
     if task == "text-generation":
         return {"model": export_decoder(model_class, config, positions=positions)}
@@ -100,9 +91,9 @@ def _templates(checkpoint: Checkpoint, config: Any, model_class: Any, task: str,
     raise UsageError(f"a {config.model_type!r} model cannot serve {task!r}")
 
 
-def _bound(model: Any, checkpoint: Checkpoint, graphs: Mapping[str, ir.Model]) -> Mapping[str, TensorSource]:
+def _parameters(model: Any, checkpoint: Checkpoint, graphs: Mapping[str, ir.Model]) -> Mapping[str, WeightTensor]:
     needed = {name for graph in graphs.values() for name in unbound(graph)}
-    return binding.bind(model, checkpoint.tensors, optional=_others(model, needed))
+    return match_parameters(model, checkpoint.tensors, optional=_others(model, needed))
 
 
 def _others(model: Any, needed: set[str]) -> list[str]:
@@ -110,18 +101,18 @@ def _others(model: Any, needed: set[str]) -> list[str]:
     return [f"^{re.escape(name)}$" for name in model.state_dict() if name not in needed]
 
 
-def _described(templates: Mapping[str, Template], limit: int | None, reason: str | None) -> dict[str, Any]:
-    """What artifact.json says of the export."""
-    methods = [made.method for made in templates.values()]
+def _described(models: Mapping[str, TracedModel], limit: int | None, reason: str | None) -> dict[str, Any]:
+    """The export as artifact.json describes it."""
+    methods = [model.method for model in models.values()]
     operators: Counter[str] = Counter()
     given_up: dict[str, str] = {}
-    for made in templates.values():
-        operators.update(made.operators)
-        given_up.update(made.plan.given_up)
+    for model in models.values():
+        operators.update(model.operators)
+        given_up.update(model.plan.given_up)
     described: dict[str, Any] = {
         "method": methods[-1],
         "operators": sorted(operators),
-        "traced_layers": {stem: f"{made.traced_layers} of {made.depth}" for stem, made in templates.items()},
+        "traced_layers": {stem: f"{model.traced_layers} of {model.depth}" for stem, model in models.items()},
     }
     if given_up:
         described["not_fused"] = given_up

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 
 
 def main() -> None:
     model, folder = sys.argv[1], Path(sys.argv[2])
-    checkpoint = resolve(model, progress=print)
+    checkpoint = resolve_source(model, progress=print)
     assert isinstance(checkpoint, Checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in checkpoint.files.items():

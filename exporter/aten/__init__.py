@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxpress.exporter.aten import elementwise, products, reductions, shapes
 from onnxpress.exporter.aten.table import TRANSLATIONS
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 __all__ = ["elementwise", "products", "reductions", "shapes", "translate"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onnxpress.exporter.aten.table import TRANSLATIONS, aten
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 FLOATING = (
     *("sqrt:Sqrt", "exp:Exp", "log:Log", "sin:Sin", "cos:Cos", "tan:Tan", "tanh:Tanh", "sigmoid:Sigmoid", "erf:Erf"),

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 
 @aten("mm", "bmm", "mv", "dot")

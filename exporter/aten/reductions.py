@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onnxpress.exporter.aten.shapes import constant_vector
 from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 
 def _axes(r: Recorder, x: Tensor, dims: int | Sequence[int] | None) -> ir.Value | None:

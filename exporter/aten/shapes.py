@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxpress.exporter.aten.elementwise import operand
 from onnxpress.exporter.aten.table import aten
-from onnxpress.exporter.tracing.record import CannotRecord, Recorder
+from onnxpress.exporter.tracing.recorder import CannotRecord, Recorder
 
 Size: TypeAlias = "int | torch.SymInt"
 LAST = (1 << 63) - 1
@@ -57,7 +57,7 @@ def transpose(r: Recorder, out: Tensor, x: Tensor, dim0: int, dim1: int) -> ir.V
 
 
 @aten("t")
-def turn(r: Recorder, out: Tensor, x: Tensor) -> ir.Value:
+def t(r: Recorder, out: Tensor, x: Tensor) -> ir.Value:
     return r.transpose(x, out, list(range(x.dim()))[::-1])
 
 
@@ -238,7 +238,7 @@ def full(r: Recorder, out: Tensor, *arguments: Any, **options: Any) -> ir.Value:
 
 @aten("zeros", "zeros_like", "new_zeros", "empty.memory_format", "empty_like", "new_empty")
 def zeros(r: Recorder, out: Tensor, *arguments: Any, **options: Any) -> ir.Value:
-    """What torch leaves empty is zero here, so that a graph never depends on it."""
+    """Zeros, also where torch leaves memory as it is, so that a graph never depends on it."""
     return r.broadcast(r.scalar(0, out.dtype), r.shape(out))
 
 

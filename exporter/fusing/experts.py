@@ -24,7 +24,7 @@ from onnxpress.exporter.tracing import operators
 
 @dataclass
 class Experts:
-    """What is known of the mixtures of one model while it is traced."""
+    """The mixtures of one model while it is traced."""
 
     routers: dict[nn.Module, recognise.Router] = field(default_factory=dict)
     modules: set[nn.Module] = field(default_factory=set)
@@ -66,7 +66,7 @@ class Experts:
         return forward
 
 
-def prepare(model: nn.Module) -> Experts:
+def find_mixtures(model: nn.Module) -> Experts:
     """Recognise the mixtures of experts of a model."""
     found = Experts()
     for parent in model.modules():
@@ -85,7 +85,7 @@ def prepare(model: nn.Module) -> Experts:
 
 
 @contextmanager
-def installed(experts: Experts, made: Counter[str]) -> Iterator[None]:
+def fused_mixtures(experts: Experts, made: Counter[str]) -> Iterator[None]:
     """Put the fused mixtures in place for the time of one trace; `made` counts them."""
     with ExitStack() as stack:
         for module, router in experts.routers.items():

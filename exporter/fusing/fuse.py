@@ -43,7 +43,7 @@ class Refused(Exception):
 
 @dataclass
 class Fusion:
-    """What is known while one model is traced."""
+    """State of the fusing while one model is traced."""
 
     rotary: Rotary = field(default_factory=Rotary)
     experts: Experts = field(default_factory=Experts)
@@ -330,7 +330,7 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
 
 
 @contextmanager
-def installed(fusion: Fusion, model: nn.Module) -> Iterator[None]:
+def fused_forms(fusion: Fusion, model: nn.Module) -> Iterator[None]:
     """Put the fused forms in place for the time of one trace, and take every one of them out again."""
     with ExitStack() as stack:
         for module in model.modules():
@@ -338,14 +338,14 @@ def installed(fusion: Fusion, model: nn.Module) -> Iterator[None]:
                 stack.enter_context(replaced_forward(module, _conv1d_forward(module)))
             elif type(module) is not nn.Linear and recognise.is_linear(module):
                 stack.enter_context(replaced_forward(module, _linear_forward(module)))
-            elif (norm := recognise.rms_norm(module)) is not None:
+            elif (norm := recognise.find_rms_norm(module)) is not None:
                 stack.enter_context(replaced_forward(module, _norm_forward(fusion, module, norm)))
         for module in fusion.rotary.modules:
             stack.enter_context(replaced_forward(module, fusion.rotary_forward(module, module.forward)))
         for place, original in fusion.rotary.functions.items():
             stack.enter_context(mock.patch.object(place, APPLY, _bound(fusion.apply_rotary, original)))
         stack.enter_context(adapters.installed(model, fusion.attention))
-        stack.enter_context(experts.installed(fusion.experts, fusion.made))
+        stack.enter_context(experts.fused_mixtures(fusion.experts, fusion.made))
         stack.enter_context(registered(ALL_ATTENTION_FUNCTIONS, fusion.attention))
         stack.enter_context(registered(ALL_MASK_ATTENTION_FUNCTIONS, fusion.mask))
         yield
@@ -356,7 +356,7 @@ def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Cal
 
 
 def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Of a subclass of torch's linear layer, in torch's words."""
+    """The forward of a subclass of torch's linear layer, as torch's own function."""
 
     def forward(states: Tensor) -> Tensor:
         return nn.functional.linear(states, module.weight, module.bias)

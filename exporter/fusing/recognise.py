@@ -45,7 +45,7 @@ class RMSNorm:
     offset: float
 
 
-def rms_norm(module: nn.Module) -> RMSNorm | None:
+def find_rms_norm(module: nn.Module) -> RMSNorm | None:
     """The RMSNorm (Zhang and Sennrich, 2019) that `module` computes, or None. Its weights may be on the meta device."""
     parameters = dict(module.named_parameters())
     if set(parameters) != {"weight"} or parameters["weight"].dim() != 1 or "Norm" not in type(module).__name__:
@@ -177,8 +177,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Te
     rotated, passed = states[..., :rotary_dim], states[..., rotary_dim:]
     if interleaved:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     else:
         first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned, passed), dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((rotated, passed), dim=-1)

@@ -37,7 +37,7 @@ class Table:
 
 @dataclass
 class Rotary:
-    """What the tracer needs to replace a model's rotations."""
+    """The rotations of a model, as the tracer replaces them."""
 
     tables: dict[tuple[int, str | None], Table] = field(default_factory=dict)
     """By id of the rotary module and the `layer_type` it is called with (None when it takes none)."""
@@ -48,11 +48,11 @@ class Rotary:
     """Why rotations are traced as they stand, if they are."""
 
 
-def prepare(model: nn.Module, positions: int) -> Rotary:
+def find_rotations(model: nn.Module, positions: int) -> Rotary:
     """Compute the tables of every rotary module for `positions` positions and recognise the rotation applied with them.
 
-    The model's buffers must be real (see `kinds.materialise`). RoPE variants that rescale with the length of the text
-    (dynamic, longrope beyond their original length) have no one table and are refused by `context_limit` beforehand.
+    The model's buffers must be real (see `signatures.materialise`). RoPE variants that rescale with the length of the
+    text (dynamic, longrope beyond their original length) have no one table: `context_limit` refuses them beforehand.
     """
     rotary = Rotary()
     rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]

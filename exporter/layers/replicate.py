@@ -1,7 +1,7 @@
-"""A graph of a few template layers to the graph of the whole model.
+"""A graph of a few traced layers to the graph of the whole model.
 
-Layers of one kind differ in their parameters and their cache only. So the nodes of a traced layer are copied once per
-layer of its kind; the values that cross a layer's edge are told apart by where they come from:
+Layers with one signature differ in their parameters and their cache only. So the nodes of a traced layer are copied
+once per layer with its signature; the values that cross a layer's edge are told apart by where they come from:
 
 - the prologue (masks, positions, tables): every copy uses the same value;
 - the layer before: each copy uses what the copy before it made;
@@ -20,8 +20,8 @@ from onnxpress.exporter.layers.signatures import Stack
 from onnxpress.exporter.layers.split import (
     EPILOGUE,
     PROLOGUE,
-    CannotStamp,
-    Layer,
+    CannotReplicate,
+    LayerNodes,
     flows,
     partition,
     rename_layers,
@@ -30,32 +30,32 @@ from onnxpress.exporter.layers.split import (
 from onnxpress.graph.conventions import MODULE
 
 
-def stamp(template: ir.Model, stack: Stack, chosen: tuple[int, ...], path: str) -> ir.Model:
-    """Repeat the template's layers until there are `stack.depth` of them.
+def replicate_layers(traced: ir.Model, stack: Stack, chosen: tuple[int, ...], path: str) -> ir.Model:
+    """Repeat the traced layers until there are `stack.depth` of them.
 
     chosen: the layers that were traced, by their index in the full model. path: of the layers in the traced module,
-    whose indices count the traced layers only. Raises CannotStamp.
+    whose indices count the traced layers only. Raises CannotReplicate.
     """
-    rename_layers(template, path, chosen)
-    layers = partition(template, path, chosen)
+    rename_layers(traced, path, chosen)
+    layers = partition(traced, path, chosen)
     chain_in, fixed = flows([layers[index] for index in chosen], chosen)
-    representative = representatives(stack.kinds, chosen)
-    return _Stamper(template, stack, path, chosen, layers, chain_in, fixed, representative).run()
+    representative = representatives(stack.signatures, chosen)
+    return _Replication(traced, stack, path, chosen, layers, chain_in, fixed, representative).run()
 
 
 @dataclass
-class _Stamper:
-    template: ir.Model
+class _Replication:
+    traced: ir.Model
     stack: Stack
     path: str
     chosen: tuple[int, ...]
-    layers: dict[int, Layer]
+    layers: dict[int, LayerNodes]
     chain_in: dict[int, list[ir.Value]]
     fixed: dict[int, list[ir.Value]]
     representative: list[int]
 
     def run(self) -> ir.Model:
-        graph = self.template.graph
+        graph = self.traced.graph
         chain_out = self._chain_outputs()
         values: dict[ir.Value, ir.Value] = {}
         for value in graph.inputs:
@@ -67,7 +67,7 @@ class _Stamper:
         nodes: list[ir.Node] = []
         initializers: dict[str, ir.Value] = {}
 
-        def take(layer: Layer, mapping: dict[ir.Value, ir.Value], old: int | None, new: int | None) -> None:
+        def take(layer: LayerNodes, mapping: dict[ir.Value, ir.Value], old: int | None, new: int | None) -> None:
             for node in layer.nodes:
                 copied = self._copy(node, mapping, old, new, caches, initializers)
                 nodes.append(copied)
@@ -97,7 +97,7 @@ class _Stamper:
         ordered += [name for name in self._numbered(graph.outputs) if name in outputs]
         for name, value in outputs.items():
             value.name = name
-        stamped = ir.Graph(
+        replicated = ir.Graph(
             inputs,
             [outputs[name] for name in ordered],
             nodes=nodes,
@@ -105,10 +105,10 @@ class _Stamper:
             opset_imports=graph.opset_imports,
             name="main_graph",
         )
-        return ir.Model(stamped, ir_version=self.template.ir_version, producer_name="onnxpress")
+        return ir.Model(replicated, ir_version=self.traced.ir_version, producer_name="onnxpress")
 
     def _chain_outputs(self) -> dict[int, list[ir.Value]]:
-        """What each template layer hands on: what the next one takes, or for the last what the epilogue takes."""
+        """The values that each traced layer hands on, to the next one or, from the last, to the epilogue."""
         result: dict[int, list[ir.Value]] = {}
         for position, index in enumerate(self.chosen):
             if position + 1 < len(self.chosen):
@@ -116,10 +116,10 @@ class _Stamper:
         last = self.chosen[-1]
         made = {output for node in self.layers[last].nodes for output in node.outputs}
         used = dict.fromkeys(v for node in self.layers[EPILOGUE].nodes for v in node.inputs if v in made)
-        used |= dict.fromkeys(v for v in self.template.graph.outputs if v in made and not self._layer_numbered(v.name))
+        used |= dict.fromkeys(v for v in self.traced.graph.outputs if v in made and not self._layer_numbered(v.name))
         result[last] = list(used)
         if len(result[last]) != len(result[self.chosen[0]]):
-            raise CannotStamp("what follows the layers takes other values than the layers pass on")
+            raise CannotReplicate("what follows the layers takes other values than the layers pass on")
         outside = [
             value
             for node in self.layers[EPILOGUE].nodes
@@ -129,17 +129,17 @@ class _Stamper:
             and any(value in layer_node.outputs for index in self.chosen for layer_node in self.layers[index].nodes)
         ]
         if outside:
-            raise CannotStamp("what follows the layers takes values of several layers")
+            raise CannotReplicate("what follows the layers takes values of several layers")
         return result
 
     def _layer_numbered(self, name: str | None) -> bool:
         return re.match(r"^(past_key_values|present)\.\d+\.", name or "") is not None
 
     def _numbered(self, values: Sequence[ir.Value]) -> list[str]:
-        """The names of cache inputs or outputs for every layer, in the order of the template's."""
+        """The names of cache inputs or outputs for every layer, in the order of the traced graph's."""
         names = [value.name or "" for value in values if self._layer_numbered(value.name)]
         parts = dict.fromkeys(tuple(re.split(r"\.\d+\.", name, maxsplit=1)) for name in names)
-        return [f"{kind}.{index}.{part}" for index in range(self.stack.depth) for kind, part in parts]
+        return [f"{cache}.{index}.{part}" for index in range(self.stack.depth) for cache, part in parts]
 
     def _copy(
         self,

@@ -1,4 +1,4 @@
-"""Which layers of a model are the same, so that only one of each kind has to be traced."""
+"""Which layers of a model are the same, so that only one with each signature has to be traced."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Stack:
 
     path: str
     """Qualified name of the ModuleList: `model.layers`."""
-    kinds: tuple[int, ...]
-    """For each layer, the index of the first layer that is the same."""
+    signatures: tuple[int, ...]
+    """For each layer, the index of the first layer with the same signature."""
 
     @property
     def depth(self) -> int:
-        return len(self.kinds)
+        return len(self.signatures)
 
 
 def find_stack(model: nn.Module, within: str = "") -> Stack | None:
@@ -41,23 +41,26 @@ def find_stack(model: nn.Module, within: str = "") -> Stack | None:
     if best is None:
         return None
     _, path, layers = best
-    return Stack(path, layer_kinds(layers, model.config))
+    return Stack(path, layer_signatures(layers, model.config))
 
 
-def layer_kinds(layers: nn.ModuleList, config: Any) -> tuple[int, ...]:
-    """Two layers are of one kind when they have equal structure, parameter shapes and scalar attributes, and the config
-    says nothing different of them (any list of the config with one entry per layer, such as `layer_types`)."""
+def layer_signatures(layers: nn.ModuleList, config: Any) -> tuple[int, ...]:
+    """For each layer the index of the first layer with the same signature.
+
+    Signatures are equal when structure, parameter shapes and scalar attributes are, and the config says nothing
+    different of the layers (any list of the config with one entry per layer, such as `layer_types`).
+    """
     per_layer = [
         value
         for _, value in sorted(config.to_dict().items(), key=lambda item: item[0])
         if isinstance(value, (list, tuple)) and len(value) == len(layers)
     ]
     first: dict[Any, int] = {}
-    kinds = []
+    signatures = []
     for index, layer in enumerate(layers):
         signature = (_signature(layer), tuple(repr(value[index]) for value in per_layer))
-        kinds.append(first.setdefault(signature, index))
-    return tuple(kinds)
+        signatures.append(first.setdefault(signature, index))
+    return tuple(signatures)
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
@@ -76,18 +79,17 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(entries)
 
 
-def choose_template(kinds: tuple[int, ...], extra: int = 0) -> tuple[int, ...]:
-    """Layers to trace: the first one (its inputs are the model's edges), then one of each kind found after it,
-    preferring the earliest; `extra` more of the kind of the second layer when one is not enough to tell what flows
-    where."""
+def choose_layers(signatures: tuple[int, ...], extra: int = 0) -> tuple[int, ...]:
+    """Layers to trace: the first one (its inputs are the model's edges), then the earliest of each signature after it;
+    `extra` more with a signature found after it when one is not enough to tell what flows where."""
     chosen = [0]
     seen: set[int] = set()
-    for index in range(1, len(kinds)):
-        if kinds[index] not in seen:
-            seen.add(kinds[index])
+    for index in range(1, len(signatures)):
+        if signatures[index] not in seen:
+            seen.add(signatures[index])
             chosen.append(index)
-    for index in range(1, len(kinds)):
-        if extra and index not in chosen and kinds[index] in {kinds[c] for c in chosen[1:]}:
+    for index in range(1, len(signatures)):
+        if extra and index not in chosen and signatures[index] in {signatures[c] for c in chosen[1:]}:
             chosen.append(index)
             extra -= 1
     return tuple(sorted(chosen))

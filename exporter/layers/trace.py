@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from onnxpress.exporter import aten
 from onnxpress.exporter.tracing.dimensions import Dimensions
 from onnxpress.exporter.tracing.functions import WholeFunctions
-from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN
-from onnxpress.exporter.tracing.record import Recorder, recording
+from onnxpress.exporter.tracing.lowering import PLACEHOLDERS
+from onnxpress.exporter.tracing.recorder import Recorder, recording
 from onnxpress.graph.conventions import MICROSOFT
 
 OPSET = 21
 IR_VERSION = 10
-VERSIONS = {MICROSOFT: 1, LINEAR_DOMAIN: 1}
+VERSIONS = {MICROSOFT: 1, PLACEHOLDERS: 1}
 
 
 def trace(
@@ -75,6 +75,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Of a message that may be pages of an exporter's diagnosis."""
+    """The first line of a message that may be pages of an exporter's diagnosis."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -1,8 +1,8 @@
 """Tracing attempts: as fused as the model allows, and no further than it can be told apart into layers.
 
-Each attempt builds the model anew on the meta device, cuts it down to its template layers, traces and stamps it. What
-an attempt refuses is given up in the next one: rotations inside GroupQueryAttention, then rotations altogether, fused
-attention, and at last the template itself (all layers are traced).
+Each attempt builds the model anew on the meta device, cuts it down to the layers to trace, traces them and repeats
+them. What an attempt refuses is given up in the next one: rotations inside GroupQueryAttention, then rotations
+altogether, fused attention, and at last the replication itself (all layers are traced).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.fusing import experts, fuse, rotary
 from onnxpress.exporter.fusing.fuse import Fusion, Refused
 from onnxpress.exporter.fusing.patching import IMPLEMENTATION
-from onnxpress.exporter.layers import replicate as stamp
-from onnxpress.exporter.layers import signatures as kinds
-from onnxpress.exporter.layers import trace
-from onnxpress.exporter.layers.split import CannotStamp
+from onnxpress.exporter.layers import signatures, trace
+from onnxpress.exporter.layers.replicate import replicate_layers
+from onnxpress.exporter.layers.split import CannotReplicate
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Traceable:
 
 
 Wrap = Callable[[nn.Module, Fusion, tuple[int, ...]], Traceable]
-"""(model cut down to its template layers, fusion, those layers' indices) -> what to trace."""
+"""(model cut down to the layers to trace, fusion, those layers' indices) -> what to trace."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Plan:
     extra_layers: int = 0
     all_layers: bool = False
     given_up: dict[str, str] = field(default_factory=dict)
-    """What earlier attempts gave up, and why."""
+    """Parts that earlier attempts gave up, and why."""
 
     def without(self, part: str, reason: str) -> Plan:
         given_up = {**self.given_up, part: reason}
@@ -64,13 +63,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Template:
+class TracedModel:
     """The graph of the whole model, parameters unbound, and how it was made."""
 
     graph: ir.Model
     plan: Plan
     operators: dict[str, int]
-    """Fused operators in one template, by name."""
+    """Fused operators in the traced layers, by name."""
     traced_layers: int
     depth: int
 
@@ -80,8 +79,8 @@ class Template:
         return "fused" if fused else "stamped" if self.traced_layers < self.depth else "traced"
 
 
-def build(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, within: str = "") -> Template:
-    """Trace and stamp the model that `make_model` builds (on the meta device, in eval mode).
+def trace_model(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, within: str = "") -> TracedModel:
+    """Trace the model that `make_model` builds (on the meta device, in eval mode).
 
     positions: length of the rotary tables. within: prefix of the module whose layers repeat, for models with several
     stacks.
@@ -92,7 +91,7 @@ def build(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, wi
             return _attempt(make_model(), wrap, plan, positions, within)
         except Refused as refused:
             plan = plan.without(refused.part, refused.reason)
-        except CannotStamp as failed:
+        except CannotReplicate as failed:
             if failed.retry and plan.extra_layers == 0:
                 plan = replace(plan, extra_layers=1)
             elif not plan.all_layers:
@@ -101,22 +100,22 @@ def build(make_model: Callable[[], nn.Module], wrap: Wrap, *, positions: int, wi
                 raise
 
 
-def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: str) -> Template:
-    stack = kinds.find_stack(model, within)
+def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: str) -> TracedModel:
+    stack = signatures.find_stack(model, within)
     if stack is None:
         chosen: tuple[int, ...] = ()
     elif plan.all_layers:
         chosen = tuple(range(stack.depth))
     else:
-        chosen = kinds.choose_template(stack.kinds, plan.extra_layers)
-        kinds.keep_layers(model, stack, chosen)
+        chosen = signatures.choose_layers(stack.signatures, plan.extra_layers)
+        signatures.keep_layers(model, stack, chosen)
     use_implementation(model)
-    kinds.materialise(model)
-    tables = rotary.prepare(model, positions) if plan.use_rotary else rotary.Rotary()
-    mixtures = experts.prepare(model)
+    signatures.materialise(model)
+    tables = rotary.find_rotations(model, positions) if plan.use_rotary else rotary.Rotary()
+    mixtures = experts.find_mixtures(model)
     fusion = Fusion(rotary=tables, experts=mixtures, fuse_attention=plan.fuse_attention, defer_rotary=plan.defer_rotary)
     ready = wrap(model, fusion, chosen)
-    with fuse.installed(fusion, model):
+    with fuse.fused_forms(fusion, model):
         try:
             graph = trace.trace(
                 ready.wrapper, ready.inputs, ready.dynamic_shapes, ready.input_names, ready.output_names
@@ -127,13 +126,13 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
             fusion.finish()  # shapes that do not fit are what an attention of the model's own makes of a fused cache
             raise
     if stack is not None and len(chosen) < stack.depth:
-        graph = stamp.stamp(graph, stack, chosen, stack.path)
+        graph = replicate_layers(graph, stack, chosen, stack.path)
     if tables.reason is not None:
         plan = replace(plan, given_up={**plan.given_up, "rotary": tables.reason})
     if mixtures.reason is not None:
         plan = replace(plan, given_up={**plan.given_up, "experts": mixtures.reason})
     depth = stack.depth if stack is not None else 0
-    return Template(graph, plan, dict(fusion.made), len(chosen), depth)
+    return TracedModel(graph, plan, dict(fusion.made), len(chosen), depth)
 
 
 def use_implementation(model: nn.Module) -> None:
@@ -146,7 +145,7 @@ def use_implementation(model: nn.Module) -> None:
 
 
 def on_meta(model_class: Any, config: Any) -> nn.Module:
-    """The model without memory, in eval mode. The config is copied: a template changes its depth."""
+    """The model without memory, in eval mode. The config is copied: cutting a model down changes its depth."""
     import copy
 
     with torch.device("meta"):

@@ -15,10 +15,9 @@ from typing import Any
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError, UnsupportedModelError
-from onnxpress.exporter.sources.weights import TensorSource, read_safetensors
+from onnxpress.exporter.sources.safetensors import read_safetensors
+from onnxpress.graph.tensors import WeightTensor
 from onnxpress.models.catalog import Pooling
-
-__all__ = ["Checkpoint", "TensorSource", "find_companions", "load_folder", "read_json"]
 
 _COMPANIONS = (
     "tokenizer*.json",
@@ -55,7 +54,7 @@ class Checkpoint:
     """Tokenizer, generation config, chat template, … by path in the folder; not config.json."""
     folder: Path
     """Holds config.json and `files`, so that transformers' Auto classes can read it; weights only if it had them."""
-    tensors: Mapping[str, TensorSource]
+    tensors: Mapping[str, WeightTensor]
     """By checkpoint name."""
     task: str | None = None
     """optimum's task name, where the catalog or the files say it."""
@@ -80,7 +79,7 @@ def load_folder(
         raise BadInputError(
             f"{folder} has weights but no config.json", hint="copy the config.json of the original model into it"
         )
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     check_config(folder, config, trust_remote_code=trust_remote_code)
     return Checkpoint(
         source=source,
@@ -143,7 +142,7 @@ def find_companions(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -160,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, TensorSource]:
+def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, WeightTensor]:
     """Like transformers: one safetensors file, else shards with an index, else pickles if allowed."""
     if (single := folder / "model.safetensors").is_file():
         return {**read_safetensors(single)}
@@ -186,12 +185,12 @@ def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, TensorSource
     raise BadInputError(f"{folder} has a config.json but no weights", hint=hint)
 
 
-def _read_shards(index: Path) -> dict[str, TensorSource]:
+def _read_shards(index: Path) -> dict[str, WeightTensor]:
     """The tensors of all shards that an index names; the index is untrusted."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFileError(f"{index} has no weight_map from names to files", hint="fetch it again")
-    tensors: dict[str, TensorSource] = {}
+    tensors: dict[str, WeightTensor] = {}
     for file in sorted(set(weight_map.values())):
         if file != PurePosixPath(file).name or "\\" in file or file in ("", ".", ".."):
             raise UnsafeInputError(
@@ -226,7 +225,7 @@ def read_pooling(folder: Path) -> Pooling | None:
         raise UnsafeInputError(f"{path} points outside its folder: {place}", hint="do not use this checkpoint")
     if not (folder / place / "config.json").is_file():
         return None
-    chosen = list(_pooling_modes(read_json(folder / place / "config.json")))
+    chosen = list(_pooling_modes(read_json_object(folder / place / "config.json")))
     if len(chosen) != 1 or chosen[0] is None:
         return None
     return Pooling(mode=chosen[0], normalize="Normalize" in modules)

@@ -19,13 +19,13 @@ import numpy as np
 import onnx_ir as ir
 from gguf import GGML_QUANT_SIZES, dequantize
 
+from onnxpress.arrays import Array, Floats
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json
+from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json_object
 from onnxpress.exporter.sources.gguf_header import Header, TensorInfo, read_header
-from onnxpress.exporter.sources.weights import TensorSource
 from onnxpress.files.cache import cache_folder, new_folder
-from onnxpress.graph.tensors import map_file
+from onnxpress.graph.tensors import WeightTensor, concrete_shape, map_file
 
 Say = Callable[[str], None]
 
@@ -34,25 +34,25 @@ _TRANSLATION = 1
 
 
 @dataclass(frozen=True)
-class Blocks:
+class StoredBlocks:
     """A weight as it lies in the file: rows of quantized blocks."""
 
     type: str
     """`Q4_1`, `Q8_0`, …: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-    data: np.ndarray
+    data: Array
     """uint8 [rows, bytes per row], rows in the checkpoint's (not the file's) order; the last axis is blocked."""
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     """Elements: [rows, columns]."""
 
 
-class GgufTensor(TensorSource):
+class GgufTensor(WeightTensor):
     """A parameter made from one tensor of a .gguf, or from several (gate and up projections of experts).
 
-    `numpy()` dequantizes to float32 and undoes llama.cpp's changes; nothing is kept.
+    Reading it dequantizes to float32 and undoes llama.cpp's changes, row by row where these only reorder rows.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], path: Path, parts: list[TensorInfo], undo: _Undo) -> None:
-        super().__init__(name, shape, ir.DataType.FLOAT)
+        super().__init__(self._values, ir.DataType.FLOAT, shape, name=name)
         self._path = path
         self._parts = parts
         self._undo = undo
@@ -61,28 +61,28 @@ class GgufTensor(TensorSource):
     def stored_bytes(self) -> int:
         return sum(part.nbytes for part in self._parts)
 
-    def numpy(self) -> np.ndarray:
-        values = self._undo(self.name, {part.name: self._dequantize(part) for part in self._parts})
-        if values.shape != self.shape:
+    def _values(self) -> Floats:
+        values = self._undo(str(self.name), {part.name: self._dequantize(part) for part in self._parts})
+        if values.shape != concrete_shape(self):
             raise CorruptFileError(
-                f"{self._path}: parameter {self.name} has shape {list(values.shape)}, not {list(self.shape)}"
+                f"{self._path}: parameter {self.name} has shape {list(values.shape)}, not {list(concrete_shape(self))}"
             )
         return np.ascontiguousarray(values, dtype=np.float32)
 
     @property
     def reads_rows(self) -> bool:
-        single = len(self._parts) == 1 and self._parts[0].shape == self.shape and len(self.shape) > 1
+        single = len(self._parts) == 1 and self._parts[0].shape == concrete_shape(self) and len(self.shape) > 1
         return single and self._row_order is not None
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int) -> Floats:
         if not self.reads_rows or self._row_order is None:
             return super().rows(start, stop)
         order = self._row_order[start:stop]
         if not order.size:  # which gguf cannot dequantize
-            return np.empty((0, *self.shape[1:]), np.float32)
+            return np.empty((0, *concrete_shape(self)[1:]), np.float32)
         return self._dequantize(self._parts[0], order)
 
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> StoredBlocks | None:
         """The quantized blocks themselves, for whoever can use them as they are.
 
         None where the values are floats, or where undoing llama.cpp's changes is more than a reordering of rows.
@@ -90,14 +90,14 @@ class GgufTensor(TensorSource):
         if len(self._parts) != 1 or len(self.shape) != 2:
             return None
         (part,) = self._parts
-        if part.type.name in ("F32", "F16", "BF16", "F64") or part.shape != self.shape:
+        if part.type.name in ("F32", "F16", "BF16", "F64") or part.shape != concrete_shape(self):
             return None
         if self._row_order is None:
             return None
-        return Blocks(part.type.name, self._raw(part, self._row_order), (self.shape[0], self.shape[1]))
+        return StoredBlocks(part.type.name, self._raw(part, self._row_order), part.shape)
 
     @cached_property
-    def _row_order(self) -> np.ndarray | None:
+    def _row_order(self) -> Array | None:
         """Which row of the file becomes each row of the parameter: the undoing applied to row numbers.
 
         None where the undoing is something else than a reordering of rows.
@@ -105,14 +105,14 @@ class GgufTensor(TensorSource):
         part = self._parts[0]
         rows = np.arange(part.shape[0], dtype=np.float64).reshape(-1, *(1 for _ in part.shape[1:]))
         try:
-            order = self._undo(self.name, {part.name: rows})
+            order = self._undo(str(self.name), {part.name: rows})
         except (ValueError, IndexError):  # it needs whole rows: not a permutation of them
             return None
         if order.shape != rows.shape or not np.array_equal(np.sort(order, axis=0), rows):
             return None
         return order.reshape(-1).astype(np.int64)
 
-    def _raw(self, part: TensorInfo, order: np.ndarray | None = None) -> np.ndarray:
+    def _raw(self, part: TensorInfo, order: Array | None = None) -> Array:
         """Bytes of a tensor of the file, uint8 [rows, …, bytes per row]; only the rows in `order`, if given."""
         block, block_bytes = GGML_QUANT_SIZES[part.type]
         row_bytes = part.shape[-1] // block * block_bytes
@@ -122,7 +122,7 @@ class GgufTensor(TensorSource):
         in_place = bool((np.diff(order) == 1).all())
         return raw[order[0] : order[-1] + 1] if in_place else raw[order]
 
-    def _dequantize(self, part: TensorInfo, order: np.ndarray | None = None) -> np.ndarray:
+    def _dequantize(self, part: TensorInfo, order: Array | None = None) -> Floats:
         shape = part.shape if order is None else (len(order), *part.shape[1:])
         try:
             return np.asarray(dequantize(self._raw(part, order), part.type)).reshape(shape)
@@ -141,7 +141,7 @@ class _Undo:
         self._names = names
         """From the file's names to parameter names; processors want to see it."""
 
-    def __call__(self, target: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    def __call__(self, target: str, parts: Mapping[str, Array]) -> Array:
         """The parameter `target` from its dequantized `parts`, by their names in the file."""
         merged: dict[str, Any] = {"tensors": {}}
         for name, values in parts.items():
@@ -149,9 +149,9 @@ class _Undo:
                 weights=values, name=name, tensor_key_mapping=self._names, parsed_parameters=merged
             )
             if done.name is not None:
-                result: np.ndarray = done.weights
+                result: Array = done.weights
                 return result
-        made: np.ndarray = merged["tensors"][target].numpy()
+        made: Array = merged["tensors"][target].numpy()
         return made
 
 
@@ -175,15 +175,15 @@ def load_gguf(path: Path, source: Source, *, say: Say = lambda _: None) -> Check
         source = Source(source.name, source.kind, source.revision, licence, source.sha256)
     return Checkpoint(
         source=source,
-        config=read_json(folder / "config.json"),
+        config=read_json_object(folder / "config.json"),
         files=find_companions(folder),
         folder=folder,
-        tensors=_sources(header, folder),
+        tensors=_parameters(header, folder),
         task="text-generation",
     )
 
 
-def _sources(header: Header, folder: Path) -> dict[str, TensorSource]:
+def _parameters(header: Header, folder: Path) -> dict[str, WeightTensor]:
     """Lazy parameters by transformers' names."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -206,18 +206,18 @@ def _sources(header: Header, folder: Path) -> dict[str, TensorSource]:
     for info in header.tensors.values():
         if (target := names.get(info.name)) is not None or (target := _expert_target(info.name, names)) is not None:
             parts[target].append(info)
-    sources: dict[str, TensorSource] = {}
+    tensors: dict[str, WeightTensor] = {}
     for target, infos in parts.items():
         elements = sum(int(np.prod(info.shape)) for info in infos)
         required = shapes.get(target)
         fits = required is not None and int(np.prod(required)) == elements
         shape = required if fits and required is not None else infos[0].shape
-        sources[target] = GgufTensor(target, shape, header.path, infos, undo)
-    return sources
+        tensors[target] = GgufTensor(target, shape, header.path, infos, undo)
+    return tensors
 
 
 class _Names:
-    """What transformers' name mapping wants of a model, down to its base model and no further.
+    """The part of a model that transformers' name mapping looks at, down to its base model and no further.
 
     It would visit every submodule and build a table of all names for each, which takes seconds and finds nothing.
     """
@@ -239,7 +239,7 @@ def _expert_target(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def _identity(path: Path) -> str:
-    """Of the file as it is now: it changes with its place, size and time."""
+    """A digest of the file's place, size and time, which changes when any of these does."""
     status = path.stat()
     text = f"{_TRANSLATION}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

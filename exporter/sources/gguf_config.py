@@ -20,7 +20,7 @@ from onnxpress.exporter.sources.gguf_header import Header
 from onnxpress.graph.tensors import map_file
 
 _LOCAL_SETTINGS = ("name_or_path", "is_local", "local_files_only")
-"""Of tokenizer_config.json: where this machine found the file."""
+"""Key of tokenizer_config.json: where this machine found the file."""
 
 _EXPERTS: Mapping[str, Mapping[str, str]] = {
     "qwen2moe": {
@@ -32,7 +32,7 @@ _EXPERTS: Mapping[str, Mapping[str, str]] = {
 """Sizes of experts that transformers does not take over, by architecture: metadata key to config key."""
 
 _LLAMA3_ORIGINAL_POSITIONS = 8192
-"""Of every Llama 3.x; the file holds only the resulting factors, which are compared."""
+"""The same in every Llama 3.x; the file holds only the resulting factors, which are compared."""
 
 
 def write_folder(header: Header, folder: Path) -> None:
@@ -43,14 +43,14 @@ def write_folder(header: Header, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    config = read_config(header)
+    config = translate_config(header)
     config.save_pretrained(folder)
     _save_tokenizer(header, folder)
     generation = GenerationConfig.from_model_config(config)
     generation.save_pretrained(folder)
 
 
-def read_config(header: Header) -> Any:
+def translate_config(header: Header) -> Any:
     """The transformers configuration (PreTrainedConfig)."""
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, load_gguf_checkpoint

@@ -40,7 +40,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a .gguf says about itself."""
+    """The description of itself that a .gguf begins with."""
 
     path: Path
     metadata: Mapping[str, Any]

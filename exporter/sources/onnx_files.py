@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError
-from onnxpress.exporter.sources.checkpoint import find_companions, read_json
+from onnxpress.exporter.sources.checkpoint import find_companions, read_json_object
 
 _TRIPLE = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
 """Files of an encoder-decoder as optimum names them; the first two are the least."""
@@ -75,7 +75,7 @@ def load_onnx_folder(folder: Path, source: Source) -> OnnxSource:
 
 
 def _load_genai(folder: Path, source: Source) -> OnnxSource:
-    config = read_json(folder / "genai_config.json")
+    config = read_json_object(folder / "genai_config.json")
     parts = config.get("model")
     named = {
         part: description["filename"]
@@ -130,5 +130,5 @@ def _with_companions(
     if folder.name == "onnx" and not (folder / "config.json").is_file() and (folder.parent / "config.json").is_file():
         folder = folder.parent
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else _config_of(genai_config or {})
+    config = read_json_object(path) if path.is_file() else _config_of(genai_config or {})
     return OnnxSource(source, graphs, layout, config, find_companions(folder), folder, genai_config)

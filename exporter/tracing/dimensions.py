@@ -31,7 +31,7 @@ class Dimensions:
         return self._sizes[name]
 
     def __getitem__(self, size: int | torch.SymInt) -> Dimension:
-        """What a size is in terms of the named dimensions."""
+        """A size in terms of the named dimensions."""
         if isinstance(size, int):
             return size
         expression = self.environment.replace(size.node.expr)

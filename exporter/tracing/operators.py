@@ -1,8 +1,8 @@
 """The fused operators that the exporter writes into a traced graph.
 
-Each function takes and returns torch tensors; it writes one ONNX node into the graph being recorded (see `record.py`)
+Each function takes and returns torch tensors; it writes one ONNX node into the graph being recorded (see `recorder.py`)
 instead of computing anything. `onnxpress::Linear` and `onnxpress::Experts` are ours: placeholders for products with
-parameters, lowered once parameters are bound to the checkpoint (see `lowering.py`), so that no weight is ever
+parameters, lowered once parameters are bound to the checkpoint (see `binding.py`), so that no weight is ever
 rearranged by torch.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onnxpress.exporter.tracing import record
-from onnxpress.exporter.tracing.lowering import LINEAR_DOMAIN
+from onnxpress.exporter.tracing.lowering import PLACEHOLDERS
+from onnxpress.exporter.tracing.recorder import active_recorder
 from onnxpress.graph.conventions import MICROSOFT
 
 
@@ -25,7 +25,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     out_features = weight.shape[1 if transposed else 0]
     inputs = [states, weight] if bias is None else [states, weight, bias]
     output = (states.dtype, [*states.shape[:-1], out_features])
-    return record.active().node(LINEAR_DOMAIN, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
+    return active_recorder().node(PLACEHOLDERS, "Linear", inputs, {"transposed": int(transposed)}, [output])[0]
 
 
 def experts(states: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, k: int, normalized: bool) -> Tensor:
@@ -36,14 +36,14 @@ def experts(states: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, k:
     """
     attributes = {"k": k, "normalized": int(normalized)}
     output = (states.dtype, states.shape)
-    return record.active().node(LINEAR_DOMAIN, "Experts", [states, logits, gate_up, down], attributes, [output])[0]
+    return active_recorder().node(PLACEHOLDERS, "Experts", [states, logits, gate_up, down], attributes, [output])[0]
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """SimplifiedLayerNormalization over the last axis, statistics in float32 (onnxruntime's name of RMSNorm)."""
     attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
     output = (states.dtype, states.shape)
-    return record.active().node("", "SimplifiedLayerNormalization", [states, weight], attributes, [output])[0]
+    return active_recorder().node("", "SimplifiedLayerNormalization", [states, weight], attributes, [output])[0]
 
 
 def rotary_embedding(
@@ -56,7 +56,7 @@ def rotary_embedding(
         attributes |= {"rotary_embedding_dim": rotary_dim, "num_heads": states.shape[1]}
     inputs = [states, position_ids, cos, sin]
     output = (states.dtype, states.shape)
-    return record.active().node(MICROSOFT, "RotaryEmbedding", inputs, attributes, [output])[0]
+    return active_recorder().node(MICROSOFT, "RotaryEmbedding", inputs, attributes, [output])[0]
 
 
 def group_query_attention(
@@ -90,7 +90,7 @@ def group_query_attention(
         bias,
     ]
     present = (query.dtype, (batch, kv_heads, total, head_dim))
-    output, present_key, present_value = record.active().node(
+    output, present_key, present_value = active_recorder().node(
         MICROSOFT,
         "GroupQueryAttention",
         inputs,
@@ -108,7 +108,7 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor
     """
     batch, heads, length, _ = query.shape
     value_dim = value.shape[-1]
-    (output,) = record.active().node(
+    (output,) = active_recorder().node(
         MICROSOFT,
         "MultiHeadAttention",
         [_merge_heads(query), _merge_heads(key), _merge_heads(value), None, None, bias],

@@ -14,7 +14,7 @@ Role = Literal["product", "bias", "gain", "shift", "experts", "other"]
 @dataclass(frozen=True)
 class PlacedWeight:
     name: str
-    """Of the initializer: the checkpoint's, unless arithmetic on it was folded."""
+    """The initializer's: the checkpoint's, unless arithmetic on it was folded."""
     role: Role
     module: str | None
     """Path of the module that reads it, where the exporter recorded it."""
@@ -22,10 +22,10 @@ class PlacedWeight:
     out_first: bool = True
     """Whether a matrix is [out, in], as `nn.Linear` has it, and not [in, out]."""
     scale: float | None = None
-    """Of the product that makes queries: what the scores are multiplied by afterwards."""
+    """The factor of the scores, of a product that makes queries."""
     queries: int = 0
-    """Of the same: how many outputs are queries, the first ones where keys and values are packed behind them."""
+    """How many outputs are queries, the first ones where keys and values are packed behind them."""
     is_head: bool = False
     """Whether it makes the logits."""
     has_bias: bool = False
-    """Of a product: whether it has one."""
+    """Whether a product has one."""

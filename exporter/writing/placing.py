@@ -76,7 +76,7 @@ def _of_graph(model: ir.Model) -> list[PlacedWeight]:
 
 
 def _scales(anatomy: Anatomy) -> dict[str, tuple[float, int]]:
-    """What the scores of an attention are multiplied by, and the number of its queries, by the product that makes
+    """The factor of an attention's scores, and the number of its queries, by the product that makes
     these."""
     found = {}
     for block in anatomy.blocks:

@@ -24,11 +24,10 @@ from onnxpress.arrays import Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter import tasks
 from onnxpress.exporter.layers.traced import on_meta
-from onnxpress.exporter.sources.binding import _tied_groups
-from onnxpress.exporter.sources.weights import TensorSource
+from onnxpress.exporter.sources.parameters import tied_groups
 from onnxpress.exporter.writing.placed_weights import PlacedWeight
 from onnxpress.exporter.writing.saved_names import Entry, as_saved
-from onnxpress.graph.tensors import concrete_shape
+from onnxpress.graph.tensors import WeightTensor, concrete_shape
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights; a single tensor may be larger."""
@@ -50,7 +49,7 @@ def write_checkpoint(
     files: Mapping[str, Path],
     task: str,
     *,
-    originals: Mapping[str, TensorSource] | None = None,
+    originals: Mapping[str, WeightTensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
     """Write config.json, `files` (tokenizer, generation config, …) and the weights to an empty folder.
@@ -80,19 +79,20 @@ def write_checkpoint(
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(f"transformers cannot build the reduced model: {reason}", hint=_NO_PLACE) from error
     _write_json(folder / "config.json", {**content, "architectures": [model_class.__name__]})
-    entries, left_out = place(model, list(weights))
+    entries, left_out = parameter_entries(model, list(weights))
     state = model.state_dict(keep_vars=True)
     for name in list(left_out):
         source = (originals or {}).get(name)
-        if source is not None and source.shape == tuple(state[name].shape) and source.dtype.is_floating_point():
-            entries.append(Entry(name, source.shape, lambda source=source: source.numpy().astype(np.float32)))  # type: ignore[misc]
+        shape = tuple(state[name].shape)
+        if source is not None and concrete_shape(source) == shape and source.dtype.is_floating_point():
+            entries.append(Entry(name, shape, lambda source=source: source.numpy().astype(np.float32)))  # type: ignore[misc]
             left_out.remove(name)
     entries = as_saved(model, entries)
     write_safetensors(folder, entries, shard_bytes)
     return Written(len(entries), sum(math.prod(entry.shape) for entry in entries), tuple(left_out))
 
 
-def place(model: Any, weights: list[PlacedWeight]) -> tuple[list[Entry], list[str]]:
+def parameter_entries(model: Any, weights: list[PlacedWeight]) -> tuple[list[Entry], list[str]]:
     """An entry for each parameter of a transformers model, and the names of those that the graph has no use for.
 
     Raises UnsupportedModelError: see `write_checkpoint`.
@@ -110,7 +110,7 @@ def place(model: Any, weights: list[PlacedWeight]) -> tuple[list[Entry], list[st
         if weight is not None:
             found[name] = weight
     entries: dict[str, Entry] = {}
-    groups = {name: group for group in _tied_groups(model, state) for name in group}
+    groups = {name: group for group in tied_groups(model, state) for name in group}
     for name in state:
         group = groups.get(name, [name])
         chosen = next((one for one in group if one in by_name), next((one for one in group if one in found), None))
@@ -139,8 +139,8 @@ _LEAVES = {"product": "weight", "bias": "bias", "gain": "weight", "shift": "bias
 def _require_all(weights: Iterable[PlacedWeight], used: set[str]) -> None:
     lost = [weight for weight in weights if weight.role in (*_LEAVES, "experts") and weight.name not in used]
     if lost:
-        kinds = {"product": "a product by", "bias": "the bias", "gain": "the gain", "shift": "the shift"}
-        named = ", ".join(f"{kinds.get(weight.role, weight.role)} {weight.name}" for weight in lost[:3])
+        roles = {"product": "a product by", "bias": "the bias", "gain": "the gain", "shift": "the shift"}
+        named = ", ".join(f"{roles.get(weight.role, weight.role)} {weight.name}" for weight in lost[:3])
         raise UnsupportedModelError(
             f"the graph has weights that have no place in a checkpoint: {named}"
             + (f", … ({len(lost)} in all)" if len(lost) > 3 else ""),
@@ -149,15 +149,15 @@ def _require_all(weights: Iterable[PlacedWeight], used: set[str]) -> None:
 
 
 def _entry(model: Any, name: str, parameter: torch.Tensor, weight: PlacedWeight) -> Entry:
-    """The tensor of a parameter, turned and shifted as its module wants it."""
+    """The tensor of a parameter, transposed and shifted as its module wants it."""
     path, _, _ = name.rpartition(".")
     module = model.get_submodule(path)
     shape, wanted = concrete_shape(weight.tensor), tuple(parameter.shape)
     # Conv1D, GPT-2's layer, holds [in, out]; nn.Linear and tables hold [out, in].
-    turned = weight.role == "product" and weight.out_first == isinstance(module, transformers.pytorch_utils.Conv1D)
-    if (shape[::-1] if turned else shape) != wanted:
+    transposed = weight.role == "product" and weight.out_first == isinstance(module, transformers.pytorch_utils.Conv1D)
+    if (shape[::-1] if transposed else shape) != wanted:
         raise UnsupportedModelError(
-            f"{name} is {list(shape[::-1] if turned else shape)} in the graph; the reduced config.json wants "
+            f"{name} is {list(shape[::-1] if transposed else shape)} in the graph; the reduced config.json wants "
             f"{list(wanted)}",
             hint=_NO_PLACE,
         )
@@ -168,7 +168,7 @@ def _entry(model: Any, name: str, parameter: torch.Tensor, weight: PlacedWeight)
         values = np.asarray(weight.tensor.numpy(), np.float32)
         if weight.role == "experts":  # rows of gate and up alternate in the graph
             values = values.reshape(len(values), -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-        values = values.T if turned else values
+        values = values.T if transposed else values
         if offset:
             values = values - np.float32(offset)
         if factor != 1:
@@ -182,7 +182,7 @@ def _entry(model: Any, name: str, parameter: torch.Tensor, weight: PlacedWeight)
 
 
 def _offset(module: Any) -> float:
-    """What a norm adds to its stored gain: 1 in Gemma, which stores it less one; found by running one of its kind."""
+    """The number that a norm adds to its stored gain: 1 in Gemma, which stores it less one; found by running a copy."""
     import copy
 
     small = copy.deepcopy(module).to_empty(device="cpu")
@@ -195,7 +195,7 @@ def _offset(module: Any) -> float:
 
 
 def _factor(model: Any, path: str, weight: PlacedWeight) -> float:
-    """What queries are multiplied by, so that scores come out as in the graph, whose scale heads of another size left
+    """The factor of queries, so that scores come out as in the graph, whose scale heads of another size left
     as it was. 1 where the module scales by something else than the size of its heads."""
     if weight.scale is None:
         return 1.0

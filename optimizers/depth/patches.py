@@ -29,7 +29,7 @@ from onnxpress.calibration.walk import Step
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
-from onnxpress.graph.linear import add_constant
+from onnxpress.graph.edits import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.cuts import stacks_of
 from onnxpress.optimizers.depth.maths import Regression, before_norm

@@ -16,16 +16,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding
 
-from onnxpress.graph.matching import (
-    add_weight,
-    constant,
-    drop_unused_weights,
-    only_reader,
-    producer,
-    same_shape,
-    scalar,
-    weight,
-)
+from onnxpress.graph.edits import add_weight, drop_unused_weights
+from onnxpress.graph.matching import constant, only_reader, producer, same_shape, scalar, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, concrete_shape
 from onnxpress.optimizers.base import Pass

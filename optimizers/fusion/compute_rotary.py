@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Floats
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import add_constant
-from onnxpress.graph.matching import drop_unused_weights, weight
+from onnxpress.graph.edits import add_constant, drop_unused_weights
+from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 

@@ -22,15 +22,8 @@ from onnx_ir.passes import common
 
 from onnxpress.graph.anatomy.roles import NOT_FUSED
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.matching import (
-    constant,
-    is_op,
-    only_reader,
-    other_input,
-    producer,
-    scalar,
-    use_microsoft_operators,
-)
+from onnxpress.graph.edits import use_microsoft_operators
+from onnxpress.graph.matching import constant, is_op, only_reader, other_input, producer, scalar
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.fusion.decomposed.bias import attention_bias, require_causal
 from onnxpress.optimizers.fusion.decomposed.heads import (

@@ -29,7 +29,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.matching import drop_unused_weights, only_reader, same_shape, scalar, use_microsoft_operators
+from onnxpress.graph.edits import drop_unused_weights, use_microsoft_operators
+from onnxpress.graph.matching import only_reader, same_shape, scalar
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 

@@ -15,16 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.matching import (
-    constant,
-    is_op,
-    only_reader,
-    other_input,
-    producer,
-    scalar,
-    slice_bounds,
-    use_microsoft_operators,
-)
+from onnxpress.graph.edits import use_microsoft_operators
+from onnxpress.graph.matching import constant, is_op, only_reader, other_input, producer, scalar, slice_bounds
 from onnxpress.graph.report import Report
 from onnxpress.graph.sizes import size_of
 

@@ -26,7 +26,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.matching import only_reader, other_input, producer, same_shape, use_microsoft_operators, weight
+from onnxpress.graph.edits import use_microsoft_operators
+from onnxpress.graph.matching import only_reader, other_input, producer, same_shape, weight
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.graph.logits import PREFIX, forget_shapes, head_of
+from onnxpress.graph.logits import PREFIX, forget_shapes_between, head_of
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 
@@ -50,7 +50,7 @@ class LastLogits(Pass):
         if hidden.shape is not None and len(hidden.shape) == 3:
             last.shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
         head.replace_input_with(0, last)
-        forget_shapes(head, logits)
+        forget_shapes_between(head, logits)
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
         report.match(f"{head.op_type} of {self.output}")
 

@@ -33,7 +33,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import UsageError
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.matching import add_weight, drop_unused_weights, is_op, only_reader, other_input, weight
+from onnxpress.graph.edits import add_weight, drop_unused_weights
+from onnxpress.graph.matching import is_op, only_reader, other_input, weight
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.base import Pass

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxpress.arrays import Indices
 from onnxpress.graph.anatomy.editing import PAST
-from onnxpress.graph.linear import add_initializers
+from onnxpress.graph.edits import add_initializers
 from onnxpress.optimizers.fitting.targets import Regression
 from onnxpress.optimizers.heads.sites import HeadSite
 

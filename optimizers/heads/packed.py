@@ -21,9 +21,9 @@ import onnx_ir as ir
 from onnxpress.arrays import Floats, Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
-from onnxpress.graph.anatomy.editing import columns_of, select
+from onnxpress.graph.anatomy.editing import columns_of, select_part
 from onnxpress.graph.anatomy.roles import FUSED
-from onnxpress.graph.linear import add_constant, add_initializers, drop_unused
+from onnxpress.graph.edits import add_constant, add_initializers, drop_unused
 from onnxpress.graph.tensors import concatenate, concrete_shape
 from onnxpress.optimizers.heads.column_moves import Columns, columns_at
 from onnxpress.optimizers.heads.maths.request import Sizes
@@ -241,7 +241,7 @@ def _joined(parts: Sequence[Product], order: Indices) -> tuple[ir.TensorProtocol
     found = [columns_of(part, None) for part in parts]
     weight: ir.TensorProtocol = concatenate([one for one, _ in found], axis=1)
     in_order = np.array_equal(order, np.arange(len(order)))
-    weight = weight if in_order else select(weight, None, order)
+    weight = weight if in_order else select_part(weight, None, order)
     if all(bias is None for _, bias in found):
         return weight, None
     both = list(zip(parts, found, strict=True))

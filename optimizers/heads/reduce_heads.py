@@ -25,7 +25,8 @@ from onnxpress.arrays import Doubles, Indices
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
-from onnxpress.graph.linear import drop_unused, selected
+from onnxpress.graph.edits import drop_unused
+from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import ChannelStatistics

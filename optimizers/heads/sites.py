@@ -16,17 +16,17 @@ from onnxpress.graph.anatomy.editing import (
     PAST,
     QK_NORM,
     QK_NORM_HINT,
+    decomposed_attention_error,
     forget_block_shapes,
     read_weight,
     require_editable,
     set_bias,
     set_heads,
     set_weight,
-    spelled_out,
 )
 from onnxpress.graph.anatomy.layers import NORMS
 from onnxpress.graph.anatomy.roles import FUSED, ROTARY_INPUTS
-from onnxpress.graph.linear import add_initializers
+from onnxpress.graph.edits import add_initializers
 from onnxpress.graph.sizes import size_of
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
@@ -158,7 +158,7 @@ def site_of(block: Block, attention: Attention) -> HeadSite:
     """Raise UnsupportedModelError, naming the layer, where heads are no plain runs of columns."""
     node, where = attention.node, block.title
     if node.op_type not in FUSED:
-        raise spelled_out(where, node)
+        raise decomposed_attention_error(where, node)
     if attention.query is attention.key:
         raise UnsupportedModelError(f"{where}: query and key are packed in {attention.query.name}")
     key, value, output = attention.key, attention.value, attention.output

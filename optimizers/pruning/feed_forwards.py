@@ -13,7 +13,7 @@ from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Block, FeedForward, Product
 from onnxpress.graph.anatomy.editing import keep_weight, read_weight, require_editable
 from onnxpress.graph.anatomy.roles import ACTIVATIONS
-from onnxpress.graph.linear import add_constant
+from onnxpress.graph.edits import add_constant
 from onnxpress.graph.tensors import concrete_shape
 
 ELEMENTWISE = ACTIVATIONS | {

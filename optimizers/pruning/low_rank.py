@@ -19,7 +19,8 @@ from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.calibration.walk import Step
 from onnxpress.graph.anatomy import Product, find_products
 from onnxpress.graph.anatomy.editing import set_weight
-from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, is_shared, read_rows
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import Linear, chosen_linears, group_by_activation, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram
@@ -123,7 +124,7 @@ class LowRank(CalibratedPass):
         names = sorted(linear.name for linear in linears)
         for step in self.calibration.walk(model, feed="original", method=f"low-rank {names}"):
             here = [linear for linear in linears if linear.node in set(step.segment.nodes)]
-            for number, group in enumerate(by_activation(here).values()):
+            for number, group in enumerate(group_by_activation(here).values()):
                 found |= step.results(str(number), partial(_solve, step, group))
         return found
 

@@ -18,7 +18,8 @@ from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Product, anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, require_editable, set_bias, set_weight
-from onnxpress.graph.linear import add_constant, match_linear
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import match_linear
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.fitting.statistics import Gram

@@ -16,9 +16,10 @@ import onnx_ir as ir
 from onnxpress.arrays import Ids
 from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import Anatomy, Product, anatomy_of
-from onnxpress.graph.anatomy.editing import keep_weight, require_editable, select
+from onnxpress.graph.anatomy.editing import keep_weight, require_editable, select_part
 from onnxpress.graph.anatomy.map import Embedding
-from onnxpress.graph.linear import add_constant, match_linear
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import match_linear
 from onnxpress.graph.matching import scalar
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import concrete_shape
@@ -149,7 +150,7 @@ def _head(model: ir.Model, anatomy: Anatomy, tables: Sequence[Embedding], rows: 
 def _keep_rows(weight: ir.Value, kept: Ids) -> None:
     tensor = weight.const_value
     assert tensor is not None
-    chosen = select(tensor, kept, None)
+    chosen = select_part(tensor, kept, None)
     weight.const_value, weight.shape = chosen, ir.Shape(concrete_shape(chosen))
     for user, _ in weight.uses():
         if user.op_type in ("Transpose", "Cast"):

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Floats
-from onnxpress.graph.linear import OFFSETS, add_constant, add_initializers, read_matrix
+from onnxpress.graph.edits import add_constant, add_initializers
+from onnxpress.graph.linear import OFFSETS, read_matrix
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, ViewTensor
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, Blocks, mask

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.graph.linear import Linear, add_initializers, read_matrix
+from onnxpress.graph.edits import add_initializers
+from onnxpress.graph.linear import Linear, read_matrix
 from onnxpress.graph.tensors import LazyGroup
 from onnxpress.optimizers.quantization.maths.channels import (
     WeightType,

@@ -13,7 +13,7 @@ faster there; arm64, GPUs and NPUs have float16 arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,10 +21,10 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Array
 from onnxpress.errors import UsageError
+from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.floats import narrow
-from onnxpress.graph.matching import add_weight, drop_unused_weights
 from onnxpress.graph.report import Report
-from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.tensors import apply_to_rows
 from onnxpress.optimizers.base import Pass
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -218,20 +218,13 @@ def _half_weight(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """The float16 twin of a weight, converted when it is written."""
     tensor = value.const_value
     assert tensor is not None
-    name, shape = str(value.name), concrete_shape(tensor)
+    name = str(value.name)
     half: ir.TensorProtocol
     if tensor.size <= 64:
         half = ir.tensor(_to_half(tensor.numpy(), name, tensor.size == 1))
-    elif isinstance(tensor, (FileTensor, RowTensor)):
-        read = rows_of(tensor)
-        half = RowTensor(lambda start, stop: _to_half(read(start, stop), name), HALF, shape)
     else:
-        half = ir.LazyTensor(_converter(tensor, name), HALF, ir.Shape(shape))
+        half = apply_to_rows(tensor, lambda values: _to_half(values, name), HALF)
     return add_weight(graph, f"{name}.float16", half)
-
-
-def _converter(tensor: ir.TensorProtocol, name: str) -> Callable[[], ir.TensorProtocol]:
-    return lambda: ir.tensor(_to_half(tensor.numpy(), name))
 
 
 def _to_half(array: Array | np.float32, name: str, may_clip: bool = False) -> Array:

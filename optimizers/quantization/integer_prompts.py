@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import add_constant
+from onnxpress.graph.edits import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantization.quantize_dynamic import quantize_rows

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Floats
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import find_linears, read_matrix, selected, shape_of
+from onnxpress.graph.linear import find_linears, matrix_shape, read_matrix, selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import FileTensor, rows_of
 from onnxpress.optimizers.base import Pass
@@ -126,7 +126,7 @@ def grid_of(weight: ir.Value, *, transpose: bool) -> StoredGrid | None:
     if transpose:
         slabs: Iterable[Floats] = [read_matrix(tensor, str(weight.name))] if likely else []
     else:
-        read, count = rows_of(tensor), shape_of(weight)[0]
+        read, count = rows_of(tensor), matrix_shape(weight)[0]
         slabs = (np.asarray(read(at, min(count, at + 4096)), np.float32).T for at in range(0, count, 4096))
     for slab in slabs if likely else ():
         likely = [grid for grid in likely if lies_on(slab, grid)]
@@ -143,7 +143,7 @@ def likely_grids(weight: ir.Value, *, transpose: bool) -> list[StoredGrid]:
     """The grids, smallest first, that hold the first few outputs of a matrix."""
     tensor = weight.const_value
     assert tensor is not None
-    rows, columns = shape_of(weight)
+    rows, columns = matrix_shape(weight)
     features, count = (rows, min(columns, SAMPLE)) if transpose else (columns, min(rows, SAMPLE))
     if not transpose:
         first = np.asarray(rows_of(tensor)(0, count), np.float32).T

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.graph.linear import Linear, add_constant, drop_unused
-from onnxpress.graph.matching import add_weight
+from onnxpress.graph.edits import add_constant, add_weight, drop_unused
+from onnxpress.graph.linear import Linear
 from onnxpress.optimizers.quantization.activation_ranges import Grid
 from onnxpress.optimizers.quantization.channel_weights import IntegerBias, IntegerWeight, whole_names
 from onnxpress.optimizers.quantization.maths.channels import WeightType, quantize_tensor

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import Linear, add_initializers, drop_unused, find_linears, replace, selected
+from onnxpress.graph.edits import add_initializers, drop_unused, replace
+from onnxpress.graph.linear import Linear, find_linears, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, DataFree, block_operands

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import Linear, add_constant, by_activation, chosen_linears, drop_unused, replace
+from onnxpress.graph.edits import add_constant, drop_unused, replace
+from onnxpress.graph.linear import Linear, chosen_linears, group_by_activation
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.activation_error import TINY, Coarseness
@@ -68,7 +69,7 @@ class QuantizeDynamic(CalibratedPass):
         return self.max_error is not None
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
+        groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         if self.needs_samples and not self.calibration.fits(model):
             report.skip(NO_SAMPLES, sum(map(len, groups.values())))
             return

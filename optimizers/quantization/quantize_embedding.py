@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.linear import add_initializers, find_linears, replace, selected, shape_of
+from onnxpress.graph.edits import add_initializers, replace
+from onnxpress.graph.linear import find_linears, matrix_shape, selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantization.block_operands import AnyMethod, block_operands, flat_codes
@@ -61,7 +62,7 @@ class QuantizeEmbedding(Pass):
     def apply(self, model: ir.Model, report: Report) -> None:
         graph = model.graph
         for table in tables(graph):
-            if shape_of(table)[0] < self.min_rows:
+            if matrix_shape(table)[0] < self.min_rows:
                 report.skip("small table")
             elif not selected(str(table.name), self.include, self.exclude):
                 report.skip("excluded by name")
@@ -85,7 +86,7 @@ def quantize_table(
     method: AnyMethod | None = None,
 ) -> None:
     """Quantize one table and all that reads it. Raises UnsupportedModelError where blocks do not divide its rows."""
-    rows, columns = shape_of(table)
+    rows, columns = matrix_shape(table)
     if columns % (format.unit_size or format.block_size):
         raise UnsupportedModelError(
             f"quantize-embedding: blocks of {format.block_size} do not divide {columns}, the width of {table.name}",

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.floats import require_finite
-from onnxpress.graph.linear import add_initializers, drop_unused, replace, selected
+from onnxpress.graph.edits import add_initializers, drop_unused, replace
+from onnxpress.graph.floats import require_finite_weight
+from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.graph.storage import StoredTensor
 from onnxpress.graph.tensors import LazyGroup, concrete_shape, rows_of
@@ -132,7 +133,7 @@ class QuantizeExperts(Pass):
             read = rows_of(tensor)
             results = [np.empty(shape, kind.numpy()) for kind, shape in specs]
             for expert in range(experts):
-                matrix = require_finite(np.asarray(read(expert, expert + 1)[0], dtype=np.float32), name)
+                matrix = require_finite_weight(np.asarray(read(expert, expert + 1)[0], dtype=np.float32), name)
                 for result, operand in zip(results, METHODS[self.method](matrix.T, format).matmul_nbits(), strict=True):
                     result[expert] = operand.reshape(outputs, -1)
             return results

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnxpress.calibration.calibration import NO_SAMPLES
 from onnxpress.calibration.samples import token_count
 from onnxpress.errors import BadInputError
-from onnxpress.graph.linear import Linear, by_activation, chosen_linears, find_linears
+from onnxpress.graph.linear import Linear, chosen_linears, find_linears, group_by_activation
 from onnxpress.graph.matching import weight
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
@@ -110,7 +110,7 @@ class QuantizeStatic(CalibratedPass):
         if opset < OPSETS[self.activation_type]:
             report.skip(f"opset {opset} has no {self.activation_type} codes", len(linears) + len(others))
             return
-        readers = by_activation(linears)
+        readers = group_by_activation(linears)
         for value in self._values(linears, others):
             readers.setdefault(value, [])
         grids = find_grids(

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Floats
-from onnxpress.graph.linear import ROTATION, Linear, add_constant, by_activation, chosen_linears, is_shared
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import ROTATION, Linear, chosen_linears, group_by_activation, is_shared
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Pass
@@ -43,7 +44,7 @@ class Rotate(Pass):
         self.min_features = min_features
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
+        groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in groups.items():
             reason = self._obstacle(activation, linears)
             if reason is not None:

@@ -16,17 +16,8 @@ import onnx_ir as ir
 
 from onnxpress.arrays import Floats, Indices
 from onnxpress.calibration.calibration import NO_SAMPLES
-from onnxpress.graph.linear import (
-    OUTLIERS,
-    Linear,
-    add_constant,
-    add_initializers,
-    by_activation,
-    chosen_linears,
-    is_shared,
-    read_rows,
-    replace,
-)
+from onnxpress.graph.edits import add_constant, add_initializers, replace
+from onnxpress.graph.linear import OUTLIERS, Linear, chosen_linears, group_by_activation, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
@@ -63,7 +54,7 @@ class SplitOutliers(CalibratedPass):
         self.min_features = min_features
 
     def apply(self, model: ir.Model, report: Report) -> None:
-        groups = by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
+        groups = group_by_activation(chosen_linears(model.graph, report, self.include, self.exclude, self.min_features))
         for activation, linears in list(groups.items()):
             if any(is_shared(linear, linears) for linear in linears):
                 report.skip("weight is shared", len(groups.pop(activation)))

@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 
 from onnxpress.artifact.reduced_config import Reduced, reduced_config, renewed
-from onnxpress.artifact.structure import Heads, Layer, Structure
+from onnxpress.artifact.structure import AttentionSizes, LayerSizes, Structure
 
-HEADS = Heads(4, 4, 16)
+HEADS = AttentionSizes(4, 4, 16)
 
 
-def structure(stacks: dict[str, list[Layer]] | None = None, **changes: Any) -> Structure:
+def structure(stacks: dict[str, list[LayerSizes]] | None = None, **changes: Any) -> Structure:
     stacks = stacks or {"model.layers": layers()}
     found = Structure({name: tuple(one) for name, one in stacks.items()}, dict.fromkeys(stacks, 64), 120, 1000)
     return replace(found, **changes)
 
 
-def layers(count: int = 4, heads: Heads = HEADS, width: int = 96, kept: list[int] | None = None) -> list[Layer]:
-    return [Layer(index, (heads,), width) for index in (kept if kept is not None else range(count))]
+def layers(
+    count: int = 4, heads: AttentionSizes = HEADS, width: int = 96, kept: list[int] | None = None
+) -> list[LayerSizes]:
+    return [LayerSizes(index, (heads,), width) for index in (kept if kept is not None else range(count))]
 
 
 def follow(config: dict[str, Any], after: Structure, before: Structure | None = None) -> Reduced:
@@ -100,13 +102,13 @@ def test_encoder_and_decoder_have_names_of_their_own() -> None:
 
 def test_heads_and_their_groups() -> None:
     config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    found = follow(config, structure({"model.layers": layers(heads=Heads(2, 1, 16))}))
+    found = follow(config, structure({"model.layers": layers(heads=AttentionSizes(2, 1, 16))}))
     assert found.config == {**config, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    found = follow(config, structure({"model.layers": layers(heads=Heads(4, 4, 8))}))
+    found = follow(config, structure({"model.layers": layers(heads=AttentionSizes(4, 4, 8))}))
     assert found.config == {**config, "head_dim": 8}
     assert found.onnx_only == []
     config = {"model_type": "gpt2", "n_embd": 64, "n_head": 4}
-    found = follow(config, structure({"model.layers": layers(heads=Heads(2, 2, 16))}))
+    found = follow(config, structure({"model.layers": layers(heads=AttentionSizes(2, 2, 16))}))
     assert found.onnx_only == ["gpt2 takes hidden size / heads for the features of a head: 64 / 2 is not 16"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from onnxpress import pipeline
+from onnxpress.requests import Judging
 
 from .decoding import STEPS, Clients, genai, plain_onnxruntime
 
@@ -138,7 +139,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2, the default artifact."""
     output = tmp_path_factory.mktemp("minilm") / "all-minilm-l6-v2-onnx"
-    return pipeline.build("all-minilm-l6-v2", output=output, benchmark=False).path
+    return pipeline.build("all-minilm-l6-v2", output=output, judging=Judging(benchmark=False)).path
 
 
 def _formats(model: str, folder: Path) -> Callable[[str], Path]:
@@ -151,9 +152,11 @@ def _formats(model: str, folder: Path) -> Callable[[str], Path]:
         if name == "fp32":
             return pipeline.export(model, output=output).path
         if name == "default":
-            return pipeline.build(model, output=output, benchmark=False).path
+            return pipeline.build(model, output=output, judging=Judging(benchmark=False)).path
         bits = {"8-bit": 8, "4-bit": 4}[name]
         chosen = [f"quantize-blocks:bits={bits},block_size=32"]
-        return pipeline.optimize(str(build("fp32")), output=output, passes=chosen, benchmark=False).path
+        return pipeline.optimize(
+            str(build("fp32")), output=output, recipe=chosen, judging=Judging(benchmark=False)
+        ).path
 
     return build

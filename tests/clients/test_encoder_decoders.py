@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from onnxpress import pipeline
+from onnxpress.requests import Judging
 
 from .in_optimum import in_optimum
 
@@ -61,7 +62,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 def built(checkpoint: Path, output: Path, kind: str) -> Path:
     if kind == "fp32":
         return pipeline.export(str(checkpoint), output=output).path
-    return pipeline.build(str(checkpoint), output=output, benchmark=False).path
+    return pipeline.build(str(checkpoint), output=output, judging=Judging(benchmark=False)).path
 
 
 def ask(node: Callable[..., str], client: str, folder: Path, **request: Any) -> Any:

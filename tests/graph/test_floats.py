@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.graph.floats import BLOCK, is_finite, narrow, require_finite, widen
+from onnxpress.graph.floats import BLOCK, is_finite, narrow, require_finite_weight, widen
 
 FORMATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -30,11 +30,11 @@ def test_finite_is_what_numpy_says_of_any_bits(dtype: Any, data: st.DataObject) 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 def test_not_finite_is_found_anywhere_and_counted(dtype: Any, value: float) -> None:
     array = np.full((5, 7), -1, dtype)
-    assert require_finite(array, "w") is array
+    assert require_finite_weight(array, "w") is array
     array[4, 6] = value
     for view in (array, array.T, array[:, 5:]):
         with pytest.raises(CorruptFileError, match=f"weight w holds NaN or infinity .1 of {view.size} values"):
-            require_finite(view, "w")
+            require_finite_weight(view, "w")
 
 
 def test_integers_are_always_finite() -> None:

@@ -29,7 +29,8 @@ from onnxpress.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from onnxpress.graph.io import FileTensor, LazyGroup, RowTensor, copy_graph, load_graph, save_graph
+from onnxpress.graph.io import copy_graph, load_graph, save_graph
+from onnxpress.graph.tensors import FileTensor, LazyGroup, RowTensor
 
 
 def graph_of(**tensors: ir.TensorProtocol) -> ir.Model:

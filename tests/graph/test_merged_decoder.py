@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph.io import FileTensor, load_graph, save_graph, save_graphs
+from onnxpress.graph.io import load_graph, save_graph, save_graphs
 from onnxpress.graph.merged_decoder import merge_decoders, share_weights
+from onnxpress.graph.tensors import FileTensor
 
 WORDS, WIDTH = 40, 32
 FIRST = """

@@ -110,18 +110,18 @@ def test_saving_leaves_the_graph_in_memory_alone(tmp_path: Path, stored: Callabl
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
-    turned=st.booleans(),
+    transposed=st.booleans(),
     dtype=st.sampled_from([np.float16, ml_dtypes.bfloat16]),
 )
 def test_any_slab_of_any_shape(
-    rows: int, columns: int, turned: bool, dtype: Any, tmp_path_factory: pytest.TempPathFactory
+    rows: int, columns: int, transposed: bool, dtype: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     values = np.random.default_rng(rows).standard_normal((rows, columns)).astype(dtype)
     path = tmp_path_factory.mktemp("weights") / "w"
     path.write_bytes(b"head" + values.tobytes())
     half = FileTensor(path, 4, ir.DataType.from_numpy(values.dtype), values.shape, finite=True)
-    tensor = StoredTensor(half, turned=turned)
-    expected = (values.T if turned else values).astype(np.float32)
+    tensor = StoredTensor(half, transposed=transposed)
+    expected = (values.T if transposed else values).astype(np.float32)
     np.testing.assert_array_equal(tensor.numpy(), expected)
     middle = len(expected) // 2
     slabs = [tensor.rows(0, middle), tensor.rows(middle, len(expected))]
@@ -145,16 +145,16 @@ def test_any_slab_of_any_shape(
 def test_casts_that_are_left_alone(why: str, text: str) -> None:
     model = model_of(text)
     before = nodes(model)
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == before, why
-    storage.encode(model)
+    storage.encode_weights(model)
     assert nodes(model) == before, why
 
 
 def test_an_initializer_that_callers_may_override_is_left_alone() -> None:
     model = model_of("g (bfloat16[9, 4] w) => (float[9, 4] y) { c = Cast<to = 1>(w) y = Identity(c) }")
     model.graph.inputs.append(model.graph.initializers["w"])
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == ["Cast(w)", "Identity(c)"]
 
 
@@ -163,7 +163,7 @@ def test_only_a_real_transpose_is_taken_in(perm: str) -> None:
     model = model_of(
         f"g (bfloat16[4, 4] w) => (float[4, 4] y) {{ c = Cast<to = 1>(w) t = Transpose{perm}(c) y = Identity(t) }}"
     )
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == (["Transpose(w)", "Identity(t)"] if perm else ["Identity(w)"])
 
 
@@ -172,9 +172,9 @@ def test_float16_and_several_casts_of_one_weight() -> None:
         "g (float16[4, 4] w) => (float[4, 4] y) { a = Cast<to = 1>(w) b = Cast<to = 1>(w) y = Add(a, b) }",
         np.float16,
     )
-    storage.decode(model)
+    storage.decode_weights(model)
     assert nodes(model) == ["Add(w, w)"]
-    storage.encode(model)
+    storage.encode_weights(model)
     assert nodes(model) == ["Cast(w)", "Add(w/float32, w/float32)"]
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from onnxpress.artifact import manifest
-from onnxpress.artifact.folder import load
+from onnxpress.artifact.folder import read_artifact
 from onnxpress.cli import main
 
 from .conftest import Run, snapshot
@@ -174,7 +174,7 @@ def test_building_again_gives_the_same_graph(artifact: Path, checkpoint: Path, p
 
 
 def test_an_artifact_is_loaded_as_it_was_written(artifact: Path) -> None:
-    found = load(artifact)
+    found = read_artifact(artifact)
     assert found.task == "text-generation"
     assert set(found.graphs) == {"model"}
     assert "transformers.js_config" not in found.config

@@ -6,23 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from onnxpress import finished, pipeline
+from onnxpress import api, pipeline
 from onnxpress.artifact.folder import graph_paths
 from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.exporter import architectures
-from onnxpress.graph.io import FileTensor, load_graph
+from onnxpress.graph.io import load_graph
+from onnxpress.graph.tensors import FileTensor
+from onnxpress.requests import Judging
 
 
 @pytest.mark.parametrize("architecture", ["t5", "whisper", "vit", "wav2vec2", "clip", "deberta-v2"])
 def test_build(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     architectures.tiny_model(architecture, tmp_path / "checkpoint")
-    built = pipeline.build(str(tmp_path / "checkpoint"), output=tmp_path / "artifact", benchmark=False)
+    built = pipeline.build(str(tmp_path / "checkpoint"), output=tmp_path / "artifact", judging=Judging(benchmark=False))
     exported = built.steps[0]
     assert exported.name == "export"
     assert exported.metrics["max_difference"] <= architectures.TOLERANCE
     assert any(step.name.startswith("quantize") and step.matched for step in built.steps)
-    assert finished.verify(tmp_path / "artifact")
+    assert api.verify(tmp_path / "artifact")
 
 
 def test_the_decoders_of_an_encoder_decoder_are_merged_and_share_their_weights(tmp_path: Path) -> None:
@@ -30,7 +32,7 @@ def test_the_decoders_of_an_encoder_decoder_are_merged_and_share_their_weights(t
     architectures.tiny_model("t5", tmp_path / "checkpoint")
     pipeline.export(str(tmp_path / "checkpoint"), output=tmp_path / "fp32")
     small = pipeline.optimize(
-        str(tmp_path / "fp32"), output=tmp_path / "int8", passes=["quantize-dynamic"], benchmark=False
+        str(tmp_path / "fp32"), output=tmp_path / "int8", recipe=["quantize-dynamic"], judging=Judging(benchmark=False)
     )
     assert [step.name for step in small.steps] == ["export", "merge-decoders", "quantize-dynamic", "merge-decoders"]
     assert small.steps[-1].metrics["max_difference"] <= architectures.TOLERANCE

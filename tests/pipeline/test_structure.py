@@ -10,6 +10,7 @@ import pytest
 
 from onnxpress import pipeline
 from onnxpress.artifact import manifest
+from onnxpress.requests import Judging, ModelSource
 
 from .conftest import Run
 
@@ -73,12 +74,11 @@ def reduced(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = folder / "recipe.toml"
     recipe.write_text(NARROW + MERGE + BLOCKS)
     pipeline.build(
-        str(checkpoint),
-        recipe=str(recipe),
+        ModelSource(str(checkpoint), logits="all"),
+        recipe=recipe,
         output=folder / "smaller",
         checkpoint=folder / "checkpoint",
-        benchmark=False,
-        logits="all",
+        judging=Judging(benchmark=False),
     )
     return folder
 

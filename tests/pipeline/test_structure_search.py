@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxpress.build.measuring import Meter
+from onnxpress.building.measuring import Meter
 from onnxpress.errors import DestroyedError
 
 from .conftest import Run

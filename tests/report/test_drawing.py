@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxpress.artifact.structure import Heads, Layer, Record, Structure
+from onnxpress.artifact.structure import AttentionSizes, LayerSizes, Structure, StructureChange
 from onnxpress.artifact.structure_changes import compare
 from onnxpress.commands import printing
 from onnxpress.report.drawing import CELLS, Bar, draw
@@ -18,16 +18,16 @@ from onnxpress.report.drawing import CELLS, Bar, draw
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def layer(origin: int, heads: int = 4, width: int | None = 96, merged: tuple[int, ...] = ()) -> Layer:
+def layer(origin: int, heads: int = 4, width: int | None = 96, merged: tuple[int, ...] = ()) -> LayerSizes:
     parameters = 1000 * heads + 10 * (width or 0)
-    return Layer(origin, (Heads(heads, 2, 16),), width, parameters, merged)
+    return LayerSizes(origin, (AttentionSizes(heads, 2, 16),), width, parameters, merged)
 
 
-def structure(*layers: Layer, vocabulary: int = 120, parameters: int = 100_000) -> Structure:
+def structure(*layers: LayerSizes, vocabulary: int = 120, parameters: int = 100_000) -> Structure:
     return Structure({"model.layers": layers}, {"model.layers": 64}, vocabulary, parameters)
 
 
-RECORD = Record(
+CHANGE = StructureChange(
     structure(*map(layer, range(5))),
     structure(layer(0), layer(1, heads=2, merged=(2,)), layer(4, width=48), vocabulary=110, parameters=80_000),
     ("layers differ in feed-forward width: 48, 96",),
@@ -35,7 +35,7 @@ RECORD = Record(
 
 
 def test_bars_by_hand() -> None:
-    drawing = draw(RECORD)
+    drawing = draw(CHANGE)
     assert drawing.totals == {
         "parameters": Bar(100_000, 80_000),
         "vocabulary": Bar(120, 110),
@@ -53,14 +53,14 @@ def test_bars_by_hand() -> None:
 
 
 def test_sizes_of_heads_are_drawn_where_they_changed() -> None:
-    smaller = Layer(0, (Heads(4, 2, 8),), 96, 100)
-    (stack,) = draw(Record(structure(layer(0)), structure(smaller))).stacks
+    smaller = LayerSizes(0, (AttentionSizes(4, 2, 8),), 96, 100)
+    (stack,) = draw(StructureChange(structure(layer(0)), structure(smaller))).stacks
     assert stack.sizes["head size"] == 16
 
 
 def test_cross_attention_has_bars_of_its_own() -> None:
-    one = Layer(0, (Heads(4, 4, 16), Heads(8, 8, 8)), None, 100)
-    (stack,) = draw(Record(structure(one), structure(one))).stacks
+    one = LayerSizes(0, (AttentionSizes(4, 4, 16), AttentionSizes(8, 8, 8)), None, 100)
+    (stack,) = draw(StructureChange(structure(one), structure(one))).stacks
     assert stack.sizes == {
         "query heads": 4,
         "kv heads": 4,
@@ -79,35 +79,35 @@ def test_bars_are_never_longer_than_full(before: int, after: int, other: int) ->
 
 
 def test_a_record_survives_its_json() -> None:
-    assert Record.of({"structure": json.loads(json.dumps(RECORD.to_dict()))}) == RECORD
-    assert Record.of({}) is None
+    assert StructureChange.of({"structure": json.loads(json.dumps(CHANGE.to_dict()))}) == CHANGE
+    assert StructureChange.of({}) is None
 
 
 def test_records_without_parameters_of_layers_are_read() -> None:
     """As artifacts were written before."""
-    content = json.loads(json.dumps(RECORD.to_dict()))
+    content = json.loads(json.dumps(CHANGE.to_dict()))
     for part in ("before", "after"):
         for one in content[part]["stacks"]["model.layers"]:
             del one["parameters"], one["merged"]
-    found = Record.of({"structure": content})
+    found = StructureChange.of({"structure": content})
     assert found is not None
-    assert found.after.stacks["model.layers"][1] == Layer(1, (Heads(2, 2, 16),), 96)
+    assert found.after.stacks["model.layers"][1] == LayerSizes(1, (AttentionSizes(2, 2, 16),), 96)
     assert draw(found).stacks[0].layers[0].bars["parameters"].cells(0) == (0, 0)
 
 
 def test_changes_in_words() -> None:
-    assert compare(RECORD.before, RECORD.after) == [
+    assert compare(CHANGE.before, CHANGE.after) == [
         ("model.layers", "5 layers", "3 layers, without 2–3"),
         ("model.layers.1", "4/2 heads × 16, FFN 96", "2 heads × 16, FFN 96"),
         ("model.layers.4", "4/2 heads × 16, FFN 96", "4/2 heads × 16, FFN 48"),
         ("vocabulary", "120", "110"),
         ("parameters", "100,000", "80,000 (-20.0%)"),
     ]
-    assert compare(RECORD.before, RECORD.before) == []
+    assert compare(CHANGE.before, CHANGE.before) == []
 
 
 def test_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    printing.print_structure(RECORD)
+    printing.print_structure(CHANGE)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["parameters", "100,000", "→", "80,000", "(-20.0%)"] for line in lines)
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1].isdigit()}
@@ -123,7 +123,7 @@ def test_the_picture_has_every_layer() -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("onnxpress.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    drawing = draw(RECORD)
+    drawing = draw(CHANGE)
     tree = ElementTree.fromstring(environment.get_template("structure.svg.j2").render(drawing=drawing))
     width, height = (float(tree.get(side, "0")) for side in ("width", "height"))
     bars = {}

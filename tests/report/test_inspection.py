@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
-from onnxpress.report.inspection import Share, inspect_graph
+from onnxpress.report.inspection import WeightSize, inspect_graph
 
 TEXT = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
 g (int64[batch_size, sequence_length] input_ids, float[batch_size, 2, past_sequence_length, 8] past_key_values__0__key,
@@ -48,9 +48,9 @@ def model() -> ir.Model:
 def test_counts(model: ir.Model) -> None:
     found = inspect_graph(model)
     assert found.formats == {
-        "fp32": Share(100 * 64 + 64 * 32 + 16, 4 * (100 * 64 + 64 * 32 + 16)),
-        "4-bit blocks of 32": Share(32 * 32, 32 * 16 + 32 * 4),
-        "int8 dynamic": Share(256, 256 + 1),
+        "fp32": WeightSize(100 * 64 + 64 * 32 + 16, 4 * (100 * 64 + 64 * 32 + 16)),
+        "4-bit blocks of 32": WeightSize(32 * 32, 32 * 16 + 32 * 4),
+        "int8 dynamic": WeightSize(256, 256 + 1),
     }
     assert found.total.bytes == sum(share.bytes for share in found.formats.values())
     assert [layer.name for layer in found.layers] == ["embedding", "layer 0", "layer 1", "other"]
@@ -81,7 +81,7 @@ def test_tied_embeddings_count_once() -> None:
     value.const_value = ir.tensor(np.zeros((100, 64), np.float32))
     model.graph.register_initializer(value)
     (layer,) = inspect_graph(model).layers
-    assert (layer.name, layer.total) == ("embedding and head", Share(6400, 25600))
+    assert (layer.name, layer.total) == ("embedding and head", WeightSize(6400, 25600))
 
 
 @pytest.mark.parametrize(("bits", "zero_points"), [(6, "none"), (4, "float"), (3, "float")])

@@ -18,7 +18,7 @@ from onnxpress.graph.io import copy_graph, load_graph, save_graph
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.runtime.sessions import pool
 from onnxpress.search.formats import Format
-from onnxpress.search.sensitivity import Samples
+from onnxpress.search.sensitivity import TrialInputs
 
 Exported = Callable[..., ir.Model]
 WIDTH, INNER, WORDS, LAYERS = 64, 96, 200, 2
@@ -70,14 +70,14 @@ def model(tmp_path: Any) -> ir.Model:
 
 
 @pytest.fixture
-def samples() -> Samples:
+def samples() -> TrialInputs:
     rng = np.random.default_rng(1)
 
     def batch(rows: int) -> dict[str, NDArray[np.int64]]:
         ids = rng.integers(0, WORDS, (rows, 24))
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
-    return Samples([batch(8), batch(8)], [batch(3), batch(2)])
+    return TrialInputs([batch(8), batch(8)], [batch(3), batch(2)])
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return lambda name, stem="model": copy_graph(graphs(name)[stem])
 
 
-def samples_of(model: ir.Model) -> Samples:
+def samples_of(model: ir.Model) -> TrialInputs:
     rng = np.random.default_rng(3)
     names = {value.name for value in model.graph.inputs}
 
@@ -125,10 +125,10 @@ def samples_of(model: ir.Model) -> Samples:
         }
         return {name: array for name, array in found.items() if name in names}
 
-    return Samples([batch(6, 20), batch(6, 16)], [batch(3, 18), batch(2, 12)])
+    return TrialInputs([batch(6, 20), batch(6, 16)], [batch(3, 18), batch(2, 12)])
 
 
-def outputs(model: ir.Model, samples: Samples) -> list[dict[str, NDArray[Any]]]:
+def outputs(model: ir.Model, samples: TrialInputs) -> list[dict[str, NDArray[Any]]]:
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_outputs()]
     found = []
@@ -141,7 +141,7 @@ def outputs(model: ir.Model, samples: Samples) -> list[dict[str, NDArray[Any]]]:
     return found
 
 
-def lost(model: ir.Model, changed: ir.Model, samples: Samples) -> float:
+def lost(model: ir.Model, changed: ir.Model, samples: TrialInputs) -> float:
     """KL, or 1 − cosine, of the samples that judge."""
     losses = []
     for before, after in zip(outputs(model, samples), outputs(changed, samples), strict=True):

@@ -14,21 +14,21 @@ COSTS = st.fixed_dictionaries({"loss": st.integers(0, 50), "size": st.integers(1
 
 
 def best_of_all(program: Program, limits: dict[str, float], weights: dict[str, float]) -> float | None:
-    """The least score of all sets of cuts that leave each unit to one of them, with all formats."""
-    units = list(dict.fromkeys(choice.unit for choice in program.choices))
+    """The least score of all sets of cuts that leave each group to one of them, with all formats."""
+    groups = list(dict.fromkeys(choice.group for choice in program.choices))
     scores = []
     for count in range(len(program.cuts) + 1):
         for cuts in itertools.combinations([cut.name for cut in program.cuts], count):
-            changed = [(choice.unit, choice.cut) for choice in program.choices if choice.cut in cuts]
-            if len({unit for unit, _ in changed}) < len(set(changed)):
-                continue  # two cuts of one unit
+            changed = [(choice.group, choice.cut) for choice in program.choices if choice.cut in cuts]
+            if len({group for group, _ in changed}) < len(set(changed)):
+                continue  # two cuts of one group
             after = dict(changed)
             formats = [
-                [one.format for one in program.choices if (one.unit, one.cut) == (unit, after.get(unit))]
-                for unit in units
+                [one.format for one in program.choices if (one.group, one.cut) == (group, after.get(group))]
+                for group in groups
             ]
             for combination in itertools.product(*formats):
-                sums = program.totals(Assignment(dict(zip(units, combination, strict=True)), cuts))
+                sums = program.totals(Assignment(dict(zip(groups, combination, strict=True)), cuts))
                 if all(sums[name] <= limit for name, limit in limits.items()):
                     scores.append(sum(weight * sums[name] for name, weight in weights.items()))
     return min(scores, default=None)
@@ -36,19 +36,19 @@ def best_of_all(program: Program, limits: dict[str, float], weights: dict[str, f
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    """A few units, and cuts that change one or two of them."""
-    units = [f"unit{i}" for i in range(draw(st.integers(1, 4)))]
+    """A few groups, and cuts that change one or two of them."""
+    groups = [f"group{i}" for i in range(draw(st.integers(1, 4)))]
     formats = [f"format{j}" for j in range(3)]
 
-    def choices(unit: str, cut: str | None) -> list[Choice]:
-        return [Choice(unit, f, draw(COSTS), cut) for f in formats[: draw(st.integers(1, 3))]]
+    def choices(group: str, cut: str | None) -> list[Choice]:
+        return [Choice(group, f, draw(COSTS), cut) for f in formats[: draw(st.integers(1, 3))]]
 
-    found = [one for unit in units for one in choices(unit, None)]
+    found = [one for group in groups for one in choices(group, None)]
     cuts = []
     for number in range(draw(st.integers(0, 3))):
         name = f"cut{number}"
-        for unit in draw(st.lists(st.sampled_from(units), min_size=1, max_size=2, unique=True)):
-            found += choices(unit, name)
+        for group in draw(st.lists(st.sampled_from(groups), min_size=1, max_size=2, unique=True)):
+            found += choices(group, name)
         cuts.append(CutChoice(name, {"loss": draw(st.integers(0, 50))}))
     return Program(found, cuts)
 
@@ -72,9 +72,9 @@ def test_nothing_is_better(program: Program, limits: dict[str, float], weights: 
     assert score <= expected + 1e-3 * abs(expected) + 1e-6, "within the solver's gap"
 
 
-def test_a_unit_is_as_its_cut_leaves_it_and_cuts_of_other_units_combine() -> None:
-    def of(unit: str, cut: str | None, size: float) -> Choice:
-        return Choice(unit, "float", {"loss": 0.0, "size": size}, cut)
+def test_a_group_is_as_its_cut_leaves_it_and_cuts_of_other_groups_combine() -> None:
+    def of(group: str, cut: str | None, size: float) -> Choice:
+        return Choice(group, "float", {"loss": 0.0, "size": size}, cut)
 
     program = Program(
         [
@@ -95,9 +95,9 @@ def test_a_unit_is_as_its_cut_leaves_it_and_cuts_of_other_units_combine() -> Non
     assert kept.assign({"size": 19}, {"loss": 1.0}) == program.assign({"size": 19}, {"loss": 1.0})
 
 
-def test_hundreds_of_units_of_very_different_scales_are_solved() -> None:
+def test_hundreds_of_groups_of_very_different_scales_are_solved() -> None:
     choices = [
-        Choice(f"unit{i}", f, {"loss": loss * (1 + i % 7), "size": size})
+        Choice(f"group{i}", f, {"loss": loss * (1 + i % 7), "size": size})
         for i in range(300)
         for f, loss, size in (("float", 0.0, 4e6), ("8 bits", 1e-6, 1e6), ("4 bits", 1e-4, 5e5))
     ]
@@ -106,7 +106,9 @@ def test_hundreds_of_units_of_very_different_scales_are_solved() -> None:
     assert found is not None
     sums = program.totals(found)
     assert 0.019 < sums["loss"] <= 0.02 * (1 + 1e-6)
-    assert all(f == "4 bits" for unit, f in found.formats.items() if int(unit[4:]) % 7 == 0), "the cheapest come first"
+    assert all(f == "4 bits" for group, f in found.formats.items() if int(group[5:]) % 7 == 0), (
+        "the cheapest come first"
+    )
     assert program.assign({"loss": 0.02, "size": 1e6}, {"size": 1.0}) is None
 
 

@@ -1,4 +1,4 @@
-"""Kernel tables: measured once for each kind of unit, kept as a file, checked when one is given."""
+"""Kernel tables: measured once for each kind of group, kept as a file, checked when one is given."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from onnxpress.errors import BadInputError, SourceNotFoundError
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import kernels
 from onnxpress.search.formats import Format
-from onnxpress.search.kernels import KernelTable, complete, kernel_of, read_table, shape_of
-from onnxpress.search.units import find_units
+from onnxpress.search.groups import find_groups
+from onnxpress.search.kernels import KernelTable, complete, kernel_of, read_table, shape_key
 
 
 def test_kinds_are_measured_once_and_only_where_a_format_fits(model: ir.Model, formats: list[Format]) -> None:
-    units, table, asked = find_units(model.graph), KernelTable("here", "1", 1), []
-    assert complete(table, units, formats, {}, 1, lambda done, total: asked.append(total))
-    # three kinds of unit (gate and up, down, the table), each in float32 and in four formats
+    groups, table, asked = find_groups(model.graph), KernelTable("here", "1", 1), []
+    assert complete(table, groups, formats, {}, 1, lambda done, total: asked.append(total))
+    # three kinds of group (gate and up, down, the table), each in float32 and in four formats
     assert asked == [15] * 15
-    assert shape_of(units[-1]) == "64x200@200x64"
+    assert shape_key(groups[-1]) == "64x200@200x64"
     assert set(table.microseconds["float32"]) == {"64x96+64x96", "96x64", "64x200@200x64"}
-    assert table.get(units[1], formats[0], 1) is None, "a table's format on a product"
-    for unit, format in ((units[1], formats[1]), (units[0], formats[3]), (units[-1], formats[0]), (units[1], None)):
-        times = [table.get(unit, format, tokens) for tokens in kernels.TOKENS]
+    assert table.get(groups[1], formats[0], 1) is None, "a table's format on a product"
+    for group, format in (
+        (groups[1], formats[1]),
+        (groups[0], formats[3]),
+        (groups[-1], formats[0]),
+        (groups[1], None),
+    ):
+        times = [table.get(group, format, tokens) for tokens in kernels.TOKENS]
         assert all(time is not None and 0 < time < 1e6 for time in times)
-    assert not complete(table, units, formats, {}, 1), "nothing is left to measure"
+    assert not complete(table, groups, formats, {}, 1), "nothing is left to measure"
 
 
 def test_fitting_does_not_change_a_kernel() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Floats, Integers
+from onnxpress.graph.edits import add_weight
 from onnxpress.graph.linear import Linear, read_matrix
-from onnxpress.graph.matching import add_weight
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Kind = Literal["norm", "up", "value", "node"]

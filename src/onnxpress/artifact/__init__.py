@@ -1,4 +1,4 @@
-"""The artifact: what flows through a build, the folder that it becomes, and the files that describe it.
+"""The artifact: graphs on their way through a build, the folder that they become, and the files that describe it.
 
-Imports `evaluation` and what lies below it; how an artifact is built is elsewhere (`build`).
+Imports `evaluation` and what lies below it; how an artifact is built is elsewhere (`building`).
 """

@@ -1,4 +1,4 @@
-"""What flows through the pipeline: graphs, the files that travel with them, and the history of how they were made.
+"""The artifact between two passes: graphs, the files that travel with them, and how they were made.
 
 Passes edit graphs; only the driver (`onnxpress.pipeline`) builds new Artifacts.
 """
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model came from, as recorded in artifact.json."""
+    """The origin of a model, as recorded in artifact.json."""
 
     name: str
     """What the user asked for: a catalog name, a folder, `hf:owner/name`, a file."""
@@ -46,20 +46,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Graphs and their companions between two steps of the pipeline."""
+    """Graphs and their sidecar files between two steps of the pipeline."""
 
     task: str
     """optimum's task name: `text-generation`, `feature-extraction`, `text2text-generation`, ..."""
     graphs: Mapping[str, ir.Model]
-    """By file stem: `model`; for encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
+    """By graph name: `model`; for encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
     config: Mapping[str, Any]
     """The checkpoint's config.json; empty for a foreign ONNX file without one."""
     files: Mapping[str, Path]
-    """Companion files by their name in the artifact: tokenizer.json, generation_config.json, chat_template.jinja."""
+    """Sidecar files by their name in the artifact: tokenizer.json, generation_config.json, chat_template.jinja."""
     source: Source
     export: Mapping[str, Any] = field(default_factory=dict)
     """How the graph was made: `method` (fused, stamped, fallback, foreign), and whatever the exporter wants to say."""
     history: tuple[Step, ...] = ()
 
     def with_step(self, step: Step) -> Artifact:
+        """Return the artifact with one more step in its history."""
         return replace(self, history=(*self.history, step))

@@ -44,30 +44,30 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def write_graphs(
     graphs: Mapping[str, ir.Model], folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Path]:
-    """Write each graph as onnx/{stem}{suffix}.onnx below `folder`; returns the paths by stem.
+    """Write each graph as onnx/{name}{suffix}.onnx below `folder`; returns the paths by graph name.
 
     The decoders of an encoder-decoder are written merged as well; the three share one file of weights.
     """
     (folder / GRAPHS).mkdir(exist_ok=True)
     ending = suffix(*graphs.values())
-    decoders = {stem: graphs[stem] for stem in (DECODER, DECODER_WITH_PAST) if stem in graphs}
+    decoders = {name: graphs[name] for name in (DECODER, DECODER_WITH_PAST) if name in graphs}
     if len(decoders) == 2:
         share_weights(decoders.values())
         decoders[DECODER_MERGED] = merge_decoders(*decoders.values())
     else:
         decoders = {}
-    paths = {stem: folder / GRAPHS / f"{stem}{ending}.onnx" for stem in [*graphs, *decoders]}
-    for stem in graphs.keys() - decoders.keys():
-        data = f"{paths[stem].name}_data" if weight_bytes(graphs[stem]) > SINGLE_FILE_BYTES else None
-        save_graph(graphs[stem], paths[stem], external_data=data, progress=progress)
+    paths = {name: folder / GRAPHS / f"{name}{ending}.onnx" for name in [*graphs, *decoders]}
+    for name in graphs.keys() - decoders.keys():
+        data = f"{paths[name].name}_data" if weight_bytes(graphs[name]) > SINGLE_FILE_BYTES else None
+        save_graph(graphs[name], paths[name], external_data=data, progress=progress)
     if decoders:
         data = f"{paths[DECODER_MERGED].name}_data"  # the only name that transformers.js looks for
-        save_graphs({paths[stem]: model for stem, model in decoders.items()}, external_data=data, progress=progress)
+        save_graphs({paths[name]: model for name, model in decoders.items()}, external_data=data, progress=progress)
     return paths
 
 
-def write_companions(artifact: Artifact, folder: Path) -> None:
-    """Copy the companion files and write config.json, with what transformers.js has to be told about the graphs."""
+def write_sidecar_files(artifact: Artifact, folder: Path) -> None:
+    """Copy the sidecar files and write config.json, with what transformers.js has to be told about the graphs."""
     for name, path in artifact.files.items():
         target = folder / _inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,24 +99,28 @@ def _unpack_processor(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON with an indent of two, and a line break at its end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def graph_paths(folder: Path) -> dict[str, Path]:
-    """The graphs of an artifact by file stem without the suffix. Raises CorruptFileError if there is none."""
+    """Find the graphs of an artifact, by graph name: the file's without the suffix.
+
+    Raises CorruptFileError if there is none.
+    """
     paths = {}
     for path in sorted((folder / GRAPHS).glob("*.onnx")):
-        stem = path.stem
+        name = path.stem
         for ending in filter(None, _TRANSFORMERS_JS_DTYPES):
-            stem = stem.removesuffix(ending)
-        paths[stem] = path
+            name = name.removesuffix(ending)
+        paths[name] = path
     if not paths:
         raise CorruptFileError(f"{folder} has no graph in {GRAPHS}/", hint="build the artifact again")
     return paths
 
 
-def load(folder: Path) -> Artifact:
-    """The artifact in `folder`, its weights lazy. Raises what `manifest.read` and `load_graph` raise.
+def read_artifact(folder: Path) -> Artifact:
+    """Read the artifact in `folder`, its weights lazy. Raises what `manifest.read` and `load_graph` raise.
 
     A merged decoder is left out: it is made of the others again when they are written.
     """
@@ -135,7 +139,7 @@ def load(folder: Path) -> Artifact:
             raise VerificationError(f"{name} is missing from {folder}", hint="build the artifact again")
     return Artifact(
         task=record.task,
-        graphs={stem: load_graph(path) for stem, path in graph_paths(folder).items() if stem != DECODER_MERGED},
+        graphs={name: load_graph(path) for name, path in graph_paths(folder).items() if name != DECODER_MERGED},
         config=config,
         files=files,
         source=Source(**record.source.model_dump()),
@@ -145,7 +149,7 @@ def load(folder: Path) -> Artifact:
 
 
 def suffix(*models: ir.Model) -> str:
-    """The ending that transformers.js gives the format of most parameters."""
+    """Return the ending that transformers.js gives the format of most parameters."""
     formats = sum(map(weight_formats, models), Counter[str]())
     main = max(formats, key=lambda name: formats[name], default="float32")
     if main == "4-bit":
@@ -154,7 +158,7 @@ def suffix(*models: ir.Model) -> str:
 
 
 def weight_formats(model: ir.Model) -> Counter[str]:
-    """Parameters by `weight_format`."""
+    """Count parameters by `weight_format`."""
     formats: Counter[str] = Counter()
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -165,7 +169,7 @@ def weight_formats(model: ir.Model) -> Counter[str]:
 
 
 def weight_format(value: ir.Value) -> str | None:
-    """`4-bit`, `8-bit`, `float16` or `float32`; None for other initializers.
+    """Return `4-bit`, `8-bit`, `float16` or `float32`; None for other initializers.
 
     Packed 4-bit weights look like bytes: the `bits` of the operator that reads them tells.
     """
@@ -180,7 +184,7 @@ def weight_format(value: ir.Value) -> str | None:
 
 
 def weight_bytes(*models: ir.Model) -> int:
-    """Bytes of the weights in a file; a place in a file counts once, however many weights of whatever shape lie there.
+    """Count the bytes of weights; a place in a file counts once, however many weights of whatever shape lie there.
 
     Weights in no file yet are the same where name, dtype and shape are, as in several graphs of one model.
     """
@@ -201,12 +205,12 @@ def _place(name: str | None, tensor: ir.TensorProtocol) -> object:
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of the graphs and their weights: what an app has to carry."""
+    """Count the bytes of the graphs and their weights: what an app has to carry."""
     return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.is_file())
 
 
 def _bits(value: ir.Value) -> int:
-    """Bits per element of a packed weight, as its first reader says: 8 where none says anything."""
+    """Return the bits per element of a packed weight, as its first reader says: 8 where none says anything."""
     for node, _ in value.uses():
         for name in ("bits", "expert_weight_bits"):
             if name in node.attributes:
@@ -228,7 +232,7 @@ def _transformers_js(folder: Path) -> dict[str, Any]:
 
 
 def _inside(name: str) -> Path:
-    """A companion's name as a path that stays in the artifact."""
+    """Turn a sidecar file's name into a path that stays in the artifact."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise CorruptFileError(f"companion file {name!r} would leave the artifact")

@@ -154,7 +154,7 @@ def _cache_shapes(inputs: Mapping[str | None, ir.Value]) -> list[tuple[int, int]
 
 
 def _shares_buffer(inputs: Iterable[ir.Value]) -> bool:
-    """Whether every cache is read by GroupQueryAttention alone: it writes present into the memory of past."""
+    """Tell whether every cache is read by GroupQueryAttention alone: it writes present into the memory of past."""
     caches = [value for value in inputs if value.name is not None and value.name.startswith("past_key_values.")]
     return all(node.op_type == "GroupQueryAttention" for value in caches for node, _ in value.uses())
 

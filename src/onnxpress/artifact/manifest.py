@@ -46,6 +46,7 @@ class StepRecord(_Record):
 
     @classmethod
     def of(cls, step: Step) -> StepRecord:
+        """Convert a step to its record in the manifest."""
         return cls.model_validate(
             {
                 "name": step.name,
@@ -99,11 +100,12 @@ class Manifest(_Record):
     """Every file of the artifact but this one, by its path with forward slashes."""
 
     def to_json(self) -> str:
+        """Write the text of artifact.json."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of an artifact folder.
+    """Read the manifest of an artifact folder.
 
     Raises SourceNotFoundError where there is none, CorruptFileError where it does not follow the schema.
     """
@@ -123,13 +125,14 @@ def read(folder: Path) -> Manifest:
 
 
 def source_record(source: Source) -> SourceRecord:
+    """Convert a source to its record in the manifest."""
     return SourceRecord(
         name=source.name, kind=source.kind, revision=source.revision, licence=source.licence, sha256=source.sha256
     )
 
 
 def hash_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below `folder` but the manifest itself."""
+    """Take size and sha256 of every file below `folder` but the manifest itself."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     return {
         path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
@@ -151,12 +154,13 @@ def check_files(folder: Path, files: dict[str, FileRecord]) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Hash a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Versions of onnxpress, Python and the packages that shape an artifact, as far as they are installed."""
+    """Find the versions of onnxpress, Python and the packages that shape an artifact, as far as they are installed."""
     found = {"onnxpress": __version__, "python": platform.python_version()}
     for name in _VERSIONS:
         try:
@@ -167,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """CPU model, as /proc/cpuinfo names it, or the architecture."""
+    """Name the CPU, as /proc/cpuinfo names it, or the architecture."""
     try:
         lines: Iterable[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

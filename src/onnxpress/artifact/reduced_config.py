@@ -29,7 +29,7 @@ SIDES: Mapping[str, tuple[str, ...]] = {
     "heads": ("{side}_attention_heads",),
     "width": ("{side}_ffn_dim",),
 }
-"""Of the encoder and the decoder apart; these come first."""
+"""Names of a size of the encoder or the decoder alone; these come first."""
 TITLES: Mapping[str, str] = {
     "layers": "layers",
     "heads": "attention heads",
@@ -85,7 +85,7 @@ class Reduced:
 
 
 def reduced_config(config: Mapping[str, Any], before: Structure, after: Structure) -> Reduced:
-    """`config`, which describes `before`, changed to describe `after`; what did not change is left as it is.
+    """Change a copy of `config`, which describes `before`, to describe `after`; all else is left as it is.
 
     Reasons say which layers, what was found, and which name is missing.
     """
@@ -109,20 +109,20 @@ def reduced_config(config: Mapping[str, Any], before: Structure, after: Structur
 
 
 def renewed(earlier: Iterable[str], later: Iterable[str]) -> list[str]:
-    """The reasons of two changes in a row, each once: how layers differ by now stands for how they differed before."""
+    """Join the reasons of two changes in a row, each once: how layers differ by now replaces how they did before."""
     later = list(later)
     subjects = {_differing(reason) for reason in later} - {None}
     return list(dict.fromkeys([*(reason for reason in earlier if _differing(reason) not in subjects), *later]))
 
 
 def _differing(reason: str) -> str | None:
-    """What it says that layers differ in, if it does."""
+    """Return what a reason says that layers differ in, if it does."""
     subject = reason.partition(":")[0]
     return subject if subject.startswith(DIFFER) else None
 
 
 def _added(config: dict[str, Any], names: Sequence[str], reasons: list[str]) -> None:
-    """Biases and matrices that there were none of. Names of layers that were numbered again are no new ones."""
+    """Say which biases and matrices were added. Names of layers that were numbered again are no new ones."""
     known = BIASES.get(str(config.get("model_type")), {})
     homeless = []
     for name in names:
@@ -183,6 +183,7 @@ class _Sizes:
     structure: Structure
 
     def values(self, size: str, stacks: Sequence[str]) -> set[int]:
+        """Collect the values of a size in the layers of these stacks."""
         found: set[int | None] = set()
         for stack in stacks:
             layers = self.structure.stacks.get(stack, ())
@@ -196,7 +197,7 @@ class _Sizes:
 
 
 def _names(config: Mapping[str, Any], size: str, stack: str, values: Collection[int]) -> tuple[str, ...]:
-    """What `config` calls a size of a stack, which has `values` before the change; empty if nothing.
+    """List what `config` calls a size of a stack, which has `values` before the change; empty if nothing.
 
     Some configurations have names beside their own that nothing reads; those with the same value follow.
     """
@@ -213,7 +214,7 @@ def _names(config: Mapping[str, Any], size: str, stack: str, values: Collection[
 def _vocabulary(
     config: dict[str, Any], sections: Iterable[str], before: Structure, after: Structure, reasons: list[str]
 ) -> None:
-    """The rows of the table of tokens, wherever they are named; whoever numbers tokens anew may have written them."""
+    """Change the size of the vocabulary wherever it is named; whoever numbers tokens anew may have written it."""
     if after.vocabulary == before.vocabulary:
         return
     parts = [config, *(config[section] for section in sections if section)]
@@ -226,7 +227,7 @@ def _vocabulary(
 
 
 def _layers(config: dict[str, Any], stack: str, before: Structure, after: Structure, reasons: list[str]) -> None:
-    """The number of layers, and lists with an entry for each."""
+    """Change the number of layers, and lists with an entry for each."""
     kept = [layer.origin for layer in after.stacks[stack]]
     known = [layer.origin for layer in before.stacks.get(stack, ())]
     if kept == known:

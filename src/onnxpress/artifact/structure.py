@@ -21,13 +21,13 @@ from onnxpress.graph.anatomy.products import find_products
 from onnxpress.graph.conventions import LAYERS, MERGED, ROTARY_TABLES
 from onnxpress.graph.tensors import concrete_shape, rows_of
 
-RECORD = "structure"
-"""Key under which an artifact's `export` holds what was cut: `Record.to_dict`."""
+EXPORT_KEY = "structure"
+"""Key under which an artifact's `export` holds what was cut: `StructureChange.to_dict`."""
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Of one attention."""
+class AttentionSizes:
+    """The sizes of one attention."""
 
     heads: int
     kv_heads: int
@@ -39,10 +39,12 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSizes:
+    """The sizes of one layer."""
+
     origin: int
     """Its index before layers were dropped."""
-    attentions: tuple[Heads, ...]
+    attentions: tuple[AttentionSizes, ...]
     """Self-attention, then cross-attention; those whose sizes the graph does not tell are left out."""
     width: int | None
     """Features inside of the feed-forward network; None for experts and the like."""
@@ -53,13 +55,16 @@ class Layer:
 
     @property
     def sizes(self) -> str:
+        """`8 heads × 64, FFN 1536`"""
         parts = [str(one) for one in dict.fromkeys(self.attentions)]
         return ", ".join([*parts, *([f"FFN {self.width}"] if self.width is not None else [])]) or "–"
 
 
 @dataclass(frozen=True)
 class Structure:
-    stacks: Mapping[str, tuple[Layer, ...]]
+    """The sizes of a transformer: its stacks of layers and what is outside of them."""
+
+    stacks: Mapping[str, tuple[LayerSizes, ...]]
     """By path: `model.layers`."""
     hidden: Mapping[str, int | None]
     """Features of the hidden states of each stack; None where they differ between its layers."""
@@ -67,17 +72,18 @@ class Structure:
     """Rows of the table that tokens are looked up in."""
     parameters: int
     frequencies: tuple[tuple[float, ...], ...] = ()
-    """Of each table of rotations, radians per position, one for each plane."""
+    """The angles of each table of rotations, radians per position, one for each plane."""
     scales: frozenset[float] = frozenset()
-    """That scores of attention are multiplied by; empty where attention is spelled out."""
+    """Factors of the scores of attention; empty where attention is decomposed."""
     names: frozenset[str] = frozenset()
-    """Of the weights and biases of all products but the head."""
+    """Names of the weights and biases of all products but the head."""
     tied: bool = False
     """Whether the head multiplies by an embedding table."""
     norms: frozenset[str] = frozenset()
-    """Of the layers: `LayerNorm`, `RMS norm`."""
+    """Kinds of norms in the layers: `LayerNorm`, `RMS norm`."""
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the sizes that are recorded."""
         return {
             "parameters": self.parameters,
             "vocabulary": self.vocabulary,
@@ -87,11 +93,12 @@ class Structure:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Structure:
+        """Read what `to_dict` wrote."""
         stacks = {
             stack: tuple(
-                Layer(
+                LayerSizes(
                     one["origin"],
-                    tuple(Heads(**heads) for heads in one["attentions"]),
+                    tuple(AttentionSizes(**heads) for heads in one["attentions"]),
                     one["width"],
                     one.get("parameters", 0),
                     tuple(one.get("merged", ())),
@@ -104,20 +111,21 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What was cut since the model was exported, and what of it a configuration of transformers cannot say."""
+class StructureChange:
+    """The structure before and after all cuts since the export, and what of it no configuration can say."""
 
     before: Structure
     after: Structure
     onnx_only: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as artifact.json holds it."""
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "onnx_only": list(self.onnx_only)}
 
     @classmethod
-    def of(cls, export: Mapping[str, Any]) -> Record | None:
-        """The record of an artifact; None if nothing was cut."""
-        found = export.get(RECORD)
+    def of(cls, export: Mapping[str, Any]) -> StructureChange | None:
+        """Read the change from the `export` of an artifact; None if nothing was cut."""
+        found = export.get(EXPORT_KEY)
         if found is None:
             return None
         before, after = Structure.from_dict(found["before"]), Structure.from_dict(found["after"])
@@ -125,11 +133,11 @@ class Record:
 
 
 def read_structure(graphs: Iterable[ir.Model]) -> Structure | None:
-    """The structure of a model of one or several graphs; None where no layers are recognised.
+    """Read the structure of a model of one or several graphs; None where no layers are recognised.
 
     Of the two decoders of an encoder-decoder the first counts: the other takes keys and values from the cache.
     """
-    stacks: dict[str, tuple[Layer, ...]] = {}
+    stacks: dict[str, tuple[LayerSizes, ...]] = {}
     hidden: dict[str, int | None] = {}
     frequencies: set[tuple[float, ...]] = set()
     scales: set[float] = set()
@@ -177,18 +185,18 @@ def _stacks(anatomy: Anatomy) -> dict[str, list[Block]]:
     return stacks
 
 
-def _layer(origin: int, block: Block, merged: Iterable[int]) -> Layer:
+def _layer(origin: int, block: Block, merged: Iterable[int]) -> LayerSizes:
     attentions = tuple(
-        Heads(one.heads, one.kv_heads or one.heads, one.head_dim)
+        AttentionSizes(one.heads, one.kv_heads or one.heads, one.head_dim)
         for one in block.attentions
         if one.heads is not None and one.head_dim is not None
     )
     width = block.feed_forward.down.features[0] if block.feed_forward else None
-    return Layer(origin, attentions, width, sum(_weights(_read_by(block)).values()), tuple(merged))
+    return LayerSizes(origin, attentions, width, sum(_weights(_read_by(block)).values()), tuple(merged))
 
 
 def _read_by(block: Block) -> Iterator[ir.Value]:
-    """The weights of a layer, also through nodes that only turn or cast them."""
+    """Yield the weights of a layer, also through nodes that only turn or cast them."""
     pending = [value for node in block.nodes for value in node.inputs if value is not None]
     while pending:
         value = pending.pop()
@@ -212,7 +220,7 @@ def _hidden_widths(block: Block) -> Iterator[int]:
 
 
 def _frequencies(attention: Attention) -> Iterator[tuple[float, ...]]:
-    """Of the tables [positions, planes], whose row 1 is the angle of one position."""
+    """Yield the frequencies of tables [positions, planes], whose row 1 is the angle of one position."""
     tables = [value.const_value for value in attention.rotary or ()]
     if len(tables) != 2 or any(one is None or concrete_shape(one)[0] < 2 for one in tables):
         return
@@ -229,7 +237,7 @@ def _scale(attention: Attention) -> Iterator[float]:
 
 
 def _vocabulary(anatomy: Anatomy) -> int | None:
-    """Rows of the table whose indices are a graph input called …input_ids, as they are or reshaped."""
+    """Count the rows of the table whose indices are a graph input called …input_ids, as they are or reshaped."""
     for table in anatomy.embeddings:
         value = table.node.inputs[1]
         while value is not None and (maker := value.producer()) is not None and maker.op_type in ("Cast", "Reshape"):
@@ -241,7 +249,7 @@ def _vocabulary(anatomy: Anatomy) -> int | None:
 
 
 def _weights(values: Iterable[ir.Value]) -> dict[str, int]:
-    """Elements of each floating-point weight."""
+    """Count the elements of each floating-point weight."""
     return {
         str(value.name): math.prod(concrete_shape(value.const_value))
         for value in values

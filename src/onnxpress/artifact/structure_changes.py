@@ -1,4 +1,4 @@
-"""What differs between two structures, in words: a row for each run of layers that were cut alike."""
+"""Compare two structures, in words: a row for each run of layers that were cut alike."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from onnxpress.artifact.structure import Layer, Structure
+from onnxpress.artifact.structure import LayerSizes, Structure
 
-Row = tuple[str, str, str]
+BeforeAfter = tuple[str, str, str]
+"""(what, before, after), as text."""
 
 
-def compare(before: Structure, after: Structure) -> list[Row]:
-    """(what, before, after) for everything that differs: a row for each run of layers that were cut alike."""
-    rows: list[Row] = []
+def compare(before: Structure, after: Structure) -> list[BeforeAfter]:
+    """List (what, before, after) for everything that differs: a row for each run of layers that were cut alike."""
+    rows: list[BeforeAfter] = []
     for stack, layers in after.stacks.items():
         old = before.stacks.get(stack, ())
         if len(old) != len(layers):
@@ -35,8 +36,8 @@ def compare(before: Structure, after: Structure) -> list[Row]:
     return rows
 
 
-def _runs(layers: Sequence[Layer], key: Any) -> Iterator[tuple[Any, list[int]]]:
-    """(key, original indices) for each run of neighbours with the same key."""
+def _runs(layers: Sequence[LayerSizes], key: Any) -> Iterator[tuple[Any, list[int]]]:
+    """Yield (key, original indices) for each run of neighbours with the same key."""
     for found, run in groupby(layers, key):
         yield found, [one.origin for one in run]
 

@@ -19,11 +19,10 @@ _reporting = all_of(json_option, debug_option)
 @_reporting
 def inspect(model: str, profile: str, as_json: bool) -> None:
     """Say what is in an artifact or an ONNX file, and what the profile's target would object to."""
+    from onnxpress import api
     from onnxpress.commands import printing
-    from onnxpress.report import overview
-    from onnxpress.runtime_profiles import profile as profiles
 
-    found = overview.inspect(model, profiles.load(profile))
+    found = api.inspect(model, profile=profile)
     if as_json:
         printing.print_json(found.to_dict())
     else:
@@ -43,12 +42,12 @@ def inspect(model: str, profile: str, as_json: bool) -> None:
 def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Run the artifact in FOLDER: stream the answer to PROMPT, or compare the embeddings of several texts."""
     from onnxpress.commands import printing
-    from onnxpress.generation import trial
+    from onnxpress.generation.run import run as run_model
 
     if as_json:
-        printing.print_json(trial.run(folder, prompts, on_text=lambda text: None, **options))
+        printing.print_json(run_model(folder, prompts, on_text=lambda text: None, **options))
     else:
-        printing.print_trial(trial.run(folder, prompts, on_text=_stream, **options))
+        printing.print_run(run_model(folder, prompts, on_text=_stream, **options))
 
 
 @click.command(short_help="Check the hashes of an artifact's files and replay its golden outputs.")
@@ -56,12 +55,12 @@ def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -
 @_reporting
 def verify(folder: Path, as_json: bool) -> None:
     """Check that FOLDER holds what was built and that it computes here what it computed then (exit code 5 if not)."""
-    from onnxpress import finished
+    from onnxpress import api
     from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        found = finished.verify(folder, progress=progress)
+        found = api.verify(folder, progress=progress).to_dict()
     if as_json:
         printing.print_json(found)
     else:
@@ -92,10 +91,10 @@ def list_(what: str, architectures: bool, as_json: bool) -> None:
 @_reporting
 def masks(model: str, output: Path, as_json: bool) -> None:
     """Write which weights of MODEL's products are zero: one bit a weight, for --pass 'prune-weights:masks="FILE"'."""
-    from onnxpress.build import masks as extraction
+    from onnxpress.building.masks import extract
     from onnxpress.commands import printing
 
-    found = extraction.extract(model, output)
+    found = extract(model, output)
     if as_json:
         printing.print_json(found)
     else:

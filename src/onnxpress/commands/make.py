@@ -9,7 +9,6 @@ import click
 
 from onnxpress.commands.options import (
     all_of,
-    calibration_data,
     calibration_options,
     checkpoint_option,
     data_options,
@@ -17,7 +16,8 @@ from onnxpress.commands.options import (
     export_options,
     gate_options,
     json_option,
-    kernel_table,
+    judging,
+    model_source,
     output_option,
     profile_option,
     recipe_option,
@@ -46,7 +46,7 @@ _common = all_of(threads_option, json_option, debug_option)
 @export_options
 @source_options
 @_common
-def build(model: str, **options: Any) -> None:
+def build(model: str, as_json: bool, **options: Any) -> None:
     """Build an artifact from MODEL: export it, run the recipe's passes, verify each, measure, hold it to the gates.
 
     With a limit and no --recipe, a search decides which product gets which format; with --max-parameters or
@@ -59,10 +59,12 @@ def build(model: str, **options: Any) -> None:
     onnxpress build ./my-model -o app/model --max-loss 1% --max-size 60MB
     """
     from onnxpress import pipeline
+    from onnxpress.progress import Progress
 
-    with _progress(options) as progress:
-        result = pipeline.build(model, **_keywords(options), progress=progress)
-    _print(result, options["as_json"])
+    source, wanted = model_source(model, options), judging(options)
+    with Progress() as progress:
+        result = pipeline.build(source, judging=wanted, progress=progress, **options)
+    _print(result, as_json)
 
 
 @click.command(short_help="Only the first step: a checkpoint as an fp32 ONNX artifact.")
@@ -78,13 +80,15 @@ def build(model: str, **options: Any) -> None:
 @export_options
 @source_options
 @_common
-def export(model: str, **options: Any) -> None:
+def export(model: str, as_json: bool, **options: Any) -> None:
     """Export MODEL to an artifact with the fp32 graph, fused where the runtime has the operators, and verify it."""
     from onnxpress import pipeline
+    from onnxpress.progress import Progress
 
-    with _progress(options) as progress:
-        result = pipeline.export(model, **_keywords(options), progress=progress)
-    _print(result, options["as_json"])
+    source = model_source(model, options)
+    with Progress() as progress:
+        result = pipeline.export(source, progress=progress, **options)
+    _print(result, as_json)
 
 
 @click.command(short_help="Only the later steps: run passes on an artifact or an ONNX file.")
@@ -106,7 +110,7 @@ def export(model: str, **options: Any) -> None:
 @calibration_options
 @click.option("--no-benchmark", is_flag=True, help="Measure quality only, not speed and memory.")
 @_common
-def optimize(source: str, **options: Any) -> None:
+def optimize(source: str, passes: tuple[str, ...], recipe: str | None, as_json: bool, **options: Any) -> None:
     """Run passes on SOURCE (an artifact, an ONNX file or a folder with one) and verify each against it.
 
     \b
@@ -114,41 +118,18 @@ def optimize(source: str, **options: Any) -> None:
     onnxpress optimize my-artifact -o smaller --recipe smallest
     """
     from onnxpress import pipeline
+    from onnxpress.errors import UsageError
+    from onnxpress.progress import Progress
 
-    with _progress(options) as progress:
-        result = pipeline.optimize(source, **_keywords(options), progress=progress)
-    _print(result, options["as_json"])
+    wanted = judging(options)
+    if passes and recipe:
+        raise UsageError("--pass and --recipe exclude each other")
+    with Progress() as progress:
+        result = pipeline.optimize(source, recipe=passes or recipe, judging=wanted, progress=progress, **options)
+    _print(result, as_json)
 
 
 COMMANDS: tuple[click.Command, ...] = (build, export, optimize)
-
-
-def _progress(options: dict[str, Any]) -> Any:
-    from onnxpress.progress import Progress
-
-    return Progress()
-
-
-def _keywords(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as `onnxpress.pipeline` names them."""
-    from onnxpress.build.gates import Gates
-    from onnxpress.errors import UsageError
-    from onnxpress.search.options import SearchOptions
-
-    rest = {key: value for key, value in options.items() if key != "as_json"}
-    if "max_loss" in rest:
-        target = rest.pop("target_size")
-        if target is not None and rest["max_size"] is not None:
-            raise UsageError("--target-size and --max-size exclude each other", hint="both limit the size")
-        rest["max_size"] = rest["max_size"] if target is None else target
-        names = ("max_loss", "max_size", "max_latency", "max_memory", "max_parameters")
-        rest["gates"] = Gates(*(rest.pop(name) for name in names))
-        rest["search_options"] = SearchOptions(rest.pop("minimize"), kernel_table(rest), target is not None)
-    if "calibration" in rest:
-        rest["calibration"] = calibration_data(rest)
-    if "no_benchmark" in rest:
-        rest["benchmark"] = not rest.pop("no_benchmark")
-    return rest
 
 
 def _print(result: BuildResult, as_json: bool) -> None:

@@ -9,13 +9,13 @@ import click
 
 from onnxpress.commands.options import (
     all_of,
-    calibration_data,
     calibration_options,
     data_options,
     debug_option,
     json_option,
-    kernel_table,
+    judging,
     kernel_table_option,
+    model_source,
     profile_option,
     recipe_option,
     source_options,
@@ -31,14 +31,15 @@ _common = all_of(threads_option, json_option, debug_option)
 @data_options
 @source_options
 @_common
-def evaluate(model: str, as_json: bool, **options: Any) -> None:
+def evaluate(model: str, reference: str | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL against a reference; either is an artifact, an ONNX file or folder, or a checkpoint."""
-    from onnxpress import finished
+    from onnxpress import api
     from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
+    source, wanted = model_source(model, options), judging(options)
     with Progress() as progress:
-        metrics = finished.evaluate(model, progress=progress, **options)
+        metrics = api.evaluate(source, reference, judging=wanted, progress=progress).to_dict()
     if as_json:
         printing.print_json(metrics)
     else:
@@ -52,12 +53,12 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 @_common
 def benchmark(folder: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill, decode, latency, load time and peak memory of an artifact or an ONNX file."""
-    from onnxpress import finished
+    from onnxpress import api
     from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        measured = finished.benchmark(folder, progress=progress, **options)
+        measured = api.benchmark(folder, progress=progress, **options).to_dict()
     if as_json:
         printing.print_json(measured)
     else:
@@ -89,16 +90,15 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
     from onnxpress.progress import Progress
     from onnxpress.search import picture
 
-    options["calibration"] = calibration_data(options)
-    options["kernel_table"] = kernel_table(options)
+    source, wanted = model_source(model, options), judging(options)
     with Progress() as progress:
-        found = pipeline.sensitivity(model, progress=progress, **options)
+        found = pipeline.sensitivity(source, judging=wanted, progress=progress, **options)
     if plot is not None:
         picture.draw(found, plot, model)
     if as_json:
         printing.print_json(found.to_dict())
     else:
-        printing.print_survey(found)
+        printing.print_sensitivity(found)
 
 
 @click.command(short_help="Time the kernels that a model would use here, for a search on another machine.")
@@ -117,8 +117,9 @@ def kernels(model: str, output: Path, as_json: bool, **options: Any) -> None:
     from onnxpress.commands import printing
     from onnxpress.progress import Progress
 
+    source, wanted = model_source(model, options), judging(options)
     with Progress() as progress:
-        table = pipeline.kernels(model, output, progress=progress, **options)
+        table = pipeline.kernels(source, output, judging=wanted, progress=progress, **options)
     if as_json:
         printing.print_json(vars(table))
     else:

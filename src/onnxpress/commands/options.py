@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from onnxpress.calibration.data import CalibrationData
-    from onnxpress.search.kernels import KernelTable
+    from onnxpress.requests import Judging, ModelSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +31,7 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in recent 
             return value
         match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)", value.strip())
         if match is not None and match[2] == "%" and self._shares:
-            from onnxpress.build.gates import Share
+            from onnxpress.requests import Share
 
             return Share(0.01 * float(match[1]))
         if match is None or match[2].lower() not in self._units:
@@ -74,7 +73,7 @@ _TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order in which --help shows them."""
+    """Join several options in one decorator, in the order in which --help shows them."""
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -158,20 +157,40 @@ search_options = all_of(
 )
 
 
-def calibration_data(options: dict[str, Any]) -> CalibrationData:
-    """Take the values of `calibration_options` out of a command's."""
+def model_source(model: str, options: dict[str, Any]) -> ModelSource:
+    """Take the values of `source_options` and `export_options` out of a command's."""
+    from onnxpress.requests import ModelSource
+
+    names = ("task", "context_length", "logits", "offline", "allow_pickle", "trust_remote_code")
+    return ModelSource(model, **_taken(options, *names))
+
+
+def judging(options: dict[str, Any]) -> Judging:
+    """Take the values of `data_options`, `calibration_options`, `gate_options`, `search_options` and what else says how
+    a model is judged out of a command's."""
     from onnxpress.calibration.data import CalibrationData
+    from onnxpress.errors import UsageError
+    from onnxpress.requests import Gates, Judging, SearchOptions
 
-    names = ("calibration", "calibration_samples", "calibration_length", "calibration_seed")
-    return CalibrationData(*(options.pop(name) for name in names))
+    target = options.pop("target_size", None)
+    if target is not None and options["max_size"] is not None:
+        raise UsageError("--target-size and --max-size exclude each other", hint="both limit the size")
+    if target is not None:
+        options["max_size"] = target
+    gates = _taken(options, "max_loss", "max_size", "max_latency", "max_memory", "max_parameters")
+    calibration = _taken(options, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
+    return Judging(
+        calibration=CalibrationData(*calibration.values()),
+        gates=Gates(**gates),
+        search=SearchOptions(structure=target is not None, **_taken(options, "minimize", "kernel_table")),
+        benchmark=not options.pop("no_benchmark", False),
+        **_taken(options, "text", "pairs", "threads"),
+    )
 
 
-def kernel_table(options: dict[str, Any]) -> KernelTable | None:
-    """Take the value of `kernel_table_option` out of a command's; a bad table shows before long work."""
-    from onnxpress.search.kernels import read_table
-
-    path = options.pop("kernel_table")
-    return read_table(path) if path else None
+def _taken(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Take the values of these names out of options, those that a command has."""
+    return {name: options.pop(name) for name in names if name in options}
 
 
 checkpoint_option = click.option(
@@ -183,6 +202,7 @@ checkpoint_option = click.option(
 
 
 def output_option(required: bool = False) -> Callable[[F], F]:
+    """Return the option -o, with a default unless it is required."""
     return click.option(
         "-o",
         "--output",

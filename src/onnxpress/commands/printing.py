@@ -1,4 +1,4 @@
-"""What the command line prints on stdout: tables with rich, or JSON."""
+"""Print on stdout what commands found: tables with rich, or JSON."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxpress.build.gates import costs
+from onnxpress.building.gates import costs
 from onnxpress.report.figures import amount, before_after, label
 
 if TYPE_CHECKING:
-    from onnxpress.artifact.structure import Record
+    from onnxpress.artifact.structure import StructureChange
     from onnxpress.pipeline import BuildResult
     from onnxpress.report.drawing import Bar
     from onnxpress.report.inspection import Port
     from onnxpress.report.overview import Overview
     from onnxpress.search.sensitivity import Measurement
-    from onnxpress.search.survey import Survey
+    from onnxpress.search.sensitivity_profile import SensitivityProfile
 
 _WIDTH = 110
 _CACHE = ("past_key_values.", "present")
 
 
 def print_json(value: Any) -> None:
-    """One JSON document; what is not a number (an infinite perplexity) becomes null."""
+    """Print one JSON document; what is not a number (an infinite perplexity) becomes null."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
 def print_build(result: BuildResult) -> None:
-    """The steps, the before/after table, the gates, and where the artifact is."""
-    from onnxpress.artifact.structure import Record
+    """Print the steps, the before/after table, the gates, and where the artifact is."""
+    from onnxpress.artifact.structure import StructureChange
     from onnxpress.artifact.structure_changes import compare
 
     console = _console()
     record = result.manifest
-    structure = Record.of(record.export)
+    structure = StructureChange.of(record.export)
     measures = ("size_bytes", "perplexity", "cosine_mean", "kl", "max_difference")
     shown = [key for key in measures if any(key in step.metrics for step in record.steps)]
     titles = {"size_bytes": "size", "cosine_mean": "cosine", "kl": "KL", "max_difference": "largest difference"}
@@ -71,6 +71,7 @@ def print_build(result: BuildResult) -> None:
 
 
 def print_metrics(title: str, metrics: Mapping[str, Any]) -> None:
+    """Print a table of figures, each with its unit."""
     table = _table(title, "")
     for key, value in metrics.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -81,7 +82,7 @@ def print_metrics(title: str, metrics: Mapping[str, Any]) -> None:
 
 
 def print_benchmark(title: str, measured: Mapping[str, Any]) -> None:
-    """Numbers first, then the operator profile where there is one."""
+    """Print numbers first, then the operator profile where there is one."""
     print_metrics(title, measured)
     for name, rows in measured.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
@@ -92,7 +93,7 @@ def print_benchmark(title: str, measured: Mapping[str, Any]) -> None:
 
 
 def print_overview(found: Overview) -> None:
-    """Per graph: parameters, memory, operators, inputs and outputs; weights by layer and format; the warnings."""
+    """Print each graph's parameters, memory, operators, inputs and outputs; weights by layer and format; warnings."""
     from onnxpress.report.overview import CONTEXTS
 
     console = _console()
@@ -111,7 +112,7 @@ def print_overview(found: Overview) -> None:
         console.print(head)
         layers = _table("weights of", "parameters", "bytes", "formats")
         for layer in graph.layers:
-            formats = ", ".join(f"{form} {_megabytes(share.bytes)}" for form, share in layer.formats.items())
+            formats = ", ".join(f"{form} {_megabytes(size.bytes)}" for form, size in layer.formats.items())
             layers.add_row(layer.name, f"{layer.total.parameters:,}", f"{layer.total.bytes:,}", formats)
         console.print(layers)
     if found.structure is not None:
@@ -120,8 +121,8 @@ def print_overview(found: Overview) -> None:
         console.print(f"[yellow]warning[/]  {escape(warning)}")
 
 
-def print_structure(record: Record) -> None:
-    """A row for each layer of the model before, with bars of what is left of it and of what was cut."""
+def print_structure(record: StructureChange) -> None:
+    """Print a row for each layer of the model before, with bars of what is left of it and of what was cut."""
     from onnxpress.report.drawing import draw
 
     console, found = _console(), draw(record)
@@ -147,8 +148,8 @@ def _bar(bar: Bar, most: int) -> str:
     return f"[cyan]{'█' * left}[/][dim]{'░' * cut}[/] {f'{bar.after:,}' if bar.after else ''}".strip()
 
 
-def print_survey(found: Survey) -> None:
-    """A row for each unit, a column for each format: what the model loses, and which mark stands for what.
+def print_sensitivity(found: SensitivityProfile) -> None:
+    """Print a row for each group of products, a column for each format: what the model loses.
 
     And a row for each block, a column for each cut: what the model loses, and how much of the block is gone. And a row
     for each attention, with the order of its heads.
@@ -156,25 +157,25 @@ def print_survey(found: Survey) -> None:
     console = _console()
     if found.formats:
         names = [one.name for one in found.formats]
-        rows = {(row.unit, row.format): row for row in found.rows}
+        rows = {(row.part, row.format): row for row in found.rows}
         table = _table("loss with only this in", "float32", *names)
-        for unit in found.units:
-            losses = (_loss(rows.get((unit.name, name))) for name in names)
-            table.add_row(escape(unit.name), _megabytes(unit.parameters * 4), *losses)
+        for group in found.groups:
+            losses = (_loss(rows.get((group.name, name))) for name in names)
+            table.add_row(escape(group.name), _megabytes(group.parameters * 4), *losses)
         console.print(table)
         console.print(
             "[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]"
         )
     if found.cuts:
         names = [one.name for one in found.cuts]
-        rows = {(row.unit, row.format): row for row in found.cut_rows}
+        rows = {(row.part, row.format): row for row in found.cut_rows}
         table = _table("loss with only this cut", "parameters", *names)
-        for site in found.sites:
+        for candidate in found.candidates:
             cells = []
             for name in names:
-                row = rows.get((site.name, name))
-                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / site.parameters:.0%}[/]" if row else ""))
-            table.add_row(escape(site.name), f"{site.parameters:,}", *cells)
+                row = rows.get((candidate.name, name))
+                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / candidate.parameters:.0%}[/]" if row else ""))
+            table.add_row(escape(candidate.name), f"{candidate.parameters:,}", *cells)
         console.print(table)
     if found.attentions:
         table = _table("loss without one head", "least", "most", "heads, from the least loss to the most")
@@ -191,12 +192,12 @@ def _loss(row: Measurement | None) -> str:
 
 
 def _heat(loss: float) -> str:
-    """A colour for a loss by its power of ten."""
+    """Choose a colour for a loss by its power of ten."""
     return ("blue", "cyan", "green", "yellow", "red")[max(0, min(4, int(math.log10(max(loss, 1e-9)) + 7)))]
 
 
-def print_trial(found: Mapping[str, Any]) -> None:
-    """What `run` has to add to the text that it streamed: speed, or the similarity of texts."""
+def print_run(found: Mapping[str, Any]) -> None:
+    """Print what `run` has to add to the text that it streamed: speed, or the similarity of texts."""
     if "texts" in found:
         print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in found["texts"]])
         return
@@ -206,7 +207,7 @@ def print_trial(found: Mapping[str, Any]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with one column per key of the first row."""
+    """Print a table with one column per key of the first row."""
     if not rows:
         _console().print("none")
         return
@@ -217,7 +218,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _console() -> Console:
-    """On a terminal its own width; into a pipe a fixed one, so that tables do not break where nobody looks."""
+    """Make a console: as wide as the terminal; into a pipe of a fixed width, so that no table breaks unseen."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
 
@@ -246,7 +247,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _ports(ports: Sequence[Port]) -> list[str]:
-    """Inputs or outputs as text, the cache's many as one line."""
+    """Write inputs or outputs as text, the cache's many as one line."""
     text = {port.name: f"{port.dtype}[{', '.join(map(str, port.shape))}]" for port in ports}
     cache = [kind for name, kind in text.items() if name.startswith(_CACHE)]
     plain = [f"{name}: {kind}" for name, kind in text.items() if not name.startswith(_CACHE)]

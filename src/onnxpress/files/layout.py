@@ -1,4 +1,4 @@
-"""By what an artifact folder is known."""
+"""The file that makes a folder an artifact."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ MANIFEST = "artifact.json"
 
 
 def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an artifact."""
     return (folder / MANIFEST).is_file()

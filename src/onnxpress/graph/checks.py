@@ -50,7 +50,7 @@ def load_graph(path: Path | str) -> ir.Model:
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, _locate(attribute.value, path))
     _check_inputs(model, path)
-    storage.decode(model)
+    storage.decode_weights(model)
     return model
 
 

@@ -42,7 +42,7 @@ def is_finite(values: Array) -> bool:
     return positive and int(values.view(f"u{bits // 8}").max()) < exponent | 1 << bits - 1
 
 
-def require_finite(values: Array, name: str | None) -> Array:
+def require_finite_weight(values: Array, name: str | None) -> Array:
     """`values`, unless there is NaN or infinity among them: then CorruptFileError, naming the weight."""
     if not is_finite(values):
         wide = values.astype(np.float32) if values.dtype.kind == "V" else values

@@ -24,9 +24,9 @@ from onnxpress.errors import OnnxpressError, OutputError, UnsupportedModelError,
 from onnxpress.files.aside import FileAside
 from onnxpress.graph import storage
 from onnxpress.graph.checks import load_graph
-from onnxpress.graph.tensors import FileTensor, GroupTensor, LazyGroup, RowTensor, ViewTensor, concrete_shape
+from onnxpress.graph.tensors import FileTensor, GroupTensor, ViewTensor, concrete_shape, reads_rows, rows_of
 
-__all__ = ["FileTensor", "LazyGroup", "Progress", "RowTensor", "copy_graph", "load_graph", "save_graph", "save_graphs"]
+__all__ = ["Progress", "copy_graph", "load_graph", "save_graph", "save_graphs"]
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, from any thread but never from two at once."""
@@ -93,7 +93,7 @@ def save_graphs(
     plan = _Plan(folder, external_data, Path(reuse) if reuse is not None else None)
     stored = {path: model.clone() for path, model in models.items()}
     for model in stored.values():
-        storage.encode(model)
+        storage.encode_weights(model)
         for value in _initializers(model):
             value.const_value = plan.place(value)
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ class _Plan:
     offsets: dict[object, int] = field(default_factory=dict)
 
     def place(self, value: ir.Value) -> ir.TensorProtocol:
-        """What the stored graph holds in place of the weight: the weight itself, or a reference into a file."""
+        """The tensor that the stored graph holds for the weight: the weight itself, or a reference into a file."""
         tensor = value.const_value
         assert tensor is not None
         if tensor.dtype == ir.DataType.STRING:
@@ -172,7 +172,7 @@ def _unit_bytes(unit: Sequence[tuple[int, ir.TensorProtocol]]) -> int:
 
 def _slab_bytes(tensor: ir.TensorProtocol) -> int:
     """Memory that a streamed tensor takes: a slab, or a row that is larger than one (an expert)."""
-    rows = concrete_shape(tensor)[:1] if isinstance(tensor, RowTensor) else ()
+    rows = concrete_shape(tensor)[:1] if reads_rows(tensor) and not isinstance(tensor, FileTensor) else ()
     return max([SLAB_BYTES, *(tensor.nbytes // max(1, count) for count in rows)])
 
 
@@ -182,7 +182,7 @@ def _write_weights(plan: _Plan, file: FileAside, progress: Progress | None, work
 
     def write(unit: list[tuple[int, ir.TensorProtocol]]) -> None:
         nonlocal done
-        streamed = len(unit) == 1 and isinstance(unit[0][1], (FileTensor, RowTensor))
+        streamed = len(unit) == 1 and reads_rows(unit[0][1])
         with budget.reserve(_slab_bytes(unit[0][1]) if streamed else _unit_bytes(unit)):
             if isinstance(unit[0][1], GroupTensor):
                 results = unit[0][1].group.evaluate()
@@ -218,12 +218,12 @@ def _write_tensor(file: FileAside, offset: int, tensor: ir.TensorProtocol, nbyte
         copied = 0 if tensor.finite else file.copy_from(tensor.path, tensor.offset, offset, nbytes)
         for start in range(copied, nbytes, SLAB_BYTES):
             file.write(tensor.read(start, min(SLAB_BYTES, nbytes - start)).data, offset + start)
-    elif isinstance(tensor, RowTensor) and len(tensor.shape) > 0:
-        count = concrete_shape(tensor)[0]
+    elif reads_rows(tensor):
+        read, count = rows_of(tensor), concrete_shape(tensor)[0]
         step = max(1, SLAB_BYTES * count // max(nbytes, 1))
         for start in range(0, count, step):
             stop = min(start + step, count)
-            rows = tensor.rows(start, stop)
+            rows = read(start, stop)
             _expect(tensor, rows.nbytes, nbytes // count * (stop - start))
             _write_array(file, offset + nbytes // count * start, rows)
     else:

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.floats import require_finite
+from onnxpress.graph.floats import require_finite_weight
 from onnxpress.graph.report import Report
-from onnxpress.graph.tensors import concrete_shape
 
 OFFSETS, OUTLIERS, ROTATION = ".offsets", ".outliers", ".rotation"
 """End the names of what belongs to a larger product: offsets of quantized blocks, the rows of channels that stay in
@@ -53,7 +51,7 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out)"""
-        rows, columns = shape_of(self.weight)
+        rows, columns = matrix_shape(self.weight)
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -86,7 +84,7 @@ def chosen_linears(
             yield linear
 
 
-def by_activation(linears: Iterable[Linear]) -> dict[ir.Value, list[Linear]]:
+def group_by_activation(linears: Iterable[Linear]) -> dict[ir.Value, list[Linear]]:
     """Products that read the same activation together, in the order of the first of each."""
     groups: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
@@ -142,7 +140,7 @@ def _obstacle(weight: ir.Value) -> str | None:
     return None
 
 
-def shape_of(weight: ir.Value) -> tuple[int, int]:
+def matrix_shape(weight: ir.Value) -> tuple[int, int]:
     assert weight.const_value is not None
     rows, columns = (int(size) for size in weight.const_value.shape)  # type: ignore[arg-type]
     return rows, columns
@@ -156,7 +154,7 @@ def read_rows(linear: Linear) -> NDArray[np.float32]:
 
 def read_matrix(tensor: ir.TensorProtocol, name: str, *, transpose: bool = False) -> NDArray[np.float32]:
     """A matrix that is about to be quantized, checked to be finite."""
-    matrix: NDArray[np.float32] = require_finite(np.asarray(tensor.numpy(), dtype=np.float32), name)
+    matrix: NDArray[np.float32] = require_finite_weight(np.asarray(tensor.numpy(), dtype=np.float32), name)
     return np.ascontiguousarray(matrix.T) if transpose else matrix
 
 
@@ -181,50 +179,6 @@ def is_shared(linear: Linear, linears: Iterable[Linear]) -> bool:
                 return True
             pending += user.outputs
     return False
-
-
-def add_initializers(graph: ir.Graph, names: Sequence[str], tensors: Sequence[ir.TensorProtocol]) -> list[ir.Value]:
-    """Register tensors under these names; an existing initializer of that name is taken to be the same and reused."""
-    values = []
-    for name, tensor in zip(names, tensors, strict=True):
-        if name not in graph.initializers:
-            tensor.name = name
-            graph.register_initializer(
-                ir.Value(
-                    name=name,
-                    const_value=tensor,
-                    shape=ir.Shape(concrete_shape(tensor)),
-                    type=ir.TensorType(tensor.dtype),
-                )
-            )
-        values.append(graph.initializers[name])
-    return values
-
-
-def add_constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """The initializer of this name, made of a numpy array where there is none yet."""
-    return add_initializers(graph, [name], [ir.tensor(array)])[0]
-
-
-def replace(linear_node: ir.Node, *nodes: ir.Node) -> None:
-    """Put `nodes` where a node was; the last one's first output takes over its output, name and uses included."""
-    graph = linear_node.graph
-    assert graph is not None
-    old, new = linear_node.outputs[0], nodes[-1].outputs[0]
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    graph.insert_before(linear_node, nodes)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = None
-    graph.remove(linear_node, safe=True)
-
-
-def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Remove an initializer, and the Transpose that read it, once nothing uses them."""
-    for node in [node for node, _ in value.uses()]:
-        if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
-            graph.remove(node, safe=True)
-    if not value.uses() and not value.is_graph_output() and value.name in graph.initializers:
-        del graph.initializers[str(value.name)]
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

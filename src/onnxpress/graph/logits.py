@@ -8,7 +8,7 @@ PREFIX = "last-logits"
 """The pass that cuts them, by which the names of its nodes begin."""
 _PRODUCTS = {"MatMul", "Gemm", "MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul"}
 _POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip"}
-"""What may stand between the head and the output: biases, scales, soft-capping, casts."""
+"""Operators that may stand between the head and the output: biases, scales, soft-capping, casts."""
 
 
 def restore_logits(model: ir.Model, output: str = "logits") -> bool:
@@ -22,7 +22,7 @@ def restore_logits(model: ir.Model, output: str = "logits") -> bool:
     if logits is None or head is None or cut is None or not (cut.name or "").startswith(f"{PREFIX}/{output}/"):
         return False
     head.replace_input_with(0, cut.inputs[0])
-    forget_shapes(head, logits)
+    forget_shapes_between(head, logits)
     if logits.shape is not None:
         logits.shape = ir.Shape([logits.shape[0], None, logits.shape[2]])
     return True
@@ -41,8 +41,8 @@ def head_of(logits: ir.Value) -> ir.Node | None:
     return None
 
 
-def forget_shapes(first: ir.Node, logits: ir.Value) -> None:
-    """Values between the head and the output have another sequence length now."""
+def forget_shapes_between(first: ir.Node, logits: ir.Value) -> None:
+    """Remove the shapes of values between the head and the output, which have another sequence length now."""
     pending = [value for value in first.outputs if value is not logits]
     while pending:
         value = pending.pop()

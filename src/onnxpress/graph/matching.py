@@ -1,14 +1,9 @@
-"""Small questions that passes ask about a graph."""
+"""Questions that passes ask about a graph: what an operator is, what a constant holds, who reads a value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
-
-from onnxpress.graph.conventions import MICROSOFT
-from onnxpress.graph.tensors import concrete_shape
 
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
@@ -86,29 +81,3 @@ def same_shape(left: ir.Value, right: ir.Value) -> bool | None:
         elif a != b or (isinstance(a, ir.SymbolicDim) and a.value is None):
             return None
     return True
-
-
-def add_weight(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Register a new initializer; a number is appended to a name that is taken."""
-    unique, count = name, 1
-    while unique in graph.initializers:
-        unique, count = f"{name}_{count}", count + 1
-    tensor.name = unique
-    value = ir.Value(
-        name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(concrete_shape(tensor)), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def drop_unused_weights(graph: ir.Graph, values: Sequence[ir.Value | None]) -> None:
-    """Remove those of these initializers that nothing reads any more."""
-    for value in values:
-        if value is not None and weight(value) is not None and not value.uses():
-            assert value.name is not None
-            graph.initializers.pop(value.name, None)
-
-
-def use_microsoft_operators(model: ir.Model) -> None:
-    """Declare the operator set of the fused operators."""
-    model.graph.opset_imports.setdefault(MICROSOFT, 1)

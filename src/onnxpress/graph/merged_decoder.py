@@ -22,7 +22,7 @@ from onnxpress.graph.tensors import FileTensor, concrete_shape
 
 USE_CACHE = "use_cache_branch"
 ENCODER_LENGTH = "encoder_sequence_length_out"
-"""Of cached encoder keys: 0 before there are any, hence not the `encoder_sequence_length` of the encoder's states."""
+"""Length of cached encoder keys: 0 before there are any, hence not `encoder_sequence_length`, the states' own."""
 
 
 def share_weights(models: Iterable[ir.Model]) -> int:
@@ -121,7 +121,7 @@ class _Port:
 
 
 class _Scope:
-    """What both branches see: inputs by name, weights by tensor; and what both return."""
+    """The surroundings of both branches: inputs by name, weights by tensor; and what both return."""
 
     def __init__(self, outputs: Sequence[_Port]) -> None:
         self.inputs: dict[str, ir.Value] = {}

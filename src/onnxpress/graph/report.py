@@ -1,4 +1,4 @@
-"""What was matched in a graph and what was left alone, with the reasons."""
+"""A pass's report: matches in a graph, and what was left alone, with the reasons."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """What a pass did and what it looked at but left alone; both are counts by operator or by reason."""
+    """The changes of a pass, and what it looked at but left alone; both are counts by operator or by reason."""
 
     matched: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     errors: dict[str, float] = field(default_factory=dict)
-    """What was lost where, by weight: |x·Ŵ − x·W|² / |x·W|² on the samples, for passes that know it."""
+    """The loss by weight: |x·Ŵ − x·W|² / |x·W|² on the samples, for passes that know it."""
 
     def match(self, what: str, count: int = 1) -> None:
         self.matched[what] += count

@@ -112,7 +112,7 @@ def _computed(node: ir.Node, axis: int, rank: int) -> Size | None:
 
 
 def _reshaped(node: ir.Node, axis: int) -> Size | None:
-    """Of a Reshape; -1 is what the sizes before have more than those after."""
+    """The size of a Reshape; -1 is what the sizes before have more than those after."""
     first, target = node.inputs[0], sizes_in(node.inputs[1])
     if first is None or first.shape is None or len(target) < -axis or _zero_is_a_size(node):
         return None
@@ -164,7 +164,7 @@ def _shape(node: ir.Node) -> list[Size | None]:
 
 
 def _broadcast(sizes: Iterable[Size | None]) -> Size | None:
-    """Of operands that numpy's rules make fit: a number above 1 settles it, whatever the others are."""
+    """The size of operands together, as numpy broadcasts: a number above 1 settles it, whatever the others are."""
     found = set(sizes) - {1}
     numbers = [size for size in found if isinstance(size, int)]
     if numbers:

@@ -3,39 +3,51 @@
     in memory       MatMul(x, W)                           W float32 [in, out], a StoredTensor
     in the file     MatMul(x, Transpose(Cast(W)))          W bfloat16 [out, in]: the checkpoint's own bytes
 
-`decode` runs whenever a graph is loaded and `encode` whenever one is saved, so that no pass ever sees the Casts: to
-them it is the float32 graph, and what they leave alone keeps its bytes. Cast and Transpose are standard ONNX; runtimes
-compute them once, when they load the graph. onnxruntime's CPU provider multiplies no bfloat16.
+`decode_weights` runs whenever a graph is loaded and `encode_weights` whenever one is saved, so that no pass ever sees
+the Casts: to them it is the float32 graph, and what they leave alone keeps its bytes. Cast and Transpose are standard
+ONNX; runtimes compute them once, when they load the graph. onnxruntime's CPU provider multiplies no bfloat16.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.graph.floats import widen
-from onnxpress.graph.tensors import FileTensor, RowTensor, concrete_shape, rows_of
+from onnxpress.graph.tensors import FileTensor, WeightTensor, concrete_shape, reads_rows, rows_of
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-class WideTensor(RowTensor):
-    """float32(source), transposed where `turned`; read a slab at a time."""
+class WideTensor(WeightTensor):
+    """float32(source), transposed where `transposed`; read a slab at a time where the source allows it."""
 
-    def __init__(self, source: ir.TensorProtocol, *, turned: bool = False, name: str | None = None) -> None:
-        """`turned`: source is a matrix [out, in], this is [in, out]."""
+    def __init__(self, source: ir.TensorProtocol, *, transposed: bool = False, name: str | None = None) -> None:
+        """`transposed`: source is a matrix [out, in], this is [in, out]."""
         shape = concrete_shape(source)
-        super().__init__(self._slab, ir.DataType.FLOAT, shape[::-1] if turned else shape, name=name or source.name)
+        super().__init__(
+            self._values, ir.DataType.FLOAT, shape[::-1] if transposed else shape, name=name or source.name
+        )
         self.source = source
-        self.turned = turned
+        self.transposed = transposed
 
-    def _slab(self, start: int, stop: int) -> NDArray[np.float32]:
-        if not self.turned:
+    @property
+    def reads_rows(self) -> bool:
+        return (
+            isinstance(self.source, FileTensor) and len(self.shape) > 0 if self.transposed else reads_rows(self.source)
+        )
+
+    def rows(self, start: int, stop: int) -> Floats:
+        if not self.transposed:
             return widen(rows_of(self.source)(start, stop))
         if isinstance(self.source, FileTensor):
             return widen(self.source.columns(start, stop).T)
         return widen(self.source.numpy()[:, start:stop].T)
+
+    def _values(self) -> Floats:
+        if self.reads_rows:
+            return self.rows(0, concrete_shape(self)[0])
+        return widen(self.source.numpy().T if self.transposed else self.source.numpy())
 
 
 class StoredTensor(WideTensor):
@@ -43,11 +55,11 @@ class StoredTensor(WideTensor):
 
 
 def stored(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """What a file holds for a tensor."""
+    """The tensor that a file holds for `tensor`."""
     return tensor.source if isinstance(tensor, StoredTensor) else tensor
 
 
-def decode(model: ir.Model) -> None:
+def decode_weights(model: ir.Model) -> None:
     """Cast(W), and the Transpose of it, become W itself where nothing reads the narrow weight as it is.
 
     Nothing is read. Left alone: a weight that is an input or output of the graph, or that other nodes read, too.
@@ -60,18 +72,20 @@ def decode(model: ir.Model) -> None:
             casts = [use.node for use in value.uses()]
             if not casts or not all(_is_inner(node, graph, "Cast") and _to_float32(node) for node in casts):
                 continue
-            turns = [use.node for cast in casts for use in cast.outputs[0].uses()]
-            turned = bool(turns) and all(_is_inner(node, graph, "Transpose") and _swaps(node, tensor) for node in turns)
-            tensor = StoredTensor(tensor, turned=turned, name=value.name)
+            transposes = [use.node for cast in casts for use in cast.outputs[0].uses()]
+            transposed = bool(transposes) and all(
+                _is_inner(node, graph, "Transpose") and _swaps(node, tensor) for node in transposes
+            )
+            tensor = StoredTensor(tensor, transposed=transposed, name=value.name)
             value.const_value, value.shape, value.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
-            for node in turns if turned else casts:
+            for node in transposes if transposed else casts:
                 node.outputs[0].replace_all_uses_with(value)
-            for node in [*(turns if turned else ()), *casts]:
+            for node in [*(transposes if transposed else ()), *casts]:
                 graph.remove(node, safe=True)
 
 
-def encode(model: ir.Model) -> None:
-    """The opposite of `decode`: weights in the format of their file, widened and turned by nodes of the graph."""
+def encode_weights(model: ir.Model) -> None:
+    """Undo `decode_weights`: weights in the format of their file, widened and transposed by nodes of the graph."""
     for graph in model.graphs():
         nodes: list[ir.Node] = []
         values = list(graph.initializers.values())
@@ -87,7 +101,7 @@ def encode(model: ir.Model) -> None:
             graph.register_initializer(held)
             last = _node("Cast", held, ir.AttrInt64("to", int(ir.DataType.FLOAT)), f"{value.name}/float32", shape)
             nodes.append(last)
-            if tensor.turned:
+            if tensor.transposed:
                 order = ir.AttrInt64s("perm", (1, 0))
                 last = _node("Transpose", last.outputs[0], order, f"{value.name}/transposed", tensor.shape)
                 nodes.append(last)

@@ -1,4 +1,4 @@
-"""What people look at: the inspection of a graph, drawings of its structure, the model card and the report.
+"""Pages and tables for people: the inspection of a graph, drawings of its structure, the model card and the report.
 
 Imports `artifact`, the passes and the profiles; prints nothing (that is `commands`).
 """

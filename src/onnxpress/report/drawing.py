@@ -1,4 +1,4 @@
-"""What was cut where, as bars: for each layer its heads, its width and its parameters, before and after.
+"""Drawings of what was cut where, as bars: for each layer its heads, its width and its parameters, before and after.
 
 `draw` says what there is to see; the terminal (`onnxpress.commands.printing`) and `templates/structure.svg.j2` show it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnxpress.artifact.structure import Layer, Record
+from onnxpress.artifact.structure import LayerSizes, StructureChange
 
 CELLS = 10
 """Characters of a bar of full length."""
@@ -17,6 +17,8 @@ HEAD_SIZE = "head size"
 
 @dataclass(frozen=True)
 class Bar:
+    """A size before and after."""
+
     before: int
     after: int
     """0 of a layer that is gone."""
@@ -25,7 +27,7 @@ class Bar:
         return f"{self.before:,}" if self.after == self.before else f"{self.before:,} → {self.after:,}"
 
     def cells(self, most: int) -> tuple[int, int]:
-        """(characters of what is left, of what was cut), where `most` has a bar of full length."""
+        """Return (characters of what is left, of what was cut), where `most` has a bar of full length."""
         whole, left = (
             round(CELLS * value / most) if most else 0 for value in (max(self.before, self.after), self.after)
         )
@@ -35,29 +37,33 @@ class Bar:
 
 @dataclass(frozen=True)
 class DrawnLayer:
+    """The bars of a layer of the model before."""
+
     index: int
     """In the model before."""
     bars: Mapping[str, Bar]
     """By what they measure."""
     into: int | None = None
-    """Of a layer that is gone: the layer that its weights were added to."""
+    """The layer that the weights of a layer that is gone were added to."""
     gone: bool = False
 
     @property
     def fate(self) -> str:
-        """What became of a layer that is gone."""
+        """The fate of a layer that is gone."""
         return "" if not self.gone else "removed" if self.into is None else f"merged into {self.into}"
 
 
 @dataclass(frozen=True)
 class DrawnStack:
+    """The layers of a stack, and what of them is shown."""
+
     name: str
     """`model.layers`"""
     layers: Sequence[DrawnLayer]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What bars measure, in order, and the longest of each. Sizes of heads are shown where one changed."""
+        """The titles of bars, in order, and the longest of each. Sizes of heads are shown where one changed."""
         most: dict[str, int] = {}
         for layer in self.layers:
             for title, bar in layer.bars.items():
@@ -69,7 +75,7 @@ class DrawnStack:
         }
 
     def summary(self, title: str) -> str:
-        """`9 → 6`, or `1,536 → 832–1,536` where layers that are left differ."""
+        """Summarise a bar of all layers: `9 → 6`, or `1,536 → 832–1,536` where layers that are left differ."""
         bars = [layer.bars[title] for layer in self.layers if title in layer.bars]
         before, after = _range([bar.before for bar in bars]), _range([bar.after for bar in self._left(title)])
         return before if before == after else f"{before} → {after}"
@@ -80,15 +86,17 @@ class DrawnStack:
 
 @dataclass(frozen=True)
 class Drawing:
+    """What there is to see of a structure that was cut."""
+
     totals: Mapping[str, Bar]
-    """Of the whole model: parameters, vocabulary, hidden size of each stack."""
+    """Bars of the whole model: parameters, vocabulary, hidden size of each stack."""
     stacks: Sequence[DrawnStack]
     onnx_only: Sequence[str]
     """Why no configuration can say all of it."""
 
 
-def draw(record: Record) -> Drawing:
-    """All layers of the model before, in order, beside what became of them."""
+def draw(record: StructureChange) -> Drawing:
+    """Draw all layers of the model before, in order, beside what became of them."""
     before, after = record.before, record.after
     totals = {"parameters": Bar(before.parameters, after.parameters)}
     if before.vocabulary and after.vocabulary:
@@ -101,7 +109,7 @@ def draw(record: Record) -> Drawing:
     return Drawing(totals, stacks, record.onnx_only)
 
 
-def _layers(before: Sequence[Layer], after: Sequence[Layer]) -> list[DrawnLayer]:
+def _layers(before: Sequence[LayerSizes], after: Sequence[LayerSizes]) -> list[DrawnLayer]:
     left = {layer.origin: layer for layer in after}
     into = {origin: layer.origin for layer in after for origin in layer.merged}
     drawn = []
@@ -113,7 +121,7 @@ def _layers(before: Sequence[Layer], after: Sequence[Layer]) -> list[DrawnLayer]
     return drawn
 
 
-def _sizes(layer: Layer) -> dict[str, int]:
+def _sizes(layer: LayerSizes) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for prefix, one in zip(("", "cross "), layer.attentions, strict=False):
         sizes |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Row = tuple[str, str, str]
+from onnxpress.artifact.structure_changes import BeforeAfter
 
 LABELS = {
     "size_bytes": "size",
@@ -24,8 +24,8 @@ LABELS = {
 }
 
 
-def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[Row]:
-    """(measure, before, after) for everything that was measured, in the order of `LABELS`, the rest after it."""
+def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[BeforeAfter]:
+    """List (measure, before, after) for everything that was measured, in the order of `LABELS`, the rest after it."""
     keys = [key for key in LABELS if key in before or key in after]
     keys += [key for key in ("kl_prefill", "kl_decode", "kl_padded") if key in after]
     rows = []
@@ -39,13 +39,14 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> lis
 
 
 def label(key: str) -> str:
+    """Name a measure for people."""
     if key.startswith("kl_"):
         return f"KL, {key.removeprefix('kl_')}"
     return LABELS.get(key, key.replace("_", " "))
 
 
 def amount(key: str, value: float | None) -> str:
-    """A measured value with its unit."""
+    """Format a measured value with its unit."""
     if value is None:
         return "–"
     if key.endswith("_bytes"):

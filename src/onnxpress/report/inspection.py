@@ -1,4 +1,4 @@
-"""What is in a graph: parameters, bytes and number formats by layer, operators, cache and memory.
+"""The contents of a graph: parameters, bytes and number formats by layer, operators, cache and memory.
 
 Read from shapes, dtypes and attributes alone; no weight is ever loaded.
 """
@@ -31,18 +31,21 @@ _PLANE = re.compile(r"\.q(\d)b\d+\.plane\d$")
 """Ends the names of parts of codes, see `optimizers/block_operands.py`."""
 _FOLDED = ("Cast", "Mul", "Reshape", "BitShift", "BitwiseAnd", "BitwiseOr", "Add", "Transpose")
 _EMBEDDING = ("embed", "wte", "wpe", "word_embeddings", "position_embeddings")
-"""Computed from the configuration: constants, not parameters."""
 _HEAD = ("lm_head", "embed_out", "output_projection")
 
 
 @dataclass
-class Share:
-    """Part of the model's weights. `parameters` are numbers of the original model: scales are bytes, not parameters."""
+class WeightSize:
+    """The size of a part of the model's weights.
+
+    `parameters` are numbers of the original model: scales are bytes, not parameters.
+    """
 
     parameters: int = 0
     bytes: int = 0
 
-    def add(self, other: Share) -> None:
+    def add(self, other: WeightSize) -> None:
+        """Count another part in."""
         self.parameters += other.parameters
         self.bytes += other.bytes
 
@@ -53,8 +56,8 @@ class LayerSummary:
 
     name: str
     """`layer 7`, `embedding`, `head`, `embedding and head` (tied) or `other`."""
-    total: Share = field(default_factory=Share)
-    formats: dict[str, Share] = field(default_factory=dict)
+    total: WeightSize = field(default_factory=WeightSize)
+    formats: dict[str, WeightSize] = field(default_factory=dict)
     """By number format: `fp32`, `fp16`, `int8 dynamic`, `8-bit blocks of 32`, `4-bit blocks of 128`, `constants`."""
 
 
@@ -83,10 +86,10 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_graph` found."""
+    """The outcome of `inspect_graph`."""
 
-    total: Share
-    formats: Mapping[str, Share]
+    total: WeightSize
+    formats: Mapping[str, WeightSize]
     layers: tuple[LayerSummary, ...]
     operators: Mapping[str, int]
     """Nodes by operator, most frequent first; those that are not ONNX's own with their domain: `com.microsoft.X`."""
@@ -117,14 +120,15 @@ class Inspection:
 def inspect_graph(model: ir.Model) -> Inspection:
     """Summarise a graph."""
     layers: dict[str, LayerSummary] = {}
-    formats: dict[str, Share] = {}
-    total = Share()
+    formats: dict[str, WeightSize] = {}
+    total = WeightSize()
     resident = 0
-    for value, share, form in _weights(model):
+    for value, size, form in _weights(model):
         resident += value.const_value.nbytes if value.const_value is not None else 0
         layer = layers.setdefault(name := _layer_name(value), LayerSummary(name))
-        for target in (total, layer.total, formats.setdefault(form, Share()), layer.formats.setdefault(form, Share())):
-            target.add(share)
+        of_format = [sizes.setdefault(form, WeightSize()) for sizes in (formats, layer.formats)]
+        for target in (total, layer.total, *of_format):
+            target.add(size)
     nodes = [node for graph in model.graphs() for node in graph]
     operators = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes)
     return Inspection(
@@ -158,8 +162,8 @@ def inspect_graph(model: ir.Model) -> Inspection:
     )
 
 
-def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Share, str]]:
-    """Each initializer with what it holds and in which format."""
+def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, WeightSize, str]]:
+    """Yield each initializer with what it holds and in which format."""
     counted: set[int] = set()
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -168,11 +172,11 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Share, str]]:
                 continue
             counted.add(id(tensor))
             form, parameters = _format(value, tensor)
-            yield value, Share(parameters, stored(tensor).nbytes), form
+            yield value, WeightSize(parameters, stored(tensor).nbytes), form
 
 
 def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
-    """The number format of a weight, and how many parameters of the original model it holds."""
+    """Return the number format of a weight, and how many parameters of the original model it holds."""
     for use in _uses(value):
         node = use.node
         if (value.name or "").endswith((OFFSETS, ".minimum_multipliers", ".minimum_unit")):
@@ -198,14 +202,14 @@ def _format(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[str, int]:
 
 
 def _origin(value: ir.Value | None) -> str:
-    """The name of the weight behind a value, through the first inputs of nodes that the runtime folds."""
+    """Return the name of the weight behind a value, through the first inputs of nodes that the runtime folds."""
     while value is not None and (producer := value.producer()) is not None:
         value = producer.inputs[0]
     return "" if value is None else value.name or ""
 
 
 def _uses(value: ir.Value) -> Iterator[Any]:
-    """Where a weight is read, also through nodes that the runtime folds."""
+    """Yield where a weight is read, also through nodes that the runtime folds."""
     for use in value.uses():
         if _is_folded(use.node):
             yield from _uses(use.node.outputs[0])
@@ -221,7 +225,7 @@ def _is_folded(node: ir.Node) -> bool:
 
 
 def _layer_name(value: ir.Value) -> str:
-    """Where a weight belongs, by its name; by the node that reads it where the name says nothing."""
+    """Tell where a weight belongs, by its name; by the node that reads it where the name says nothing."""
     names = [value.name or "", *(use.node.name or "" for use in value.uses())]
     for name in names:
         if (index := layer_index(name)) is not None:
@@ -251,4 +255,4 @@ def _port(value: ir.Value) -> Port:
     )
 
 
-__all__ = ["Inspection", "LayerSummary", "MemoryEstimate", "Port", "Share", "inspect_graph"]
+__all__ = ["Inspection", "LayerSummary", "MemoryEstimate", "Port", "WeightSize", "inspect_graph"]

@@ -76,7 +76,7 @@ def models() -> list[Row]:
 def architectures() -> list[Row]:
     from onnxpress.exporter import architectures as exporter
 
-    with Progress() as progress, progress.stage(f"trying {len(exporter.names())} architectures") as update:
+    with Progress() as progress, progress.stage(f"trying {len(exporter.architecture_names())} architectures") as update:
         rows = list(exporter.table(progress=lambda done, total, name: update(done, total)))
     return [
         {

@@ -1,4 +1,4 @@
-"""What `onnxpress inspect` shows: every graph of a model, and what the target would mind."""
+"""Inspect every graph of a model, and say what the target would mind."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact import manifest
-from onnxpress.artifact.structure import Record
+from onnxpress.artifact.folder import graph_paths
+from onnxpress.artifact.structure import StructureChange
 from onnxpress.errors import SourceNotFoundError
 from onnxpress.files.layout import is_artifact
 from onnxpress.graph.io import load_graph
@@ -24,11 +24,13 @@ _INTEGER_PRODUCTS = ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToF
 
 @dataclass(frozen=True)
 class Overview:
+    """The outcome of `inspect`: what is in each graph, and what the target would mind."""
+
     graphs: dict[str, Inspection]
     """By file name."""
     profile: str
     warnings: list[str]
-    structure: Record | None = None
+    structure: StructureChange | None = None
     """What was cut, where that is an artifact's."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,8 +52,8 @@ def inspect(model: str, profile: Profile) -> Overview:
     path = Path(model)
     structure = None
     if is_artifact(path):
-        structure = Record.of(manifest.read(path).export)
-        files = list(artifact_folder.graph_paths(path).values())
+        structure = StructureChange.of(manifest.read(path).export)
+        files = list(graph_paths(path).values())
     else:
         files = [path] if path.is_file() else sorted(path.rglob("*.onnx"))
     if not files:
@@ -63,7 +65,7 @@ def inspect(model: str, profile: Profile) -> Overview:
 
 
 def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:
-    """What the target would refuse, get wrong or be slow with, each with the reason."""
+    """List what the target would refuse, get wrong or be slow with, each with the reason."""
     found = []
     opset = model.opset_imports.get("", 0)
     if opset > profile.opset:

@@ -1,12 +1,12 @@
-"""A format for each unit, and the cuts: a multiple-choice knapsack, solved exactly as an integer program (HiGHS).
+"""A format for each group, and the cuts: a multiple-choice knapsack, solved exactly as an integer program (HiGHS).
 
-A 0/1 variable stands for each unit in each format, as it is and as each cut leaves it, and one for each cut. Each unit
-has one format, and is as the cuts that are made leave it:
+A 0/1 variable stands for each group in each format, as it is and as each cut leaves it, and one for each cut. Each
+group has one format, and is as the cuts that are made leave it:
 
-    Σ x[unit, cut, format] over cuts and formats = 1                       for each unit
-    Σ x[unit, cut, format] over formats = y[cut]                           for each cut and each unit that it changes
+    Σ x[group, cut, format] over cuts and formats = 1                       for each group
+    Σ x[group, cut, format] over formats = y[cut]                           for each cut and each group that it changes
 
-so that of two cuts that change one unit no more than one is made, and cuts of different units combine. Of some cuts,
+so that of two cuts that change one group no more than one is made, and cuts of different groups combine. Of some cuts,
 such as the removals of all layers, no more than so many may be made.
 """
 
@@ -29,18 +29,18 @@ SECONDS = 30
 
 @dataclass(frozen=True)
 class Choice:
-    """A unit in a format, and what it adds to the model's figures: `loss`, `size`, `latency`."""
+    """A group in a format, and what it adds to the model's figures: `loss`, `size`, `latency`."""
 
-    unit: str
+    group: str
     format: str
     costs: Mapping[str, float]
     cut: str | None = None
-    """The cut that leaves the unit as it is here; None: the whole unit."""
+    """The cut that leaves the group as it is here; None: the whole group."""
 
 
 @dataclass(frozen=True)
 class CutChoice:
-    """A cut, and what it adds by itself to the model's figures, whatever the formats of the units that it changes:
+    """A cut, and what it adds by itself to the model's figures, whatever the formats of the groups that it changes:
     `cut_loss`."""
 
     name: str
@@ -49,16 +49,16 @@ class CutChoice:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What was chosen."""
+    """A choice of formats and cuts."""
 
     formats: Mapping[str, str]
-    """By unit."""
+    """By group."""
     cuts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Program:
-    """All that can be chosen from."""
+    """The integer program: all that can be chosen from."""
 
     choices: Sequence[Choice]
     cuts: Sequence[CutChoice] = ()
@@ -66,7 +66,7 @@ class Program:
     """Cuts, and how many of them may be made."""
 
     def without(self, cuts: Collection[str]) -> Program:
-        """What is left to choose from where these cuts are not made."""
+        """Return the program that is left where these cuts are not made."""
         return Program(
             [one for one in self.choices if one.cut not in cuts],
             [one for one in self.cuts if one.name not in cuts],
@@ -75,11 +75,11 @@ class Program:
 
     @cached_property
     def names(self) -> list[str]:
-        """Of costs."""
+        """The names of all costs."""
         return list(dict.fromkeys(name for costs in self._costs for name in costs))
 
     def assign(self, limits: Mapping[str, float], weights: Mapping[str, float]) -> Assignment | None:
-        """The best choice, or None where none keeps the limits.
+        """Find the best choice, or None where none keeps the limits.
 
         Args:
             limits: upper bounds of the sums of costs.
@@ -104,31 +104,31 @@ class Program:
             return None
         taken = found.x > 0.5
         return Assignment(
-            {one.unit: one.format for one, is_taken in zip(self.choices, taken, strict=False) if is_taken},
+            {one.group: one.format for one, is_taken in zip(self.choices, taken, strict=False) if is_taken},
             tuple(cut.name for cut, is_taken in zip(self.cuts, taken[len(self.choices) :], strict=True) if is_taken),
         )
 
     def totals(self, assignment: Assignment) -> dict[str, float]:
-        """The sums of costs of an assignment."""
-        changed = {one.unit: one.cut for one in self.choices if one.cut in assignment.cuts}
+        """Sum the costs of an assignment."""
+        changed = {one.group: one.cut for one in self.choices if one.cut in assignment.cuts}
         taken: list[Choice | CutChoice] = [
             one
             for one in self.choices
-            if assignment.formats[one.unit] == one.format and changed.get(one.unit) == one.cut
+            if assignment.formats[one.group] == one.format and changed.get(one.group) == one.cut
         ]
         taken += [cut for cut in self.cuts if cut.name in assignment.cuts]
         return {name: sum(one.costs.get(name, 0.0) for one in taken) for name in self.names}
 
     @cached_property
     def _structure(self) -> LinearConstraint:
-        """One format for each unit, and each unit as the cuts leave it."""
-        units = {one.unit: number for number, one in enumerate(self.choices)}
-        rows: dict[tuple[str, str | None], int] = {(unit, None): number for number, unit in enumerate(units)}
+        """One format for each group, and each group as the cuts leave it."""
+        groups = {one.group: number for number, one in enumerate(self.choices)}
+        rows: dict[tuple[str, str | None], int] = {(group, None): number for number, group in enumerate(groups)}
         entries: list[tuple[int, int, float]] = []
         for column, one in enumerate(self.choices):
-            entries.append((rows[one.unit, None], column, 1.0))
+            entries.append((rows[one.group, None], column, 1.0))
             if one.cut is not None:
-                entries.append((rows.setdefault((one.unit, one.cut), len(rows)), column, 1.0))
+                entries.append((rows.setdefault((one.group, one.cut), len(rows)), column, 1.0))
         for number, cut in enumerate(self.cuts):
             entries += [(row, len(self.choices) + number, -1.0) for (_, name), row in rows.items() if name == cut.name]
         sums = [1.0 if cut is None else 0.0 for _, cut in rows]
@@ -145,5 +145,5 @@ class Program:
 
     @cached_property
     def _costs(self) -> list[Mapping[str, float]]:
-        """Of each variable."""
+        """The costs of each variable."""
         return [*(one.costs for one in self.choices), *(cut.costs for cut in self.cuts)]

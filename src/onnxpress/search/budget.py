@@ -1,5 +1,7 @@
-"""Limits in, the best mix of cuts and formats out: predicted, built, measured, and mended where the prediction was
-off."""
+"""The budgeted search: limits in, the best mix of cuts and formats out.
+
+A mix is predicted, built, measured, and the prediction mended where it was off.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,10 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
-from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Step
-from onnxpress.build.gates import Gates
-from onnxpress.build.measuring import speed
-from onnxpress.build.work import Mark, Work, discard
+from onnxpress.artifact.folder import size_bytes, write_graphs
+from onnxpress.building.measuring import speed
+from onnxpress.building.work import Mark, Work, discard
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import DestroyedError, GateFailedError, UsageError
 from onnxpress.evaluation.evaluate import Evaluation
@@ -25,14 +26,14 @@ from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.quantization.fit_blocks import Fitted
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
 from onnxpress.optimizers.recipe import PassSpec, Recipe
+from onnxpress.requests import Gates, SearchOptions
 from onnxpress.search import kernels
 from onnxpress.search.assignment import Assignment, Program
-from onnxpress.search.choosing import best_choice, most_alike
-from onnxpress.search.cuts import numbering
+from onnxpress.search.block_cuts import numbering
 from onnxpress.search.formats import FLOAT
-from onnxpress.search.options import SearchOptions
 from onnxpress.search.prediction import Prediction
-from onnxpress.search.survey import Survey, cut_name, survey
+from onnxpress.search.selection import best_choice, most_alike
+from onnxpress.search.sensitivity_profile import SensitivityProfile, cut_name, measure_profile
 
 ROUNDS = 4
 """Assignments that are built and measured, at most."""
@@ -43,7 +44,7 @@ LAST_NODES = 2048
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The outcome of a search."""
 
     recipe: Recipe
@@ -53,7 +54,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> Found:
+def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> SearchResult:
     """Choose cuts and formats so that the gates hold, build and measure; the work is left with the best that was found.
 
     What has no limit is made as good as it gets, see `SearchOptions.minimize`. Where nothing but the number of
@@ -71,7 +72,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     if recipe.formats and options.minimize is None and gates == Gates(max_parameters=gates.max_parameters):
         recipe = replace(recipe, formats={})
         notes.append("float32 throughout: no limit asks for less than that (--max-size, --max-loss)")
-    known = survey(work, recipe, options.kernel_table)
+    known = measure_profile(work, recipe, options.kernel_table)
     decoder = work.artifact.task.startswith("text-generation")
     program = known.program(recipe.importance, kernels.TOKENS[0] if decoder else kernels.TOKENS[-1])
     prediction, objective = _first_prediction(work, gates, program), options.objective(gates)
@@ -117,7 +118,8 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     work.restore(state)
     limits = {name: value for name, value in vars(gates).items() if value is not None}
     work.record(Step("search", limits, time.perf_counter() - began, known.count(assignment)))
-    return Found(chosen, quality, [*notes, *remarks, *_further(expected, prediction, gates, objective, assignment)])
+    notes += [*remarks, *_further(expected, prediction, gates, objective, assignment)]
+    return SearchResult(chosen, quality, notes)
 
 
 @dataclass
@@ -125,7 +127,7 @@ class _Builder:
     """Puts assignments into graphs, always from the same start."""
 
     work: Work
-    known: Survey
+    known: SensitivityProfile
     recipe: Recipe
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class _Builder:
         """The start after cuts that a round before made, and how it made them."""
 
     def close(self) -> None:
+        """Discard the files of calibrations that were kept for the next round."""
         discard(self.kept)
 
     def build(self, assignment: Assignment) -> tuple[Recipe, float | None]:
@@ -163,33 +166,34 @@ class _Builder:
         specs: list[PassSpec] = []
         name_of = self._numbering(names)
         for cut in sorted(self.known.cuts, key=lambda cut: not cut.removes):
-            sites = [site for site in self.known.sites if cut_name(site.name, cut.name) in names]
-            if not sites:
+            blocks = [block for block in self.known.candidates if cut_name(block.name, cut.name) in names]
+            if not blocks:
                 continue
-            units = [unit for site in sites for unit in self.known.cut_units[cut_name(site.name, cut.name)].values()]
-            weights = [weight if cut.removes else name_of(weight) for unit in units for weight in unit.weights]
-            for spec, one in cut.passes_at(sites, weights):
+            changed = [self.known.cut_groups[cut_name(block.name, cut.name)] for block in blocks]
+            groups = [group for by_name in changed for group in by_name.values()]
+            weights = [weight if cut.removes else name_of(weight) for group in groups for weight in group.weights]
+            for spec, one in cut.passes_at(blocks, weights):
                 self.work.apply(spec, one)
                 specs.append(spec)
         return self.work.mark(), specs
 
     def _numbering(self, cuts: Sequence[str]) -> Callable[[str], str]:
-        """What weights are called after cuts."""
+        """Return a function from what weights are called to what they are called after cuts."""
         removals = [cut.name for cut in self.known.cuts if cut.removes]
-        sites = self.known.sites
-        removed = [site for site in sites if any(cut_name(site.name, one) in cuts for one in removals)]
-        return numbering(sites, removed)
+        blocks = self.known.candidates
+        removed = [block for block in blocks if any(cut_name(block.name, one) in cuts for one in removals)]
+        return numbering(blocks, removed)
 
     def _apply_formats(self, assignment: Assignment) -> list[PassSpec]:
         name_of = self._numbering(assignment.cuts)
-        units = {unit.name: unit for unit in self.known.units}
+        groups = {group.name: group for group in self.known.groups}
         specs: list[PassSpec] = []
         first: list[tuple[PassSpec, Pass]] = []
         """What formats begin with and is exact: on a graph that nothing was rounded in, verification can tell."""
         rest: list[tuple[PassSpec, Pass]] = []
         for format in self.known.formats:
             named = [name for name, chosen in assignment.formats.items() if chosen == format.name]
-            weights = [name_of(weight) for name in named for weight in units[name].weights]
+            weights = [name_of(weight) for name in named for weight in groups[name].weights]
             if not weights:
                 continue
             steps = format.passes_for(weights)
@@ -206,8 +210,8 @@ class _Builder:
 
 
 def _first_prediction(work: Work, gates: Gates, program: Program) -> Prediction:
-    """From the float graph, whose every unit is known, too."""
-    sums = program.totals(Assignment(dict.fromkeys((choice.unit for choice in program.choices), FLOAT)))
+    """Predict from the float graph, whose every group is known, too."""
+    sums = program.totals(Assignment(dict.fromkeys((choice.group for choice in program.choices), FLOAT)))
     found = _counts(work) | {"spent": 0.0}
     if gates.need_benchmark:
         found |= _speed(work)
@@ -217,13 +221,13 @@ def _first_prediction(work: Work, gates: Gates, program: Program) -> Prediction:
 
 
 def _measured(work: Work, quality: Evaluation, gates: Gates) -> dict[str, float]:
-    """What the gates are about; and what is `spent`."""
+    """Measure what the gates are about; and what is `spent`."""
     found = {"loss": quality.loss, "spent": _spent(quality)} | _counts(work)
     return found | (_speed(work) if gates.need_benchmark else {})
 
 
 def _spent(quality: Evaluation) -> float:
-    """The loss or the KL, whichever is more, in nats.
+    """Return the loss or the KL, whichever is more, in nats.
 
     On text that the reference wrote, perplexity is expected to grow by the KL, but a few thousand tokens tell the
     growth far less well: a lucky text must not make room for more.
@@ -232,17 +236,17 @@ def _spent(quality: Evaluation) -> float:
 
 
 def _counts(work: Work) -> dict[str, float]:
-    """Bytes, and parameters where layers are recognised."""
+    """Count bytes, and parameters where layers are recognised."""
     parameters = {} if work.structure is None else {"parameters": float(work.structure.parameters)}
     return {"size_bytes": _file_bytes(work)} | parameters
 
 
 def _file_bytes(work: Work) -> float:
-    """What the artifact's graphs will take as files, by writing them."""
-    graphs = {stem: load_graph(path) for stem, path in work.current.items()}
+    """Find out how many bytes the artifact's graphs will take as files, by writing them."""
+    graphs = {name: load_graph(path) for name, path in work.current.items()}
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
-        artifact_folder.write_graphs(graphs, Path(folder))
-        return float(artifact_folder.size_bytes(Path(folder)) + LAST_NODES)
+        write_graphs(graphs, Path(folder))
+        return float(size_bytes(Path(folder)) + LAST_NODES)
 
 
 def _speed(work: Work) -> dict[str, float]:
@@ -251,7 +255,7 @@ def _speed(work: Work) -> dict[str, float]:
 
 
 def _failure(program: Program, prediction: Prediction, gates: Gates) -> GateFailedError:
-    """It says how near the limits one can come."""
+    """Make the error that says how near the limits one can come."""
     limits = prediction.limits(gates)
     said = []
     for name in limits:
@@ -270,7 +274,7 @@ def _failure(program: Program, prediction: Prediction, gates: Gates) -> GateFail
 def _further(
     program: Program, prediction: Prediction, gates: Gates, objective: str, assignment: Assignment
 ) -> list[str]:
-    """What other limits would give, as far as can be predicted."""
+    """Say what other limits would give, as far as can be predicted."""
     limits = prediction.limits(gates)
     lever = "loss" if "loss" in limits else next(iter(limits))
     reached = program.totals(assignment)[objective]

@@ -1,7 +1,7 @@
-"""Formats: what a unit may become. Each is a pass of the recipe, or a few in a row, tried on a unit alone.
+"""Formats: what a group may become. Each is a pass of the recipe, or a few in a row, tried on a group alone.
 
-Nothing here knows what a pass does: the unit is run before and after it, so that what the kernels themselves lose, as
-by quantizing activations, counts too. What a block may become is a format as well, see `cuts`.
+Nothing here knows what a pass does: the group is run before and after it, so that what the kernels themselves lose, as
+by quantizing activations, counts too. What a block may become is a format as well, see `block_cuts`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.optimizers.recipe import PassSpec
-from onnxpress.search.units import Part
+from onnxpress.search.groups import Part
 
 Arrays = Mapping[str, NDArray[Any]]
 Shapes = Mapping[str, Sequence[Sequence[int]]]
-"""(inputs, outputs) of each product of a unit, by the unit's name."""
+"""(inputs, outputs) of each product of a group, by the group's name."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,27 @@ class Format:
 
     @property
     def key(self) -> str:
-        """What it is recognised by: what it does, whatever it is called."""
+        """A key by what it does, whatever it is called."""
         return json.dumps([[spec.name, dict(spec.options)] for spec in self.specs], sort_keys=True)
 
     def passes_for(self, weights: Sequence[str]) -> list[tuple[PassSpec, Pass]]:
-        """The passes for the weights of these names only, as lines of a recipe and built."""
+        """Make the passes for the weights of these names only, as lines of a recipe and built."""
         included = sorted(map(glob.escape, weights))
         specs = [PassSpec(spec.name, {**spec.options, "include": included}) for spec in self.specs]
         return [(spec, spec.build()) for spec in specs]
 
     def apply(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
-        """The part in this format, a graph of its own; None where a pass finds nothing or a weight stays as it was.
+        """Apply the passes to a copy of a part; None where a pass finds nothing or a weight stays as it was.
 
         Args:
-            part: `of` as it is, see `units.part_model`; it is not changed.
+            part: `of` as it is, see `groups.part_model`; it is not changed.
             calibration: with inputs of the part.
         """
         model = self.run_passes(part, of, calibration)
         return None if model is None or any(name in model.graph.initializers for name in of.weights) else model
 
     def run_passes(self, part: ir.Model, of: Part, calibration: Calibration) -> ir.Model | None:
-        """A copy of the part after all passes; None where one of them finds nothing to do, or cannot do it."""
+        """Run all passes on a copy of the part; None where one of them finds nothing to do, or cannot do it."""
         model = copy_graph(part)
         try:
             for _, one in self.passes_for(of.weights):
@@ -78,12 +78,12 @@ class Format:
         return model
 
     def left(self, before: ir.Model, after: ir.Model) -> Shapes | None:
-        """What is left of the units inside a part, those that changed; None where this is no longer told."""
+        """Return what is left of the groups inside a part, those that changed; None where this is no longer told."""
         return {}
 
 
 FLOAT = "float32"
-"""The name of leaving a unit as it is."""
+"""The name of leaving a group as it is."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Trial:
     """A part in a format."""
 
     nbytes: int
-    """Of all its constants."""
+    """The bytes of all its constants."""
     outputs: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     """What it makes of each sample."""
     left: Shapes = field(default_factory=dict)
@@ -127,7 +127,7 @@ def run(
 
 
 def _fitting(array: NDArray[Any], shape: Sequence[int | str | None]) -> NDArray[Any]:
-    """An input as it is; an empty cache has as many heads as a part that was cut expects."""
+    """Return an input as it is; an empty cache has as many heads as a part that was cut expects."""
     if array.size:
         return array
     sizes = [wanted if isinstance(wanted, int) else found for found, wanted in zip(array.shape, shape, strict=True)]
@@ -135,14 +135,14 @@ def _fitting(array: NDArray[Any], shape: Sequence[int | str | None]) -> NDArray[
 
 
 def constant_bytes(model: ir.Model) -> int:
-    """Bytes that the constants of a graph take in a file, which holds those once that are seen in several shapes."""
+    """Count the bytes of a graph's constants in a file, which holds those once that are seen in several shapes."""
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     held = [tensor.source if isinstance(tensor, ViewTensor) else stored(tensor) for tensor in tensors]
     return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 
 def relative_errors(expected: Sequence[Arrays], found: Sequence[Arrays]) -> NDArray[np.float64]:
-    """|found − expected|² / |expected|² of each token of each output."""
+    """Compute |found − expected|² / |expected|² of each token of each output."""
     ratios = []
     for before, after in zip(expected, found, strict=True):
         for name in before:

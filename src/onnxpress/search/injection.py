@@ -1,8 +1,8 @@
-"""What a whole model loses when a part of it computes something else, without building it anew each time.
+"""Inject errors: what a whole model loses when a part of it computes something else, without building it anew.
 
-To what each unit makes, an input of the graph is added: zero, or the very error that a format of the unit was seen to
-make on the same sample. As nothing before the unit has changed, that is what the model with this unit in this format
-computes; one session does for all units and formats, and a measurement takes one run.
+To what each group makes, an input of the graph is added: zero, or the very error that a format of the group was seen to
+make on the same sample. As nothing before the group has changed, that is what the model with this group in this format
+computes; one session does for all groups and formats, and a measurement takes one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.runtime.sessions import pool
 
 Errors = Mapping[str, Floats]
-"""What is added to what units make, by the name of the value."""
+"""What is added to what groups make, by the name of the value."""
 
 LOGITS, REFERENCE, DIVERGENCE = "logits", "onnxpress.reference", "onnxpress.divergence"
 ERROR = "onnxpress.error:"
@@ -34,7 +34,7 @@ FRUGAL = {"enable_cpu_mem_arena": "0"}
 def inject(
     model: ir.Model, values: Iterable[str], samples: Sequence[Feeds], threads: int | None = None
 ) -> Iterator[Callable[[int, Errors], float]]:
-    """A function from (sample, errors) to what is lost: KL in nats per token of `logits`, else 1 − mean cosine.
+    """Yield a function from (sample, errors) to what is lost: KL in nats per token of `logits`, else 1 − mean cosine.
 
     Args:
         values: names of the values that errors may be added to.
@@ -82,7 +82,7 @@ def inject(
 
 
 def _vectors(outputs: Mapping[str, Floats]) -> Floats:
-    """What two encoders are compared by, see `onnxpress.runtime.sessions.pool`."""
+    """Pool what two encoders are compared by, see `onnxpress.runtime.sessions.pool`."""
     return pool(outputs)
 
 

@@ -1,4 +1,4 @@
-"""How long a unit takes in a format: measured once on a machine for each kind of unit, and kept.
+"""The time that a group takes in a format: measured once on a machine for each kind of group, and kept.
 
 A table is a JSON file that names its machine. One measured on a phone can be given to a search on a desk.
 
@@ -29,7 +29,7 @@ from onnxpress.errors import BadInputError, SourceNotFoundError, UnsupportedMode
 from onnxpress.optimizers.calibrated_pass import CalibratedPass
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.formats import FLOAT, Format
-from onnxpress.search.units import Unit
+from onnxpress.search.groups import Group
 
 TOKENS = (1, 128)
 """Rows of the inputs that are timed: a token that is generated, a prompt."""
@@ -48,12 +48,12 @@ class KernelTable:
     threads: int
     microseconds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
-    def get(self, unit: Unit, format: Format | None, tokens: int) -> float | None:
-        """What is known; `format` None is float32."""
-        return self.microseconds.get(kernel_of(format), {}).get(shape_of(unit), {}).get(str(tokens))
+    def get(self, group: Group, format: Format | None, tokens: int) -> float | None:
+        """Look up microseconds, None where they are not known; `format` None is float32."""
+        return self.microseconds.get(kernel_of(format), {}).get(shape_key(group), {}).get(str(tokens))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each kernel and shape."""
+        """List a row for each kernel and shape."""
         return [
             {"kernel": kernel, "shape": shape, **{f"{n} tokens, µs": round(time, 1) for n, time in times.items()}}
             for kernel, shapes in sorted(self.microseconds.items())
@@ -62,11 +62,12 @@ class KernelTable:
         ]
 
     def to_json(self) -> str:
+        """Write the text of the file."""
         return json.dumps(vars(self), indent=1, sort_keys=True) + "\n"
 
 
 def kernel_of(format: Format | None) -> str:
-    """The name of the kernels that a format ends in."""
+    """Name the kernels that a format ends in."""
     if format is None:
         return FLOAT
     return " + ".join(
@@ -79,14 +80,15 @@ def _without_fit(spec: PassSpec) -> PassSpec:
     return PassSpec(spec.name, {key: value for key, value in spec.options.items() if key not in FIT_OPTIONS})
 
 
-def shape_of(unit: Unit) -> str:
-    """`576x1536+576x1536`; with the table that a unit looks rows up in: `576x49152@49152x576`."""
-    products = "+".join(f"{inputs}x{outputs}" for inputs, outputs in unit.shapes)
-    return products + (f"@{unit.table[0]}x{unit.table[1]}" if unit.table else "")
+def shape_key(group: Group) -> str:
+    """`576x1536+576x1536`; with the table that a group looks rows up in: `576x49152@49152x576`."""
+    products = "+".join(f"{inputs}x{outputs}" for inputs, outputs in group.shapes)
+    return products + (f"@{group.table[0]}x{group.table[1]}" if group.table else "")
 
 
-def read_table(path: Path) -> KernelTable:
-    """A table that was given. Raises SourceNotFoundError, BadInputError."""
+def read_table(path: str | Path) -> KernelTable:
+    """Read a table that was given. Raises SourceNotFoundError, BadInputError."""
+    path = Path(path)
     if not path.is_file():
         raise SourceNotFoundError(f"no such kernel table: {path}", hint="measure one: onnxpress kernels MODEL -o FILE")
     try:
@@ -101,7 +103,7 @@ def read_table(path: Path) -> KernelTable:
 
 
 def host_table(folder: Path, threads: int | None) -> tuple[KernelTable, Path]:
-    """This machine's table as far as it was measured, and the file that it is kept in."""
+    """Return this machine's table as far as it was measured, and the file that it is kept in."""
     table = KernelTable(machine(), onnxruntime.__version__, threads or 0)
     name = f"{table.machine} onnxruntime {table.onnxruntime} threads {table.threads}"
     path = folder / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
@@ -110,45 +112,45 @@ def host_table(folder: Path, threads: int | None) -> tuple[KernelTable, Path]:
 
 def complete(
     table: KernelTable,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     formats: Sequence[Format],
     session_options: Mapping[str, str],
     threads: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> bool:
-    """Measure what a table lacks for these units and formats; whether there was anything to measure."""
-    kinds = {shape_of(unit): unit for unit in units}
-    wanted = {(kernel_of(one), shape): (one, unit) for one in (None, *formats) for shape, unit in kinds.items()}
+    """Measure what a table lacks for these groups and formats; return whether there was anything to measure."""
+    kinds = {shape_key(group): group for group in groups}
+    wanted = {(kernel_of(one), shape): (one, group) for one in (None, *formats) for shape, group in kinds.items()}
     missing = {key: pair for key, pair in wanted.items() if key[1] not in table.microseconds.get(key[0], {})}
-    for number, ((kernel, shape), (format, unit)) in enumerate(missing.items()):
-        table.microseconds.setdefault(kernel, {})[shape] = _measure(unit, format, session_options, threads)
+    for number, ((kernel, shape), (format, group)) in enumerate(missing.items()):
+        table.microseconds.setdefault(kernel, {})[shape] = _measure(group, format, session_options, threads)
         if progress is not None:
             progress(number + 1, len(missing))
     return bool(missing)
 
 
 def _measure(
-    unit: Unit, format: Format | None, session_options: Mapping[str, str], threads: int | None
+    group: Group, format: Format | None, session_options: Mapping[str, str], threads: int | None
 ) -> dict[str, float]:
-    """Microseconds by tokens; nothing where the format does not take this kind of unit."""
-    model = _stand_in(unit)
+    """Measure microseconds by tokens; nothing where the format does not take this kind of group."""
+    model = _stand_in(group)
     names = list(model.graph.initializers)
     if format is not None:
         with contextlib.suppress(UnsupportedModelError):
             for one in [_without_fit(spec).build() for spec in format.specs]:
                 if isinstance(one, CalibratedPass) and one.needs_samples:
-                    one.calibration = Calibration([_inputs(unit, TOKENS[-1])], threads=threads)
+                    one.calibration = Calibration([_inputs(group, TOKENS[-1])], threads=threads)
                 one.prepare_example(model)
                 one.call(model)
         if any(name in model.graph.initializers for name in names):
             return {}
     scratch = np.zeros(CACHE_BYTES // 8)
     with session_of(model, threads, session_options) as session:
-        return {str(n): 1e6 * _seconds(partial(session.run, None, _inputs(unit, n)), scratch) for n in TOKENS}
+        return {str(n): 1e6 * _seconds(partial(session.run, None, _inputs(group, n)), scratch) for n in TOKENS}
 
 
 def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
-    """The quickest of a few runs, each with the caches full of something else."""
+    """Time the quickest of a few runs, each with the caches full of something else."""
     call()
     found: list[float] = []
     while len(found) < 5 or (sum(found) < 0.1 and len(found) < 15):
@@ -159,8 +161,8 @@ def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
     return min(found)  # others disturb, none helps
 
 
-def _stand_in(unit: Unit) -> ir.Model:
-    """The unit with random weights."""
+def _stand_in(group: Group) -> ir.Model:
+    """Make the group with random weights."""
     generator = np.random.default_rng(0)
     weights: list[ir.Value] = []
 
@@ -171,15 +173,15 @@ def _stand_in(unit: Unit) -> ir.Model:
         return weights[-1]
 
     inputs = {
-        size: _value(f"x{size}", ir.DataType.FLOAT, (None, None, size)) for size in {shape[0] for shape in unit.shapes}
+        size: _value(f"x{size}", ir.DataType.FLOAT, (None, None, size)) for size in {shape[0] for shape in group.shapes}
     }
     nodes, table = [], None
-    if unit.table is not None:
-        table = constant("table", unit.table)
+    if group.table is not None:
+        table = constant("table", group.table)
         ids = _value("ids", ir.DataType.INT64, (None, None))
         nodes.append(ir.node("Gather", [table, ids]))
-    for number, shape in enumerate(unit.shapes):
-        if table is not None and unit.table == shape[::-1]:
+    for number, shape in enumerate(group.shapes):
+        if table is not None and group.table == shape[::-1]:
             nodes.append(ir.node("Transpose", [table], {"perm": [1, 0]}))
             weight = nodes[-1].outputs[0]
         else:
@@ -188,7 +190,7 @@ def _stand_in(unit: Unit) -> ir.Model:
     outputs = [node.outputs[0] for node in nodes if node.op_type != "Transpose"]
     for number, node in enumerate(nodes):
         node.outputs[0].name, node.outputs[0].type = f"y{number}", ir.TensorType(ir.DataType.FLOAT)
-    given = [*inputs.values(), *([ids] if unit.table is not None else [])]
+    given = [*inputs.values(), *([ids] if group.table is not None else [])]
     graph = ir.Graph(given, outputs, nodes=nodes, initializers=weights, opset_imports={"": 21}, name="kernels")
     return ir.Model(graph, ir_version=10)
 
@@ -197,12 +199,12 @@ def _value(name: str, dtype: ir.DataType, shape: tuple[int | None, ...]) -> ir.V
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _inputs(unit: Unit, tokens: int) -> dict[str, Any]:
+def _inputs(group: Group, tokens: int) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     feeds: dict[str, Any] = {
         f"x{size}": generator.standard_normal((1, tokens, size), dtype=np.float32)
-        for size in {shape[0] for shape in unit.shapes}
+        for size in {shape[0] for shape in group.shapes}
     }
-    if unit.table is not None:
-        feeds["ids"] = generator.integers(0, unit.table[0], (1, tokens))
+    if group.table is not None:
+        feeds["ids"] = generator.integers(0, group.table[0], (1, tokens))
     return feeds

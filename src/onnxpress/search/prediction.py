@@ -1,4 +1,4 @@
-"""From sums over units to what is measured of a whole model, mended whenever one was measured."""
+"""Predict what is measured of a whole model from sums over groups, mended whenever one was measured."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from onnxpress.build.gates import Gates
+from onnxpress.requests import Gates
 from onnxpress.search.assignment import Program
 
 MARGIN = 0.97
-"""Of what is allowed, what an assignment may use: measurements scatter."""
+"""The part of what is allowed that an assignment may use: measurements scatter."""
 
 
 UNLIKE = 2.0
@@ -32,16 +32,16 @@ class Prediction:
     loss_factor: float = 1.0
     cut_factor: float = 1.0
     size_rest: float = 0.0
-    """Bytes beside the units."""
+    """Bytes beside the groups."""
     parameters_rest: float = 0.0
-    """Parameters beside the units."""
+    """Parameters beside the groups."""
     latency_rest: float = 0.0
-    """Microseconds beside the units."""
+    """Microseconds beside the groups."""
     memory_rest: float = 0.0
     """Bytes of memory beside the weights."""
 
     def expected(self, program: Program) -> Program:
-        """The same choices, their losses as they are expected of a whole model."""
+        """Return the same choices, their losses as they are expected of a whole model."""
         choices = [
             replace(one, costs={**one.costs, "loss": self.loss_factor * one.costs["loss"]}) for one in program.choices
         ]
@@ -49,7 +49,7 @@ class Prediction:
         return Program(choices, cuts, program.most)
 
     def limits(self, gates: Gates) -> dict[str, float]:
-        """Upper bounds of the sums of expected costs, so that the gates hold."""
+        """Return upper bounds of the sums of expected costs, so that the gates hold."""
         found = {}
         if gates.max_loss is not None:
             found["loss"] = MARGIN * math.log1p(gates.max_loss)
@@ -88,14 +88,14 @@ class Prediction:
             self.memory_rest = found["peak_rss_bytes"] - found["size_bytes"]
 
     def distrust(self, cuts: bool) -> None:
-        """A mix, of cuts where it has any, destroyed the model: losses this large do not add up."""
+        """Take in that a mix, of cuts where it has any, destroyed the model: losses this large do not add up."""
         if cuts:
             self.cut_factor *= DISTRUST
         else:
             self.loss_factor *= DISTRUST
 
     def remarks(self) -> list[str]:
-        """What the user should know of how predictions fared."""
+        """Say what the user should know of how predictions fared."""
         if self.cut_factor <= UNLIKE:
             return []
         return [
@@ -104,7 +104,7 @@ class Prediction:
         ]
 
     def describe(self, name: str, total: float) -> str:
-        """A sum of expected costs as what it will be measured as, with its unit."""
+        """Describe a sum of expected costs as what it will be measured as, with its unit."""
         if name == "size":
             return f"a size of {(total + self.size_rest) / 1e6:.1f} MB"
         if name == "latency":

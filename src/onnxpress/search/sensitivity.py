@@ -1,10 +1,10 @@
-"""What a model loses, weighs and computes wrongly with one part in one format: each unit in each format, each block
-after each cut, each attention without each head.
+"""Measure what a model loses, weighs and computes wrongly with one part in one format: each group of products in each
+format, each block after each cut, each attention without each head.
 
-Every format of every unit is run by its real kernels on what the unit reads in the float model; its relative error is
+Every format of every group is run by its real kernels on what the group reads in the float model; its relative error is
 cheap to know. What an error does to the model's outputs is measured (see `injection`) for the coarsest of the formats
-that lose alike (see `Record.alike`). Errors of one unit add to the loss in proportion to their power, so that the other
-formats follow from the one with the nearest error; the errors of cuts and heads are no small ones, and each is
+that lose alike (see `TrialRecord.alike`). Errors of one group add to the loss in proportion to their power, so that the
+other formats follow from the one with the nearest error; the errors of cuts and heads are no small ones, and each is
 measured. Errors of different parts are taken to be independent: their losses add up. `budget` measures how far that is
 off.
 """
@@ -27,9 +27,9 @@ from onnxpress.calibration.samples import feed_of
 from onnxpress.calibration.walk import Step, Walk
 from onnxpress.optimizers.quantization.activation_error import TINY
 from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
+from onnxpress.search.groups import Group, Part, part_model
 from onnxpress.search.injection import Errors, inject
-from onnxpress.search.records import Record, Records
-from onnxpress.search.units import Part, Unit, part_model
+from onnxpress.search.trial_records import TrialRecord, TrialRecords
 
 Lost = Callable[[int, Errors], float]
 Arrays = dict[str, NDArray[Any]]
@@ -37,12 +37,12 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A unit in a format, a block after a cut, or an attention without a head."""
+    """A part in a format: a group of products in one, a block after a cut, or an attention without a head."""
 
-    unit: str
+    part: str
     format: str
     nbytes: int
-    """Of its constants."""
+    """The bytes of its constants."""
     error: float
     """|Δy|² / |y|² of what it makes, averaged over tokens."""
     loss: float
@@ -50,26 +50,26 @@ class Measurement:
     measured: bool
     """Whether the loss was measured; otherwise it follows from the error."""
     left: Shapes = field(default_factory=dict)
-    """Of the units of a block that a cut made smaller, what is left: (inputs, outputs) of each product."""
+    """What is left of the groups of a block that a cut made smaller: (inputs, outputs) of each product."""
 
 
 @dataclass(frozen=True)
-class Samples:
+class TrialInputs:
     """Inputs of a graph, each one run."""
 
     fit: Sequence[Feeds]
-    """That formats are fitted to."""
+    """What formats are fitted to."""
     judge: Sequence[Feeds]
-    """That they are judged by: none of those above."""
+    """What they are judged by: none of those above."""
 
 
 def measure(
     model: ir.Model,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     formats: Sequence[Format],
-    samples: Samples,
+    samples: TrialInputs,
     *,
-    sites: Sequence[Part] = (),
+    others: Sequence[Part] = (),
     cuts: Sequence[Format] = (),
     session_options: Mapping[str, str],
     every: bool = False,
@@ -77,13 +77,14 @@ def measure(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Measure units of a graph in all formats, and blocks after all cuts.
+    """Measure groups of a graph in all formats, and blocks after all cuts.
 
     Float32 is always one of the formats, and costs nothing but its bytes.
 
     Args:
-        units: see `units.find_units`.
-        sites: blocks, see `cuts.find_sites`, or `heads.find_attention_outputs`; `cuts` are tried on them.
+        groups: see `groups.find_groups`.
+        others: blocks, see `block_cuts.find_candidates`, or `head_removal.find_attention_outputs`; `cuts` are tried
+            on them.
         every: measure the loss of every format, not only of the coarsest of those that lose alike.
         folder: where results are kept, by model and samples; a measurement that was killed, or asks for more formats,
             goes on from there.
@@ -94,8 +95,11 @@ def measure(
     every_sample = [*samples.fit, *samples.judge]
     walk = Walk(model, every_sample, feed="original", threads=threads)
     method = f"parts {sorted(session_options.items())} {len(samples.judge)}"
-    records = Records(folder / f"{fingerprint(model, every_sample, method)}.jsonl" if folder else None)
-    tried: list[tuple[Part, Sequence[Format]]] = [*((unit, formats) for unit in units), *((s, cuts) for s in sites)]
+    records = TrialRecords(folder / f"{fingerprint(model, every_sample, method)}.jsonl" if folder else None)
+    tried: list[tuple[Part, Sequence[Format]]] = [
+        *((group, formats) for group in groups),
+        *((part, cuts) for part in others),
+    ]
     left = {part.name: (part, kinds) for part, kinds in tried if not _is_known(part, kinds, records, every)}
     if left:
         outputs = dict.fromkeys(value for part, _ in left.values() for value in part.outputs)
@@ -105,8 +109,8 @@ def measure(
                     inputs = _inputs(step, part)
                     types = {name: ir.DataType.from_numpy(array.dtype) for name, array in inputs[0].items()}
                     alone = part_model(model, part, types)
-                    lab = _Lab(part, alone, inputs, len(samples.fit), session_options, threads, lost)
-                    lab.examine(kinds, records, every)
+                    trials = _PartTrials(part, alone, inputs, len(samples.fit), session_options, threads, lost)
+                    trials.examine(kinds, records, every)
                     del left[part.name]
                     if progress is not None:
                         progress(len(tried) - len(left), len(tried))
@@ -115,15 +119,15 @@ def measure(
     return [row for part, kinds in tried for row in _rows(part, kinds, records)]
 
 
-def _is_known(part: Part, formats: Sequence[Format], records: Records, every: bool) -> bool:
-    """Whether nothing about a part is left to measure."""
+def _is_known(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> bool:
+    """Tell whether nothing about a part is left to measure."""
     return all(records.get(part.name, one) for one in formats) and not _unmeasured(part, formats, records, every)
 
 
-def _unmeasured(part: Part, formats: Sequence[Format], records: Records, every: bool) -> list[Format]:
-    """The formats whose losses have to be measured and are not: the coarsest of those that lose alike, or every one."""
+def _unmeasured(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> list[Format]:
+    """List the formats whose losses are still to be measured: the coarsest of those that lose alike, or every one."""
     known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
-    chosen: list[tuple[Format, Record]] = []
+    chosen: list[tuple[Format, TrialRecord]] = []
     for one, record in sorted(known, key=lambda pair: -pair[1].error):
         if every or not one.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
             chosen.append((one, record))
@@ -131,7 +135,7 @@ def _unmeasured(part: Part, formats: Sequence[Format], records: Records, every: 
 
 
 @dataclass
-class _Lab:
+class _PartTrials:
     """One part, what it reads, and the means to run it."""
 
     part: Part
@@ -143,7 +147,7 @@ class _Lab:
     threads: int | None
     lost: Lost
 
-    def examine(self, formats: Sequence[Format], records: Records, every: bool) -> None:
+    def examine(self, formats: Sequence[Format], records: TrialRecords, every: bool) -> None:
         """Find out and record what is not known yet."""
         fit, judge = self.inputs[: self.fit_count], self.inputs[self.fit_count :]
         calibration = Calibration(fit, threads=self.threads, memory={})
@@ -161,11 +165,11 @@ class _Lab:
             if records.get(self.part.name, one) is None:
                 after = trial(one)
                 if after is None:
-                    records.add(Record(self.part.name, one.key, -1))
+                    records.add(TrialRecord(self.part.name, one.key, -1))
                 else:
                     errors = relative_errors(before.outputs, after.outputs)
                     mean, peak = float(errors.mean()), float(errors.max())
-                    records.add(Record(self.part.name, one.key, after.nbytes, mean, peak, left=after.left))
+                    records.add(TrialRecord(self.part.name, one.key, after.nbytes, mean, peak, left=after.left))
         for one in _unmeasured(self.part, formats, records, every):
             after, record = trial(one), records.get(self.part.name, one)
             assert after is not None
@@ -173,14 +177,14 @@ class _Lab:
             records.add(replace(record, loss=self._loss(before, after)))
 
     def _loss(self, before: Trial, after: Trial) -> float:
-        """The mean of all samples."""
+        """Average the loss over all samples."""
         losses = []
         for number, (expected, found) in enumerate(zip(before.outputs, after.outputs, strict=True)):
             losses.append(self.lost(number, {name: found[name] - expected[name] for name in expected}))
         return sum(losses) / len(losses)
 
 
-def _rows(part: Part, formats: Sequence[Format], records: Records) -> Iterator[Measurement]:
+def _rows(part: Part, formats: Sequence[Format], records: TrialRecords) -> Iterator[Measurement]:
     """Losses that were not measured follow from the one that was with the nearest error, of formats that lose alike."""
     yield Measurement(part.name, FLOAT, 4 * part.parameters, 0.0, 0.0, measured=True)
     found = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
@@ -194,18 +198,18 @@ def _rows(part: Part, formats: Sequence[Format], records: Records) -> Iterator[M
         yield Measurement(part.name, one.name, record.nbytes, record.error, loss, measured, record.left)
 
 
-def _distance(one: Record, other: Record) -> float:
+def _distance(one: TrialRecord, other: TrialRecord) -> float:
     return abs(math.log(max(one.error, TINY) / max(other.error, TINY)))
 
 
 def _is_complete(part: Part, step: Step, model: ir.Model) -> bool:
-    """Whether all that a part reads is at hand."""
+    """Tell whether all that a part reads is at hand."""
     inputs = {str(value.name) for value in model.graph.inputs}
     return all(name in step.values or name in inputs for name in part.inputs)
 
 
 def _inputs(step: Step, part: Part) -> list[Arrays]:
-    """What a part reads of each sample, in the order of its inputs."""
+    """Collect what a part reads of each sample, in the order of its inputs."""
     walk = step.walk
     given = {str(value.name): value for value in walk.model.graph.inputs if value.name in part.inputs}
     found = [{name: feed_of(value, sample) for name, value in given.items()} for sample in walk.samples]

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.layers.trace import trace
-from onnxpress.exporter.tracing.record import CannotRecord
+from onnxpress.exporter.tracing.recorder import CannotRecord
 
 F, N, B = torch.float32, torch.int64, torch.bool
 TRACED = {"a": 5, "b": 7, "c": 11, "past_d": 3}

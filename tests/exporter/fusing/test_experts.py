@@ -19,11 +19,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from onnxpress.exporter import architectures
 from onnxpress.exporter.fusing import recognise
 from onnxpress.exporter.layers.traced import on_meta
-from onnxpress.exporter.sources.binding import ConvertedTensor, bind
 from onnxpress.exporter.sources.checkpoint import load_folder
-from onnxpress.exporter.sources.weights import ArrayTensor, FileTensor
-from onnxpress.exporter.tracing import lowering
+from onnxpress.exporter.sources.parameters import ConvertedTensor, match_parameters
+from onnxpress.exporter.tracing.binding import bind
+from onnxpress.exporter.tracing.lowering import PLACEHOLDERS
 from onnxpress.graph.io import save_graph
+from onnxpress.graph.tensors import ArrayTensor, FileTensor
 from onnxpress.optimizers.fusion.clean_up import CleanUp
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOSEN = 4, 64, 32, 33, 2
@@ -78,7 +79,7 @@ def placeholder(normalized: int) -> ir.Model:
     two = ir.Value(name="two", const_value=ir.tensor(np.float32(2), name="two"), shape=ir.Shape(()), type=floats)
     twice = ir.node("Mul", [x, two])
     attributes = {"k": CHOSEN, "normalized": normalized}
-    mixture = ir.node("Experts", [twice.outputs[0], logits, gate_up, down], attributes, domain=lowering.LINEAR_DOMAIN)
+    mixture = ir.node("Experts", [twice.outputs[0], logits, gate_up, down], attributes, domain=PLACEHOLDERS)
     for node in (twice, mixture):
         node.outputs[0].shape, node.outputs[0].type = x.shape, floats
     mixture.outputs[0].name = "y"
@@ -87,7 +88,7 @@ def placeholder(normalized: int) -> ir.Model:
         [mixture.outputs[0]],
         nodes=[twice, mixture],
         initializers=[gate_up, down, two],
-        opset_imports={"": 21, lowering.LINEAR_DOMAIN: 1},
+        opset_imports={"": 21, PLACEHOLDERS: 1},
     )
     return ir.Model(graph, ir_version=10)
 
@@ -114,7 +115,7 @@ def test_the_operator_computes_the_mixture(normalized: int, cleaned: bool, level
     gate_up, down = normal(EXPERTS, 2 * INNER, HIDDEN) * 0.1, normal(EXPERTS, HIDDEN, INNER) * 0.1
     x, logits = normal(TOKENS, HIDDEN), normal(TOKENS, EXPERTS)
     model = placeholder(normalized)
-    lowering.bind(model, {"gate_up": ArrayTensor("gate_up", gate_up), "down": ArrayTensor("down", down)})
+    bind(model, {"gate_up": ArrayTensor("gate_up", gate_up), "down": ArrayTensor("down", down)})
     if cleaned:
         CleanUp()(model)
     assert [node.op_type for node in model.graph] == ["Mul", "MoE", "Where"]
@@ -133,7 +134,9 @@ def test_experts_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     config = mixtral()
     from transformers import MixtralForCausalLM
 
-    source = bind(on_meta(MixtralForCausalLM, config), checkpoint.tensors)["model.layers.1.mlp.experts.gate_up_proj"]
+    source = match_parameters(on_meta(MixtralForCausalLM, config), checkpoint.tensors)[
+        "model.layers.1.mlp.experts.gate_up_proj"
+    ]
     assert isinstance(source, ConvertedTensor)
     whole = source.numpy()
     read: list[str] = []

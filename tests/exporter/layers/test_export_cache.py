@@ -14,7 +14,7 @@ from onnxpress.artifact.artifact import Source
 from onnxpress.exporter import architectures, parity
 from onnxpress.exporter import trace_checkpoint as tracing
 from onnxpress.exporter.export import export
-from onnxpress.exporter.layers import export_cache as blueprint
+from onnxpress.exporter.layers import export_cache
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
 from onnxpress.graph.io import save_graph
 
@@ -62,24 +62,24 @@ print("torch" in sys.modules)
 
 def test_the_key_holds_all_that_matters(tmp_path: Path) -> None:
     one = checkpoint(tmp_path / "first")
-    key = blueprint.key(one, None, None)
-    assert key == blueprint.key(replace(one, source=Source("elsewhere", "hub")), None, None)
+    key = export_cache.entry_key(one, None, None)
+    assert key == export_cache.entry_key(replace(one, source=Source("elsewhere", "hub")), None, None)
     others = [
-        blueprint.key(one, "text-generation", None),
-        blueprint.key(one, None, 32),
-        blueprint.key(replace(one, config={**one.config, "rms_norm_eps": 1e-3}), None, None),
-        blueprint.key(replace(one, tensors=dict(list(one.tensors.items())[1:])), None, None),
+        export_cache.entry_key(one, "text-generation", None),
+        export_cache.entry_key(one, None, 32),
+        export_cache.entry_key(replace(one, config={**one.config, "rms_norm_eps": 1e-3}), None, None),
+        export_cache.entry_key(replace(one, tensors=dict(list(one.tensors.items())[1:])), None, None),
     ]
     assert len({key, *others}) == 5
-    assert blueprint.key(replace(one, trust_remote_code=True), None, None) is None
+    assert export_cache.entry_key(replace(one, trust_remote_code=True), None, None) is None
 
 
-def test_a_damaged_blueprint_is_traced_again(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_traced_again(tmp_path: Path) -> None:
     one = checkpoint(tmp_path / "first")
     export(one)
-    (kept,) = (tmp_path / "cache" / "blueprints").iterdir()
+    (kept,) = (tmp_path / "cache" / "exports").iterdir()
     (kept / "model.onnx").write_bytes(b"\x08")
-    facts = json.loads((kept / "blueprint.json").read_text())
+    facts = json.loads((kept / "entry.json").read_text())
     assert facts["described"]["method"] == "fused"
     assert export(one).export["method"] == "fused"
     assert (kept / "model.onnx").stat().st_size > 1000

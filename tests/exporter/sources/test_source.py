@@ -24,8 +24,8 @@ from onnxpress.errors import (
     UsageError,
 )
 from onnxpress.exporter.export import export
-from onnxpress.exporter.sources.binding import bind
-from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve
+from onnxpress.exporter.sources.parameters import match_parameters
+from onnxpress.exporter.sources.source import Checkpoint, OnnxSource, resolve_source
 from onnxpress.models.catalog import Pooling
 
 SIZES = {
@@ -67,7 +67,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def refused(error: type[OnnxpressError], model: object, match: str, **options: Any) -> OnnxpressError:
     with pytest.raises(error, match=match) as caught:
-        resolve(str(model), **options)
+        resolve_source(str(model), **options)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert caught.value.hint
@@ -75,13 +75,13 @@ def refused(error: type[OnnxpressError], model: object, match: str, **options: A
 
 
 def checkpoint(model: object, **options: Any) -> Checkpoint:
-    found = resolve(str(model), **options)
+    found = resolve_source(str(model), **options)
     assert isinstance(found, Checkpoint)
     return found
 
 
 def onnx_source(model: object) -> OnnxSource:
-    found = resolve(str(model))
+    found = resolve_source(str(model))
     assert isinstance(found, OnnxSource)
     return found
 
@@ -179,7 +179,7 @@ def test_wrong_shape_shows_when_bound(folder: Path) -> None:
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(found.folder))
     with pytest.raises(CorruptFileError, match=r"has shape .* requires"):
-        bind(model, found.tensors)
+        match_parameters(model, found.tensors)
 
 
 def test_nan_weights(folder: Path) -> None:
@@ -187,9 +187,9 @@ def test_nan_weights(folder: Path) -> None:
     arrays["model.norm.weight"][3] = np.nan
     save_file(arrays, folder / "model.safetensors")
     tensors = checkpoint(folder).tensors
-    tensors["lm_head.weight"].lazy("head").numpy()
+    tensors["lm_head.weight"].checked("head").numpy()
     with pytest.raises(CorruptFileError, match=r"weight norm holds NaN or infinity \(1 of 32 "):
-        tensors["model.norm.weight"].lazy("norm").numpy()
+        tensors["model.norm.weight"].checked("norm").numpy()
 
 
 def test_unknown_architecture(folder: Path) -> None:

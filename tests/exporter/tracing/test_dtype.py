@@ -18,7 +18,7 @@ from onnxpress.exporter import architectures
 from onnxpress.exporter.export import export
 from onnxpress.exporter.parity import differences
 from onnxpress.exporter.sources.checkpoint import Checkpoint, load_folder
-from onnxpress.exporter.tracing.lowering import WeightType
+from onnxpress.exporter.tracing.binding import WeightType
 from onnxpress.graph.io import load_graph, save_graph
 
 FLOAT, HALF, BRAIN = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -130,9 +130,9 @@ def test_the_exporter_of_transformers_writes_float32_only(
     llama: tuple[Checkpoint, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxpress.exporter import trace_checkpoint as tracing
-    from onnxpress.exporter.layers import export_cache as blueprint
+    from onnxpress.exporter.layers.export_cache import TracedCheckpoint
 
-    known = blueprint.Blueprint(
+    known = TracedCheckpoint(
         "feature-extraction", {"model": ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)}, {}, {"method": "fallback"}
     )
     monkeypatch.setattr(tracing, "trace_checkpoint", lambda *_: known)

@@ -100,7 +100,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize("name", architectures.architecture_names())
 def test_a_checkpoint_or_the_reason_why_not(
     exported: Callable[..., Exported], tmp_path: Path, name: str, reduction: str
 ) -> None:

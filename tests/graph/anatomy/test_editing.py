@@ -16,7 +16,7 @@ from onnxpress.graph.anatomy.editing import (
     keep_weight,
     read_weight,
     require_editable,
-    select,
+    select_part,
     set_bias,
     set_heads,
     set_weight,
@@ -102,4 +102,4 @@ def test_selected_rows_and_columns(rows: list[int] | None, columns: list[int] | 
     picked = [None if one is None else np.array(one, np.int64) for one in (rows, columns)]
     expected = matrix if picked[0] is None else matrix[picked[0]]
     expected = expected if picked[1] is None else expected[:, picked[1]]
-    np.testing.assert_array_equal(select(ir.tensor(matrix), *picked).numpy(), expected)
+    np.testing.assert_array_equal(select_part(ir.tensor(matrix), *picked).numpy(), expected)

@@ -17,8 +17,8 @@ from onnxpress.errors import UnsupportedModelError, UsageError
 from onnxpress.graph.anatomy import anatomy_of
 from onnxpress.graph.anatomy.editing import read_weight, set_bias, set_weight
 from onnxpress.graph.conventions import LAYERS, MODULE
+from onnxpress.graph.edits import add_constant
 from onnxpress.graph.io import copy_graph
-from onnxpress.graph.linear import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.compatibility import layer_weights
 from onnxpress.optimizers.depth.reduce_depth import ReduceDepth

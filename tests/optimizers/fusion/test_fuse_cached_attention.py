@@ -10,7 +10,7 @@ import pytest
 from onnx_ir.passes import common
 
 from onnxpress.errors import UnsupportedModelError
-from onnxpress.graph.anatomy.editing import spelled_out
+from onnxpress.graph.anatomy.editing import decomposed_attention_error
 from onnxpress.graph.anatomy.roles import NOT_FUSED
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.fusion.clean_up import CleanUp
@@ -128,7 +128,7 @@ def test_masks_that_the_operator_would_add_to(graph: Any, reason: str) -> None:
     softmax = next(node for node in model.graph if node.op_type == "Softmax")
     assert softmax.metadata_props[NOT_FUSED] == reason
     with pytest.raises(UnsupportedModelError, match="could not be fused: its"):
-        raise spelled_out("layer 0", softmax)
+        raise decomposed_attention_error("layer 0", softmax)
 
 
 def test_a_window_stays_in_the_mask(graph: Any, run: Any, rng: np.random.Generator) -> None:

@@ -14,7 +14,7 @@ import pytest
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import CorruptFileError, UnsupportedModelError, UsageError
 from onnxpress.graph.io import save_graph
-from onnxpress.graph.storage import encode
+from onnxpress.graph.storage import encode_weights
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 from onnxpress.optimizers.quantization.quantize_blocks import QuantizeBlocks
@@ -119,7 +119,7 @@ b.weight.scales)
         """,
         tolerance=5,
     )
-    encode(found.model)
+    encode_weights(found.model)
     halves = [f"{weight}.weight.{part}" for weight in "ab" for part in ("scales", "offsets")]
     casts = [f"{name}/float32 = Cast[to=1]({name})" for name in halves]
     assert listing(found.model).splitlines()[: len(casts)] == casts

@@ -15,6 +15,7 @@ from onnxpress.exporter import architectures
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat
 from onnxpress.optimizers.quantization.maths.least_squares import round_to_nearest
 from onnxpress.optimizers.quantization.quantize_experts import QuantizeExperts
+from onnxpress.requests import Judging
 
 Graph = Callable[..., ir.Model]
 Run = Callable[..., list[np.ndarray]]
@@ -85,7 +86,7 @@ def test_a_model_is_built_and_verified(architecture: str, tmp_path: Path, monkey
     architectures.tiny_model(architecture, tmp_path / "model")
     exported = pipeline.export(str(tmp_path / "model"), output=tmp_path / "exported")
     result = pipeline.optimize(
-        str(exported.path), passes=["quantize-experts"], output=tmp_path / "out", benchmark=False
+        str(exported.path), recipe=["quantize-experts"], output=tmp_path / "out", judging=Judging(benchmark=False)
     )
     assert sum(result.steps[-1].matched.values()) == 4
     assert result.manifest.metrics["kl"] < 0.01

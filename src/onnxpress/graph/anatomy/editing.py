@@ -12,13 +12,14 @@ from onnxpress.arrays import Floats
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Anatomy, Attention, Block, Product
 from onnxpress.graph.anatomy.roles import FUSED, NOT_FUSED
-from onnxpress.graph.linear import add_constant, is_shared, match_linear, read_rows
+from onnxpress.graph.edits import add_constant
+from onnxpress.graph.linear import is_shared, match_linear, read_rows
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 
 Tensor = ir.TensorProtocol | NDArray[np.floating]
 
 QK_NORM = "QK-norm"
-"""What errors call a norm of queries and keys, across which heads cannot be mixed, whoever exported the graph."""
+"""The name in errors of a norm of queries and keys, across which heads cannot be mixed, whoever exported the graph."""
 QK_NORM_HINT = "prune-ffn, reduce-depth and low-rank take models with QK-norm"
 PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
@@ -68,7 +69,7 @@ def keep_weight(product: Product, inputs: NDArray[np.int64] | None, outputs: NDA
     tensor = product.weight.const_value
     assert tensor is not None
     rows, columns = (outputs, inputs) if linear.transposed else (inputs, outputs)
-    _put(product.weight, select(tensor, rows, columns))
+    _put(product.weight, select_part(tensor, rows, columns))
     if outputs is not None and product.bias is not None:
         bias = product.bias.const_value
         assert bias is not None
@@ -82,7 +83,7 @@ def columns_of(product: Product, outputs: NDArray[np.int64] | None) -> tuple[ir.
     assert linear is not None
     assert tensor is not None
     weight: ir.TensorProtocol = (
-        _transposed(select(tensor, outputs, None)) if linear.transposed else select(tensor, None, outputs)
+        _transposed(select_part(tensor, outputs, None)) if linear.transposed else select_part(tensor, None, outputs)
     )
     if product.bias is None:
         return weight, None
@@ -118,7 +119,7 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
     """
     node = attention.node
     if node.op_type not in FUSED:
-        raise spelled_out(f"attention {node.name!r}", node)
+        raise decomposed_attention_error(f"attention {node.name!r}", node)
     if node.op_type == "MultiHeadAttention" and attention.kv_heads not in (None, attention.heads):
         raise UnsupportedModelError(
             f"attention {node.name!r} reads {attention.kv_heads} heads of keys that are repeated for {attention.heads} "
@@ -138,8 +139,8 @@ def set_heads(attention: Attention, heads: int, kv_heads: int, head_dim: int) ->
             value.shape = ir.Shape([value.shape[0], kv_heads, value.shape[2], head_dim])
 
 
-def spelled_out(where: str, node: ir.Node) -> UnsupportedModelError:
-    """Refuses an attention that is no operator of its own, with what kept fuse-foreign from making it one."""
+def decomposed_attention_error(where: str, node: ir.Node) -> UnsupportedModelError:
+    """The error for an attention that is no operator of its own, with what kept fuse-foreign from making it one."""
     reason = node.metadata_props.get(NOT_FUSED)
     if reason is None:
         return UnsupportedModelError(
@@ -165,7 +166,9 @@ def forget_block_shapes(block: Block) -> None:
                 output.shape = None
 
 
-def select(tensor: ir.TensorProtocol, rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None) -> RowTensor:
+def select_part(
+    tensor: ir.TensorProtocol, rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None
+) -> RowTensor:
     """Rows and columns of a matrix, read when they are written; None takes all."""
     shape = concrete_shape(tensor)
     read = rows_of(tensor)

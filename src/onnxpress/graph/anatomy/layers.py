@@ -36,7 +36,7 @@ NORMS = frozenset(
 )
 
 QUANTIZERS = frozenset({"Abs", "Div", "DynamicQuantizeLinear", "Max", "QuantizeLinear", "ReduceMax"})
-"""What prepares an activation for an integer product goes with the product, as do nodes named after a part of one."""
+"""Operators that prepare an activation for an integer product; they go with it, as nodes named after parts do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Segment:
     """In graph order."""
 
     def inputs(self) -> list[ir.Value]:
-        """What it reads from outside, in order of use: graph inputs and values of earlier segments, no weights."""
+        """Values that it reads from outside, in order of use: inputs and values of earlier segments, no weights."""
         inside = {output for node in self.nodes for output in node.outputs}
         seen: dict[ir.Value, None] = {}
         for node in self.nodes:
@@ -152,7 +152,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, bodies of loops and branches included."""
+    """The values that a node reads, bodies of loops and branches included."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         graphs = (
@@ -176,7 +176,7 @@ class _Places:
         self.graph, self.numbers, self.afters = graph, numbers, afters
         self.places: dict[ir.Node, int] = {}
         self.sources: dict[ir.Value, frozenset[ir.Value]] = {}
-        """Of a value computed from weights alone: these weights."""
+        """The weights that a value is computed from, where it is from weights alone."""
         self.readers: dict[ir.Value, set[int]] = {}
         """Segments that read a weight, as far as the walk has come."""
         self.needed = self._needed_by_layers()

@@ -15,7 +15,7 @@ from onnxpress.graph.tensors import concrete_shape
 __all__ = ["Anatomy", "Attention", "Block", "Embedding", "FeedForward", "anatomy_of"]
 
 _VIEWS = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"})
-"""What a table may pass on its way to the lookup: codes are dequantized, or seen in another shape."""
+"""Operators that a table may pass on its way to the lookup: codes are dequantized, or seen in another shape."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Block:
 
     segment: Segment
     inputs: tuple[ir.Value, ...]
-    """What it reads from outside: hidden states, masks, positions, rotary tables, the cache."""
+    """The values that it reads from outside: hidden states, masks, positions, rotary tables, the cache."""
     hidden: tuple[ir.Value, ...]
     """Of these, the hidden states that the layer before made, or the embeddings for the first; one value, or two where
     the first norm also adds the residual."""
@@ -61,7 +61,7 @@ class Anatomy:
     segments: tuple[Segment, ...]
     """All nodes, in an order in which they can run."""
     blocks: tuple[Block, ...]
-    """Of all stacks of layers, in the order of `segments`."""
+    """Those of all stacks of layers, in the order of `segments`."""
     embeddings: tuple[Embedding, ...]
     final_norms: tuple[ir.Node, ...]
     head: Product | None

@@ -42,7 +42,7 @@ class Product:
 
     @property
     def name(self) -> str:
-        """Of the weight: `model.layers.0.mlp.up_proj.weight`, followed by a suffix such as `.q4b32` once quantized."""
+        """The weight's: `model.layers.0.mlp.up_proj.weight`, followed by a suffix such as `.q4b32` once quantized."""
         return str(self.weight.name)
 
 
@@ -102,7 +102,7 @@ def _float_product(node: ir.Node) -> Product | None:
 
 
 def _before_codes(value: ir.Value) -> ir.Value | None:
-    """What was quantized to make `value`: codes, or codes that were dequantized again."""
+    """The value that was quantized to make `value`: codes, or codes that were dequantized again."""
     node = value.producer()
     if is_op(node, "DequantizeLinear"):
         assert node is not None
@@ -146,7 +146,7 @@ def _product(
 
 
 def _with_parts(output: ir.Value) -> ir.Value:
-    """What a product makes, plus its offsets or the share of its outliers, which are a small product of their own."""
+    """The result of a product, plus its offsets or its outliers, which are a small product of their own."""
     add = only_reader(output)
     part = producer(other_input(add, output), "MatMul") if add is not None and is_op(add, "Add") else None
     weight = part.inputs[1] if part is not None else None

@@ -1,4 +1,4 @@
-"""What the products of a layer are for, found by following the data, not by their names."""
+"""The roles of the products of a layer, found by following the data, not by their names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FUSED = {
 }
 """Operators whose inputs 0, 1, 2 are query, key and value, and the attribute with the number of query heads."""
 NOT_FUSED = "onnxpress.not_fused"
-"""Where a Softmax says why fuse-foreign left its attention spelled out."""
+"""Where a Softmax says why fuse-foreign left its attention decomposed."""
 ROTARY_INPUTS = (7, 8)
 """GroupQueryAttention's tables of cosines and sines."""
 ACTIVATIONS = frozenset(
@@ -47,7 +47,7 @@ class Attention:
     """One attention of a layer."""
 
     node: ir.Node
-    """The fused operator, or the Softmax of attention that is spelled out."""
+    """The fused operator, or the Softmax of attention that is decomposed."""
     query: Product
     key: Product | None
     value: Product | None
@@ -57,7 +57,7 @@ class Attention:
     heads: int | None
     kv_heads: int | None
     head_dim: int | None
-    """None where attention is spelled out and no shape tells."""
+    """None where attention is decomposed and no shape tells."""
     rotary: tuple[ir.Value, ir.Value] | None
     """Tables of cosines and sines [positions, rotated / 2], where queries and keys are rotated by a fused operator."""
 
@@ -272,7 +272,7 @@ def _heads(
 
 
 def _head_size(states: ir.Value, query: Product) -> int | None:
-    """head_dim of queries [batch, heads, length, head_dim] that are spelled out: as their shape tells, or the first
+    """head_dim of queries [batch, heads, length, head_dim] that are decomposed: as their shape tells, or the first
     Reshape of what the projection makes."""
     if states.shape is not None and len(states.shape) == 4 and isinstance(states.shape[-1], int):
         return states.shape[-1]

@@ -1,0 +1,294 @@
+"""The graphs of one build on their way through the passes.
+
+Every step writes its graph to the work folder and goes on from the file: what is measured is what is on disk, and
+memory holds a few tensors, never the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import onnx_ir as ir
+
+from onnxpress.arrays import Feeds
+from onnxpress.artifact import folder as artifact_folder
+from onnxpress.artifact.artifact import Artifact, Step
+from onnxpress.artifact.reduced_config import reduced_config, renewed
+from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
+from onnxpress.artifact.structure_changes import compare
+from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.calibration.calibration import Calibration
+from onnxpress.calibration.data import calibration_folder
+from onnxpress.errors import NothingMatchedError, OnnxpressError, VerificationError
+from onnxpress.evaluation.evaluate import Evaluation
+from onnxpress.graph.conventions import DECODER, DECODER_WITH_PAST
+from onnxpress.graph.io import load_graph, save_graph
+from onnxpress.graph.report import Report
+from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.calibrated_pass import CalibratedPass
+from onnxpress.optimizers.fusion.last_logits import LastLogits
+from onnxpress.optimizers.recipe import PassSpec
+from onnxpress.progress import Progress
+from onnxpress.runtime.memory import give_back
+from onnxpress.runtime_profiles.profile import Profile
+from onnxpress.vocabulary.trimming import trimming
+
+if TYPE_CHECKING:
+    from onnxpress.exporter.sources.checkpoint import Checkpoint
+
+
+ONNX_ONLY = "ONNX only: "
+"""What notes begin with that say why no configuration can tell the structure."""
+
+
+class Mark(NamedTuple):
+    """A state of the work."""
+
+    artifact: Artifact
+    current: Mapping[str, Path]
+    lossy: bool
+    home: Path
+    structure: Structure | None
+    floats: Mapping[str, Path] | None
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Work:
+    """Graphs as files, what they are measured against, and the steps so far."""
+
+    folder: Path
+    """For intermediate files; it goes away."""
+    artifact: Artifact
+    """As it came, plus a Step for everything that was done since."""
+    profile: Profile
+    data: Data
+    threads: int | None
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: a fallback, something that the target minds."""
+    reference: Mapping[str, Path] = field(init=False)
+    """The graphs that quality is measured against, by stem."""
+    current: Mapping[str, Path] = field(init=False)
+    meter: Meter = field(init=False)
+    home: Path = field(init=False)
+    """The folder of the current graphs' companions; a pass that changes these begins another."""
+    lossy: bool = False
+    """Whether a pass before was not exact."""
+    structure: Structure | None = field(init=False)
+    """Of the float graphs; None where no layers are recognised."""
+    floats: Mapping[str, Path] | None = field(init=False)
+    """The graphs as they were last while every product was a float one under its own name."""
+    samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)
+    """Inputs for passes that look at activations: for each graph, by rows and length that a pass asked for."""
+
+    def __post_init__(self) -> None:
+        """Write the graphs as they came."""
+        self.home = self.folder
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
+        not_fused = self.artifact.export.get("not_fused", {})
+        self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
+        self.reference = self.current = self._save(self.artifact.graphs, "exporting")
+        self.meter = Meter(self.reference, self.data, self.threads, dict(self.profile.session_options))
+        self.structure = read_structure(self.artifact.graphs.values()) if _is_float(self.artifact.graphs) else None
+        self.floats = self.current if self.structure is not None else None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.artifact.history
+
+    def check_export(self, step: Step, checkpoint: Checkpoint) -> None:
+        """Verify against torch what `step` exported, if memory holds the checkpoint. Raises VerificationError."""
+        metrics: Mapping[str, float] = {}
+        needed = 4 * sum(tensor.size for tensor in checkpoint.tensors.values())
+        if needed > available_memory() / 2:
+            self.notes.append(
+                f"the export was not verified against torch: the checkpoint takes {needed / 1e9:.0f} GB of memory"
+            )
+        else:
+            with self.progress.stage("verifying the export against the checkpoint"):
+                rounded = bool(self.artifact.export.get("rounded"))
+                metrics = self.meter.check_export(checkpoint, self.artifact.task, exact=not rounded)
+            give_back()
+        self.record(replace(step, metrics=metrics))
+
+    def apply(self, spec: PassSpec, one: Pass, kept: list[Calibration] | None = None) -> None:
+        """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError.
+
+        kept: takes the calibrations whose files the pass still needs, to be discarded by the caller.
+        """
+        began = time.perf_counter()
+        calibrations = self._calibrations(one)
+        with self.progress.stage(spec.name) as update:
+            companions = trimming(one, self.artifact)
+            calibrations = {stem: replace(found, progress=update) for stem, found in calibrations.items()}
+            graphs, report = _run_pass(one, self.current, calibrations, self.reference)
+        step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
+        if report.errors:
+            step = replace(step, errors=dict(report.errors))
+        if report.matched:
+            if companions is not None:
+                self.home = self.folder / f"companions-{len(self.steps)}"
+                self.artifact = companions.follow(self.artifact, self.home)
+                artifact_folder.write_sidecar_files(self.artifact, self.home)
+                self.notes += companions.notes
+                self.samples.clear()
+            before, self.current = self.current, self._save(graphs, spec.name)
+            if one.gives_form and not self.lossy and _is_float(graphs):
+                self.structure = read_structure(graphs.values())
+                self.floats = self.current if self.structure is not None else None
+            elif self.floats == before:
+                self._follow(one, graphs)
+            if kept is not None:
+                kept += calibrations.values()
+            else:
+                discard(calibrations.values())  # what was found is in the graphs' files
+            with self.progress.stage(f"verifying {spec.name}"):
+                found = self.meter.check_step(spec.name, self.current, before, exact=one.exact, lossy=self.lossy)
+            give_back()
+            step = replace(step, metrics=found)
+            self.lossy |= not one.exact
+        elif not spec.optional:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in report.skipped.most_common(3))
+            raise NothingMatchedError(
+                f"{spec.name} found nothing to do{': ' + reasons if reasons else ''}",
+                hint="leave it out, or mark it optional = true in the recipe",
+            )
+        self.record(replace(step, seconds=time.perf_counter() - began))
+
+    def _follow(self, one: Pass, graphs: Mapping[str, ir.Model]) -> None:
+        """Let config.json say what the structure of float graphs is by now.
+
+        An exact pass that gives products other names packs them, and a pass that is not float quantizes: these change
+        how the model is stored, not its structure, and what comes after them is not followed.
+        """
+        found = read_structure(graphs.values()) if _is_float(graphs) else None
+        if found is None or self.structure is None or (one.exact and found.names - self.structure.names):
+            return
+        export = self.artifact.export
+        changed = reduced_config(self.artifact.config, self.structure, found)
+        earlier = StructureChange.of(export)
+        before = earlier.before if earlier else self.structure
+        reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
+        if reasons or compare(before, found):
+            export = {**export, EXPORT_KEY: StructureChange(before, found, tuple(reasons)).to_dict()}
+        self.artifact = replace(self.artifact, config=changed.config, export=export)
+        said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
+        others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
+        self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
+        self.structure, self.floats = found, self.current
+        artifact_folder.write_sidecar_files(self.artifact, self.home)
+
+    def _calibrations(self, one: Pass) -> dict[str, Calibration]:
+        """Samples of each graph, by its stem, for a pass that looks at activations."""
+        if not isinstance(one, CalibratedPass) or not one.needs_samples:
+            return {}
+        wanted = (one.wanted_rows, one.wanted_length)
+        if wanted not in self.samples:
+            with self.progress.stage("sampling inputs"):
+                self.samples[wanted] = self.data.calibration.feeds(
+                    main_graph(self.reference), *wanted, self.threads, self.home
+                )
+            give_back()
+        samples, folder = self.samples[wanted], calibration_folder()
+        return {
+            stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads)
+            for stem in self.current
+        }
+
+    def mark(self) -> Mark:
+        """Where the work stands, to come back to; the files stay."""
+        state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
+        return Mark(*state, tuple(self.notes))
+
+    def restore(self, mark: Mark) -> None:
+        self.artifact, self.current, self.lossy, self.home, self.structure, self.floats, notes = mark
+        self.notes = list(notes)
+
+    def evaluate(self) -> Evaluation:
+        """The quality that the artifact is judged by."""
+        with self.progress.stage("measuring quality") as update:
+            return self.meter.evaluate(self.current, update)
+
+    def cut_logits(self) -> None:
+        """Keep the logits of the last position only, where the graph has a head that can be cut."""
+        began = time.perf_counter()
+        graphs, report = _run_pass(LastLogits(), self.current, {})
+        step = Step(LastLogits.name, {}, 0.0, dict(report.matched), dict(report.skipped))
+        if report.matched:
+            before, self.current = self.current, self._save(graphs, LastLogits.name)
+            with self.progress.stage(f"verifying {LastLogits.name}"):
+                step = replace(step, metrics=self.meter.check_last(self.current, before, lossy=self.lossy))
+        self.record(replace(step, seconds=time.perf_counter() - began))
+
+    def check_merged(self, written: Mapping[str, Path]) -> None:
+        """Verify the merged decoder among the `written` graphs against the two decoders. Raises VerificationError."""
+        began = time.perf_counter()
+        with self.progress.stage("verifying the merged decoder"):
+            metrics = self.meter.check_merged(written, self.current)
+        self.record(Step("merge-decoders", {}, time.perf_counter() - began, {"decoders": 2}, metrics=metrics))
+
+    def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
+        """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
+        folder = self.home / artifact_folder.GRAPHS
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("*.onnx")))
+        paths = {}
+        for stem, model in graphs.items():
+            paths[stem] = folder / f"{stem}_{number:02}.onnx"
+            with self.progress.stage(f"{title}: writing") as update:
+                save_graph(model, paths[stem], external_data=f"{paths[stem].name}_data", progress=update, reuse=folder)
+        return paths
+
+    def record(self, step: Step) -> None:
+        """Add a step to the history."""
+        if step.metrics:
+            step = replace(step, metrics={**step.metrics, "size_bytes": float(graph_bytes(self.current))})
+        self.artifact = self.artifact.with_step(step)
+
+
+def discard(calibrations: Iterable[Calibration]) -> None:
+    for calibration in calibrations:
+        calibration.discard()
+
+
+def _is_float(graphs: Mapping[str, ir.Model]) -> bool:
+    """Whether all weights are float32."""
+    return all(set(artifact_folder.weight_formats(model)) <= {"float32"} for model in graphs.values())
+
+
+def graph_bytes(paths: Mapping[str, Path]) -> int:
+    """Bytes of the weights that the graphs of a model refer to; two decoders of one model share theirs."""
+    models = {stem: load_graph(path) for stem, path in paths.items()}
+    decoders = [models.pop(stem) for stem in (DECODER, DECODER_WITH_PAST) if stem in models]
+    return sum(map(artifact_folder.weight_bytes, models.values())) + artifact_folder.weight_bytes(*decoders)
+
+
+def _run_pass(
+    one: Pass,
+    paths: Mapping[str, Path],
+    calibrations: Mapping[str, Calibration],
+    reference: Mapping[str, Path] | None = None,
+) -> tuple[dict[str, ir.Model], Report]:
+    """Every graph after the pass, and what was done to all of them."""
+    graphs = {stem: load_graph(path) for stem, path in paths.items()}
+    total = Report()
+    for stem, model in graphs.items():
+        if isinstance(one, CalibratedPass):
+            one.calibration = calibrations.get(stem, Calibration())
+            if one.needs_reference and reference is not None:
+                one.reference = load_graph(reference[stem])
+        try:
+            report = one.call(model).report
+        except OnnxpressError:
+            raise
+        except Exception as error:
+            raise VerificationError(f"pass {one.name} failed: {type(error).__name__}: {error}") from error
+        total.matched += report.matched
+        total.skipped += report.skipped
+        total.errors |= report.errors
+    return graphs, total
