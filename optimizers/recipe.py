@@ -82,7 +82,7 @@ class PassSpec:
 
     def build(self) -> Pass:
         """The pass itself. Raises UsageError for an unknown pass, an unknown option or a value of the wrong type."""
-        cls = registry.load(self.name)
+        cls = registry.pass_class(self.name)
         known = parameters(cls)
         values = {}
         for key, value in self.options.items():
@@ -153,22 +153,22 @@ class Recipe:
         return table | ({"after": [spec.to_dict() for spec in self.after]} if self.after else {})
 
 
-def names() -> list[str]:
+def recipe_names() -> list[str]:
     return sorted(_files())
 
 
-def load(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     """The recipe of that name, or of a TOML file of one's own. Raises UsageError for an unknown name or key."""
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
-        return loads(path.read_text(encoding="utf-8"), path.name)
+        return parse_recipe(path.read_text(encoding="utf-8"), path.name)
     files = _files()
     if name not in files:
         raise unknown_name("recipe", name, files, see="onnxpress list recipes")
-    return loads(files[name], f"{name}.toml")
+    return parse_recipe(files[name], f"{name}.toml")
 
 
-def loads(text: str, label: str = "recipe") -> Recipe:
+def parse_recipe(text: str, label: str = "recipe") -> Recipe:
     """Parse TOML; `label` names it in errors. Passes and options are checked by `build()`."""
     try:
         table = tomllib.loads(text)
@@ -224,7 +224,7 @@ def _spec(row: Mapping[str, Any], name: str, label: str) -> PassSpec:
     optional = row.get("optional", False)
     if not isinstance(optional, bool):
         raise UsageError(f"{label}: optional of {name} must be true or false, not {optional!r}")
-    registry.load(name)
+    registry.pass_class(name)
     return PassSpec(name, {key: value for key, value in row.items() if key not in _OWN_KEYS}, optional)
 
 
@@ -247,7 +247,7 @@ def parse_pass(text: str) -> PassSpec:
                 f"--pass {text}: {item!r} is not key=value", hint="--pass quantize-blocks:bits=4,block_size=32"
             )
         options[key.strip().replace("-", "_")] = _literal(value.strip())
-    registry.load(name)
+    registry.pass_class(name)
     optional = options.pop("optional", False)
     return PassSpec(name, options, optional=optional is True)
 

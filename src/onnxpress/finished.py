@@ -64,7 +64,7 @@ def benchmark(
             f"{folder} has no ONNX graph to benchmark",
             hint="a checkpoint: onnxpress build, or export, first",
         )
-    options = dict(profiles.load(profile).session_options) if profile else None
+    options = dict(profiles.load_profile(profile).session_options) if profile else None
     with progress.stage("measuring speed and memory"):
         return measure_speed(folder, threads=threads, session_options=options, profile=operators).to_dict()
 

@@ -88,8 +88,8 @@ def build(
     artifact that stood at `output` is untouched.
     """
     progress = progress or Progress(enabled=False)
-    target = profiles.load(profile)
-    chosen = checked(recipes.load(recipe), target) if recipe else None
+    target = profiles.load_profile(profile)
+    chosen = checked(recipes.load_recipe(recipe), target) if recipe else None
     check_search(chosen, gates, search_options)
     output = output or default_output(model)
     check_target(output)
@@ -176,8 +176,8 @@ def optimize(
     if passes and recipe:
         raise UsageError("--pass and --recipe exclude each other")
     progress = progress or Progress(enabled=False)
-    target = profiles.load(profile)
-    chosen = recipes.load(recipe) if recipe else None
+    target = profiles.load_profile(profile)
+    chosen = recipes.load_recipe(recipe) if recipe else None
     if passes:
         chosen = recipes.from_passes([recipes.parse_pass(item) if isinstance(item, str) else item for item in passes])
     chosen = checked(chosen, target) if chosen else None
@@ -268,8 +268,8 @@ def _prepared(
     default: the recipe where none is named; by default it depends on the model.
     """
     progress = progress or Progress(enabled=False)
-    target = profiles.load(profile)
-    given = checked(recipes.load(recipe), target) if recipe else None
+    target = profiles.load_profile(profile)
+    given = checked(recipes.load_recipe(recipe), target) if recipe else None
     if given is not None and not given.searched:
         raise UsageError(
             f"recipe {given.name} has no formats to choose from, and no cuts", hint="see [[format]] in `budget`"
@@ -279,7 +279,7 @@ def _prepared(
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
         data = Data(calibration=calibration or CalibrationData())
         work = _begin(Path(folder), source, target, data, threads, progress)
-        chosen = given or checked(recipes.load(default or budget(work.artifact)), target)
+        chosen = given or checked(recipes.load_recipe(default or budget(work.artifact)), target)
         for spec, one in zip(chosen.passes, chosen.build(), strict=True):
             work.apply(spec, one)
         yield work, chosen

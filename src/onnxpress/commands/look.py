@@ -23,7 +23,7 @@ def inspect(model: str, profile: str, as_json: bool) -> None:
     from onnxpress.report import overview
     from onnxpress.runtime_profiles import profile as profiles
 
-    found = overview.inspect(model, profiles.load(profile))
+    found = overview.inspect(model, profiles.load_profile(profile))
     if as_json:
         printing.print_json(found.to_dict())
     else:

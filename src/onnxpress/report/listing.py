@@ -29,7 +29,7 @@ def passes() -> list[Row]:
 
     found = []
     for name in sorted(registry.PASSES):
-        cls = registry.load(name)
+        cls = registry.pass_class(name)
         options = {
             key: re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(parameter.annotation))
             + ("" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}")
@@ -43,7 +43,7 @@ def passes() -> list[Row]:
 def recipes() -> list[Row]:
     from onnxpress.optimizers import recipe
 
-    loaded = [recipe.load(name) for name in recipe.names()]
+    loaded = [recipe.load_recipe(name) for name in recipe.recipe_names()]
     return [
         {"name": item.name, "passes": [spec.name for spec in item.passes], "description": item.description}
         for item in loaded
@@ -54,10 +54,10 @@ def profiles() -> list[Row]:
     from onnxpress.runtime_profiles import profile
 
     try:
-        here = profile.detect().name
+        here = profile.detect_profile().name
     except UsageError:
         here = None
-    loaded = [profile.load(name) for name in profile.names()[1:]]
+    loaded = [profile.load_profile(name) for name in profile.profile_names()[1:]]
     return [
         {"name": item.name, "this machine": item.name == here, "recipes": item.recipes, "description": item.description}
         for item in loaded

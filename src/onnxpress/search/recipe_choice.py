@@ -51,10 +51,10 @@ def default_recipe(
     """What is run where no recipe is named: with limits, a search for the cuts and formats that meet them."""
     if gates is not None and gates != Gates():
         structure = gates.max_parameters is not None or (options is not None and options.structure)
-        return recipes.load(STRUCTURE if structure else budget(artifact)).resolve(target.auto)
+        return recipes.load_recipe(STRUCTURE if structure else budget(artifact)).resolve(target.auto)
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
-    return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
+    return recipes.load_recipe(name or target.recipe_for(artifact.task)).resolve(target.auto)
 
 
 def with_our_operators(recipe: Recipe, artifact: Artifact) -> Recipe:
