@@ -83,11 +83,11 @@ class PassSpec:
     def build(self) -> Pass:
         """The pass itself. Raises UsageError for an unknown pass, an unknown option or a value of the wrong type."""
         cls = registry.pass_class(self.name)
-        known = parameters(cls)
+        known, explained = parameters(cls), f"onnxpress list passes {self.name}"
         values = {}
         for key, value in self.options.items():
             if key not in known:
-                raise unknown_name(f"option of {self.name}", key, known)
+                raise unknown_name(f"option of {self.name}", key, known, explained=explained)
             values[key] = _checked(self.name, key, value, known[key])
         missing = [
             name
@@ -95,11 +95,13 @@ class PassSpec:
             if parameter.default is inspect.Parameter.empty and name not in values
         ]
         if missing:
-            raise UsageError(f"{self.name} needs the option {missing[0]}", hint=f"--pass {self.name}:{missing[0]}=…")
+            raise UsageError(
+                f"{self.name} needs the option {missing[0]}", hint=f"--pass {self.name}:{missing[0]}=…; see {explained}"
+            )
         try:
             return cls(**values)
         except ValueError as error:  # the pass's own opinion of a value of the right type
-            raise UsageError(f"{self.name}: {error}", hint="docs/reference/passes.md explains its options") from error
+            raise UsageError(f"{self.name}: {error}", hint=f"see {explained}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **({"optional": True} if self.optional else {}), **self.options}
@@ -274,7 +276,8 @@ def _checked(owner: str, key: str, value: Any, parameter: inspect.Parameter) -> 
         return adapter.validate_json(TypeAdapter(Any).dump_json(value), strict=True)
     except ValidationError as error:
         wanted = inspect.formatannotation(parameter.annotation).replace("typing.", "")
-        raise UsageError(f"{owner}: {key} must be {wanted}, not {value!r}", hint=error.errors()[0]["msg"]) from error
+        hint = f"{error.errors()[0]['msg']}; see onnxpress list passes {owner}"
+        raise UsageError(f"{owner}: {key} must be {wanted}, not {value!r}", hint=hint) from error
 
 
 def _literal(text: str) -> Any:

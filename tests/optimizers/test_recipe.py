@@ -150,6 +150,13 @@ def test_what_is_wrong_is_said(text: str, message: str, hint: str | None) -> Non
         assert hint in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("option", ["bit=4", "bits=5", "ratio=true", "ratio=-1"])
+def test_a_wrong_option_names_the_command_that_explains_it(option: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe.parse_pass(f"test-shrink:{option}").build()
+    assert "see onnxpress list passes test-shrink" in (caught.value.hint or "")
+
+
 def test_an_unknown_recipe_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "_files", lambda: {"smallest": ""})
     with pytest.raises(UsageError, match="unknown recipe: smalest") as caught:
