@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnxpress.errors import UsageError
 from onnxpress.graph.report import Report
-from onnxpress.optimizers import recipe, registry
+from onnxpress.optimizers import recipe, recipe_files, registry
 from onnxpress.optimizers.base import Pass
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_option_names_the_command_that_explains_it(option: str) -> None:
 
 
 def test_an_unknown_recipe_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_files", lambda: {"smallest": ""})
+    monkeypatch.setattr(recipe_files, "packaged", lambda: {"smallest": ""})
     with pytest.raises(UsageError, match="unknown recipe: smalest") as caught:
         recipe.load_recipe("smalest")
     assert "smallest" in (caught.value.hint or "")

@@ -18,8 +18,8 @@ NOT_YET = {
     "quantize-blocks": {"bits", "block_size", "zero_points", "scale_type", "unit_size", "include", "exclude"},
     "reduce-heads": {"heads", "kv_heads", "head_dim", "method", "include", "exclude"},
 }
-"""EXCEPTIONS FOR THE MOMENT: options that share a line with others or refer elsewhere, of passes that are being rewritten; to be
-emptied and deleted with this comment."""
+"""EXCEPTIONS FOR THE MOMENT: options that share a line with others or refer elsewhere, of passes that are being
+rewritten; to be emptied and deleted with this comment."""
 
 
 @pytest.mark.parametrize("name", sorted(registry.PASSES))

@@ -65,7 +65,7 @@ def pass_details(name: str) -> Row:
 
 def signature(option: Row) -> str:
     """Type and default of a pass's option, as Python writes them."""
-    return option["type"] + (f" = {option['default']!r}" if "default" in option else "")
+    return str(option["type"]) + (f" = {option['default']!r}" if "default" in option else "")
 
 
 def explanations(cls: type[Pass]) -> dict[str, str]:
