@@ -21,10 +21,10 @@ def passes() -> str:
     parts = [NOTE, "# Passes", "Exact passes keep every output to rounding; the others are measured."]
     for row in listing.passes():
         parts += [f"## {row['name']}", row["does"], "Exact." if row["exact"] else "Not exact."]
-        if row["options"]:
-            parts.append(
-                _table(["option", "type and default"], [[f"`{k}`", f"`{v}`"] for k, v in row["options"].items()])
-            )
+        options = listing.pass_details(row["name"])["options"]
+        if options:
+            cells = [[f"`{one['name']}`", f"`{listing.signature(one)}`", one["explanation"]] for one in options]
+            parts.append(_table(["option", "type and default", "what it says"], cells))
     return _page(parts)
 
 

@@ -36,6 +36,8 @@ passes under `after`.
     [[after]]
     name = "integer-prompts"
 
+A recipe may take over the tables of another one and change some: `extends`, see `onnxpress.optimizers.recipe_files`.
+
 Unknown passes and options raise UsageError with the nearest name; option values are checked against the annotations of
 the constructor.
 """
@@ -47,10 +49,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import resources
 from itertools import chain
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -58,10 +57,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from onnxpress.errors import UsageError, unknown_name
 from onnxpress.optimizers import registry
 from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.recipe_files import ENTRIES, RecipeFile, find_recipe, packaged, read_table, rows
 
 AUTO = "auto"
 _OWN_KEYS = {"name", "optional"}
-_TABLES = ("name", "description", "pass", "cut", "format", "importance", "after")
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ class PassSpec:
 
     def build(self) -> Pass:
         """The pass itself. Raises UsageError for an unknown pass, an unknown option or a value of the wrong type."""
-        cls = registry.load(self.name)
-        known = parameters(cls)
+        cls = registry.pass_class(self.name)
+        known, explained = parameters(cls), f"onnxpress list passes {self.name}"
         values = {}
         for key, value in self.options.items():
             if key not in known:
-                raise unknown_name(f"option of {self.name}", key, known)
+                raise unknown_name(f"option of {self.name}", key, known, explained=explained)
             values[key] = _checked(self.name, key, value, known[key])
         missing = [
             name
@@ -95,11 +94,13 @@ class PassSpec:
             if parameter.default is inspect.Parameter.empty and name not in values
         ]
         if missing:
-            raise UsageError(f"{self.name} needs the option {missing[0]}", hint=f"--pass {self.name}:{missing[0]}=…")
+            raise UsageError(
+                f"{self.name} needs the option {missing[0]}", hint=f"--pass {self.name}:{missing[0]}=…; see {explained}"
+            )
         try:
             return cls(**values)
         except ValueError as error:  # the pass's own opinion of a value of the right type
-            raise UsageError(f"{self.name}: {error}", hint="docs/reference/passes.md explains its options") from error
+            raise UsageError(f"{self.name}: {error}", hint=f"see {explained}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **({"optional": True} if self.optional else {}), **self.options}
@@ -153,48 +154,32 @@ class Recipe:
         return table | ({"after": [spec.to_dict() for spec in self.after]} if self.after else {})
 
 
-def names() -> list[str]:
-    return sorted(_files())
+def recipe_names() -> list[str]:
+    return sorted(packaged())
 
 
-def load(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     """The recipe of that name, or of a TOML file of one's own. Raises UsageError for an unknown name or key."""
-    path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
-        return loads(path.read_text(encoding="utf-8"), path.name)
-    files = _files()
-    if name not in files:
-        raise unknown_name("recipe", name, files, see="onnxpress list recipes")
-    return loads(files[name], f"{name}.toml")
+    return _recipe(find_recipe(name))
 
 
-def loads(text: str, label: str = "recipe") -> Recipe:
+def parse_recipe(text: str, label: str = "recipe") -> Recipe:
     """Parse TOML; `label` names it in errors. Passes and options are checked by `build()`."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{label}: not TOML: {error}", hint="correct the file there") from error
-    for key in table:
-        if key not in _TABLES:
-            raise unknown_name(f"key in {label}", key, _TABLES)
+    return _recipe(RecipeFile(text, label))
+
+
+def _recipe(file: RecipeFile) -> Recipe:
+    table, label = read_table(file), file.label
+    passes, cuts, formats, after = (rows(table, key, ENTRIES[key], label) for key in ("pass", "cut", "format", "after"))
     return Recipe(
         str(table.get("name", label.removesuffix(".toml"))),
-        tuple(_spec(row, row["name"], label) for row in _rows(table, "pass", "a name", label)),
+        tuple(_spec(row, row["name"], label) for row in passes),
         str(table.get("description", "")),
-        {row["name"]: _format(row, "format", label) for row in _rows(table, "format", "a name and a pass", label)},
-        {row["name"]: _format(row, "cut", label) for row in _rows(table, "cut", "a name and a pass", label)},
+        {row["name"]: _format(row, "format", label) for row in formats},
+        {row["name"]: _format(row, "cut", label) for row in cuts},
         _importance(table.get("importance", {}), label),
-        tuple(_spec(row, row["name"], label) for row in _rows(table, "after", "a name", label)),
+        tuple(_spec(row, row["name"], label) for row in after),
     )
-
-
-def _rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[dict[str, Any]]:
-    rows = table.get(key, [])
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
-    ):
-        raise UsageError(f"{label}: every {key} is a [[{key}]] table with {has}")
-    return rows
 
 
 def _format(row: Mapping[str, Any], kind: str, label: str) -> tuple[PassSpec, ...]:
@@ -206,9 +191,8 @@ def _format(row: Mapping[str, Any], kind: str, label: str) -> tuple[PassSpec, ..
                 f"{label}: {kind} {name} has passes, and {unknown[0]} beside them",
                 hint='options belong to a pass: passes = [{ name = "rotate", size = 16 }]',
             )
-        rows = _rows(row, "passes", "a name", label)
-        if rows:
-            return tuple(_spec(one, one["name"], label) for one in rows)
+        if steps := rows(row, "passes", "a name", label):
+            return tuple(_spec(step, step["name"], label) for step in steps)
     if not isinstance(row.get("pass"), str):
         raise UsageError(f"{label}: {kind} {name} names no pass", hint='pass = "quantize-blocks"')
     return (_spec({key: value for key, value in row.items() if key != "pass"}, row["pass"], label),)
@@ -224,12 +208,12 @@ def _spec(row: Mapping[str, Any], name: str, label: str) -> PassSpec:
     optional = row.get("optional", False)
     if not isinstance(optional, bool):
         raise UsageError(f"{label}: optional of {name} must be true or false, not {optional!r}")
-    registry.load(name)
+    registry.pass_class(name)
     return PassSpec(name, {key: value for key, value in row.items() if key not in _OWN_KEYS}, optional)
 
 
-def _importance(table: Any, label: str) -> dict[str, float]:
-    if not isinstance(table, dict) or not all(
+def _importance(table: Mapping[str, Any], label: str) -> dict[str, float]:
+    if not all(
         isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 for value in table.values()
     ):
         raise UsageError(f"{label}: importance is a table of numbers from 0, by pattern of weight names")
@@ -247,7 +231,7 @@ def parse_pass(text: str) -> PassSpec:
                 f"--pass {text}: {item!r} is not key=value", hint="--pass quantize-blocks:bits=4,block_size=32"
             )
         options[key.strip().replace("-", "_")] = _literal(value.strip())
-    registry.load(name)
+    registry.pass_class(name)
     optional = options.pop("optional", False)
     return PassSpec(name, options, optional=optional is True)
 
@@ -274,7 +258,8 @@ def _checked(owner: str, key: str, value: Any, parameter: inspect.Parameter) -> 
         return adapter.validate_json(TypeAdapter(Any).dump_json(value), strict=True)
     except ValidationError as error:
         wanted = inspect.formatannotation(parameter.annotation).replace("typing.", "")
-        raise UsageError(f"{owner}: {key} must be {wanted}, not {value!r}", hint=error.errors()[0]["msg"]) from error
+        hint = f"{error.errors()[0]['msg']}; see onnxpress list passes {owner}"
+        raise UsageError(f"{owner}: {key} must be {wanted}, not {value!r}", hint=hint) from error
 
 
 def _literal(text: str) -> Any:
@@ -282,16 +267,3 @@ def _literal(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-@cache
-def _files() -> dict[str, str]:
-    """TOML text by recipe name."""
-    folder = resources.files("onnxpress.optimizers") / "recipes"
-    if not folder.is_dir():
-        return {}
-    return {
-        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    }

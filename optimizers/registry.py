@@ -39,7 +39,7 @@ PASSES: dict[str, str] = {
 }
 
 
-def load(name: str) -> type[Pass]:
+def pass_class(name: str) -> type[Pass]:
     """The class of the pass called `name`; raises UsageError with the nearest name."""
     if name not in PASSES:
         raise unknown_name("pass", name, PASSES, see="onnxpress list passes")

@@ -97,35 +97,35 @@ class Profile(BaseModel):
         raise UsageError(f"profile {self.name} has no default recipe for {task}", hint="choose one with --recipe")
 
 
-def names() -> list[str]:
+def profile_names() -> list[str]:
     """Every profile that can be asked for, the detecting `cpu` first."""
     return [DETECT, *sorted(_files())]
 
 
-def load(name: str) -> Profile:
+def load_profile(name: str) -> Profile:
     """The profile of that name (`cpu` detects the host's own), or of a TOML file of one's own.
 
     Raises UsageError for an unknown name or a file that does not follow the schema.
     """
     if name == DETECT:
-        return detect()
+        return detect_profile()
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return _parse(path.name, path.read_text(encoding="utf-8"))
     files = _files()
     if name not in files:
-        raise unknown_name("profile", name, names(), see="onnxpress list profiles")
+        raise unknown_name("profile", name, profile_names(), see="onnxpress list profiles")
     return _parse(f"{name}.toml", files[name])
 
 
-def detect(machine: str | None = None, flags: frozenset[str] | None = None) -> Profile:
+def detect_profile(machine: str | None = None, flags: frozenset[str] | None = None) -> Profile:
     """The profile with the highest priority among those whose `host` fits this machine (or the one described)."""
     machine = (machine or platform.machine()).lower()
     if flags is None:
         flags = cpu_flags()
     fitting = [
         (profile.host.priority, profile.name, profile)
-        for profile in map(load, sorted(_files()))
+        for profile in map(load_profile, sorted(_files()))
         if profile.host is not None
         and machine in profile.host.architecture
         and any(flags.issuperset(wanted) for wanted in profile.host.flags)

@@ -67,14 +67,15 @@ class ReduceDepth(Pass):
         """
         Args:
             drop: how many layers to remove from each stack. One of drop, layers and keep is given.
-            layers: which to remove, from 0.
+            layers: which layers to remove from each stack, the first being 0.
             keep: the share of layers that stays, rounded to whole layers.
             select: how layers are chosen: `influence`, the lowest 1 − cos of states before and after; `angular`, those
                 in a row that together turn the states least; `loss`, one after another that without which the output
                 changes least.
-            method: `drop`; `merge`, W + Σ(W_k − W) over removed neighbours, in the layer before; `average`, their mean
-                with it; `linear`, a linear map fitted to samples.
-            patch: of `linear`: `fold`, into the `down` of the layer before; `product`, a product of its own.
+            method: what makes up for removed layers: `drop`, nothing; `merge`, W + Σ(W_k − W) over removed neighbours,
+                in the layer before; `average`, their mean with it; `linear`, a linear map fitted to samples.
+            patch: for `linear`, where the map goes: `fold`, into the `down` of the layer before; `product`, a product
+                of its own.
             include: patterns of stacks' paths, such as "decoder.block"; others are left alone.
         """
         if sum((drop != 0, bool(layers), keep != 1.0)) != 1:

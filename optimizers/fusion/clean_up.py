@@ -37,7 +37,10 @@ class CleanUp(Pass):
     name: ClassVar[str] = "clean-up"
 
     def __init__(self, fold_limit: int = SMALL) -> None:
-        """`fold_limit`: elements up to which a constant may be folded, as input and as result."""
+        """
+        Args:
+            fold_limit: arithmetic on constants is done beforehand where no input and no result has more elements.
+        """
         super().__init__()
         self.fold_limit = fold_limit
 

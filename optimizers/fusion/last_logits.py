@@ -23,7 +23,10 @@ class LastLogits(Pass):
     name: ClassVar[str] = PREFIX
 
     def __init__(self, output: str = "logits") -> None:
-        """`output`: the graph output to cut."""
+        """
+        Args:
+            output: name of the graph output to cut, [batch, sequence, vocabulary].
+        """
         super().__init__()
         self.output = output
 

@@ -77,12 +77,14 @@ class PackProjections(Pass):
     def __init__(self, which: str = "attention", one_grid: bool = False) -> None:
         """
         Args:
-            which: `attention` (where GroupQueryAttention takes the packed result), `split` (the others) or `all`.
+            which: products to pack: `attention`, those whose packed result GroupQueryAttention takes; `split`, the
+                others, behind which a Split is put; `all`.
             one_grid: leave products alone whose weights would be kept in different formats by keep-blocks.
         """
         super().__init__()
         if which not in ("all", "attention", "split"):
-            raise UsageError(f"pack-projections: which={which!r} is none of all, attention, split.")
+            message = f"pack-projections: which={which!r} is none of all, attention, split."
+            raise UsageError(message, hint="see onnxpress list passes pack-projections")
         self.which, self.one_grid = which, one_grid
 
     def apply(self, model: ir.Model, context: Context, report: Report) -> None:

@@ -51,10 +51,11 @@ class ReduceHidden(Pass):
     ) -> None:
         """
         Args:
-            width: components to keep; all of them only rotates, which is exact.
+            width: components of the residual stream to keep; all of them only rotates, which is exact.
             ratio: instead of `width`, the share of components to keep, rounded to a multiple of `multiple_of`.
-            method: pca: the directions in which the inputs of the products are largest, over all layers.
-            multiple_of: what a width given as a ratio is rounded to.
+            method: how directions are chosen: `pca`, those in which the inputs of the products are largest, over all
+                layers.
+            multiple_of: a width that is given as a ratio is rounded to a whole number times this.
             tie: let a head that shares the table of the embeddings go on sharing it, for a product of width × width
                 before it; without, the head becomes a weight of its own, and the model has no additional node.
         """

@@ -49,12 +49,19 @@ class Awq(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type: the format to come, see quantize-blocks.
-            method: how codes are found while searching.
-            strengths: α is searched in so many steps from 0 to 1.
-            sites: `norm`: the inputs of products that come from a norm; `up`: those that come from other products, as
-                those of `down` do; `value`: those that attention computes.
-            include, exclude: patterns of weight names; an activation that feeds other weights is left alone.
+            bits: width of a code, 2 to 8, in the format that quantize-blocks is going to use.
+            block_size: inputs of an output that share a scale in that format: 16, 32, 64, 128 or 256.
+            zero_points: those of that format: `none`, symmetric codes; `integer`, a code for each block; `float`, any
+                number, as in HQQ.
+            method: how codes are found while searching: `nearest` rounds; `least-squares` fits scales to the weights;
+                `hqq` fits zero points (Half-Quadratic Quantization, Badri and Shaji 2023).
+            scale_type: how that format stores scales; `int8` is double quantization (QLoRA, Dettmers et al. 2023).
+            strengths: the exponents α that are tried, so many in equal steps up to 1.
+            sites: activations to rescale, by what computes them. `norm`: a norm; `up`: another product, as the input of
+                `down`; `value`: attention; `node`: anything else, for a Mul each.
+            include: patterns of weight names, such as `*.layers.0.*`; only activations that feed nothing else are
+                taken. None: all.
+            exclude: patterns of weight names; activations that feed one of these are left alone.
         """
         if strengths < 1:
             raise ValueError(f"strengths must be at least 1, not {strengths}")

@@ -36,8 +36,8 @@ class Equalize(Pass):
     def __init__(self, sites: Sequence[Literal["up", "value"]] = ("up", "value")) -> None:
         """
         Args:
-            sites: `up`: from a product to the one that follows, as from `up` to `down`; `value`: from values through
-                attention to its output projection.
+            sites: pairs of products to equalize. `up`: one and that which follows, as `up` and `down`; `value`: that
+                of the values and, behind attention, the output projection.
         """
         self.sites = tuple(sites)
 

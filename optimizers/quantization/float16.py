@@ -72,15 +72,19 @@ class Float16(Pass):
         block: Collection[str] = (),
         io: Literal["float32", "float16"] = "float32",
     ) -> None:
-        """`keep`: parts left in float32; `block`: operators left in float32; `io`: type of the graph's own values.
-
-        `io="float16"` also turns the KV cache, among the inputs and outputs, into float16.
+        """
+        Args:
+            keep: parts left in float32: `norms`, `softmax`, and `logits`, the product that ends the graph.
+            block: types of operators left in float32 besides, such as `Conv`.
+            io: type of floating-point inputs and outputs of the graph, the key/value cache among them.
         """
         super().__init__()
         if unknown := set(keep) - set(_PARTS):
-            raise UsageError(f"float16: keep={sorted(unknown)[0]!r} is none of {', '.join(_PARTS)}.")
+            message = f"float16: keep={sorted(unknown)[0]!r} is none of {', '.join(_PARTS)}."
+            raise UsageError(message, hint="see onnxpress list passes float16")
         if io not in ("float32", "float16"):
-            raise UsageError(f"float16: io={io!r} is neither float32 nor float16.")
+            message = f"float16: io={io!r} is neither float32 nor float16."
+            raise UsageError(message, hint="see onnxpress list passes float16")
         self.block = _ALWAYS_FLOAT32.union(block, *(_PARTS[part] for part in keep))
         self.keep_logits = "logits" in keep
         self.io = HALF if io == "float16" else FLOAT

@@ -50,9 +50,11 @@ class IntegerPrompts(Pass):
         """
         Args:
             min_tokens: from so many tokens on, all rows of a batch together, products are integer ones; 0: never.
-            min_weights: an `If` with fewer is not worth its time.
-            tokens: the graph input that is counted.
-            saturates: what the profile knows about its CPU: uint8 · int8 products overflow 16 bits.
+            min_weights: products that could share an `If` are left alone if they have fewer weights together: it
+                would not be worth its time.
+            tokens: name of the graph input [batch, sequence] whose tokens are counted.
+            saturates: whether uint8 · int8 products overflow 16 bits on the target's CPU, as on x86 without VNNI; then
+                only min_tokens = 0 is taken. Profiles say it.
         """
         if saturates and min_tokens:
             raise ValueError("integer products overflow here and destroy the output; use min_tokens = 0")

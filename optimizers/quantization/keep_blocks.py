@@ -72,8 +72,10 @@ class KeepBlocks(Pass):
     def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = (), accuracy_level: int = 4) -> None:
         """
         Args:
-            include, exclude: patterns of weight names; other weights are left alone.
-            accuracy_level: of MatMulNBits; 4 multiplies in integers.
+            include: patterns of weight names, such as `*.layers.0.*`; only these weights are taken. None: all.
+            exclude: patterns of names of weights to leave alone, whatever `include` says.
+            accuracy_level: how MatMulNBits multiplies: 4 in integers, activations being quantized in blocks of their
+                own; 0 and 1 in float32.
         """
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.accuracy_level = accuracy_level

@@ -50,11 +50,16 @@ class QuantizeDynamic(Pass):
         Args:
             weight_type: `int8` is fast and right where the CPU has VNNI or ARM's dot products; elsewhere on x86 it
                 saturates and destroys the output. `uint8` is right everywhere.
-            include, exclude: patterns of weight names; products with other weights are left alone.
+            activations: `per_tensor`: one range for all tokens of a prompt, a single node; a token with outliers
+                coarsens the others. `per_token`: a range for each token, seven nodes; a prompt gives what its tokens
+                give one by one.
+            include: patterns of weight names, such as `*.layers.0.*`; products with others are left alone. None: all.
+            exclude: patterns of weight names; products with these are left alone, whatever `include` says.
             max_error: leave alone the products of an activation that this quantizes worse: |q(x)·W − x·W|² / |x·W|²,
                 averaged over the tokens of sample inputs. quantize-blocks may take them afterwards.
             min_features: products with fewer inputs or outputs are left alone.
-            saturates: what the profile knows about its CPU: uint8 · int8 products overflow 16 bits.
+            saturates: whether uint8 · int8 products overflow 16 bits on the target's CPU, as on x86 without VNNI; then
+                int8 weights are refused. Profiles say it.
         """
         if weight_type == "int8" and saturates:
             raise ValueError("int8 weights overflow on this target's CPU and destroy the output; use uint8")

@@ -44,11 +44,18 @@ class QuantizeEmbedding(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type, unit_size: see `maths.block_format`;
-                blocks must divide the rows of the table.
-            accuracy_level: of the tied head, as in quantize-blocks.
-            include, exclude: patterns of table names.
-            min_rows: smaller tables (positions, token types) are left alone.
+            bits: width of a code, 3 to 8. The operators compute with 4 or 8; other widths save space in the file only.
+            block_size: neighbouring values of a row that share a scale: 16, 32, 64, 128 or 256; it must divide the row.
+            zero_points: `none`: symmetric codes; `integer`: a code for each block that stands for 0, for values that
+                lie to one side.
+            accuracy_level: how MatMulNBits multiplies by the tied head: 4 in integers, activations being quantized in
+                blocks of their own; 0 and 1 in float32.
+            scale_type: how scales are stored; `int8` is double quantization (QLoRA, Dettmers et al. 2023): whole
+                numbers of a unit that scales share.
+            unit_size: for scales of type int8: values that share a unit, a multiple of block_size; 0: a whole row.
+            include: patterns of table names; only these are taken. None: all.
+            exclude: patterns of names of tables to leave alone, whatever `include` says.
+            min_rows: tables with fewer rows (positions, token types) are left alone.
         """
         self.format = BlockFormat(bits, block_size, zero_points, scale_type, unit_size)
         if self.format.field == 2:

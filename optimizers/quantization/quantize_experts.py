@@ -50,11 +50,17 @@ class QuantizeExperts(Pass):
     ) -> None:
         """
         Args:
-            bits, block_size, zero_points, scale_type: see `maths.block_format`; blocks must divide the
-                hidden size and that of an expert.
-            method: as in quantize-blocks; none: `least-squares` up to 4 bits, `nearest` at 8.
+            bits: width of a code.
+            block_size: inputs of an output that share a scale: 16, 32, 64, 128 or 256, with 2 bits from 32; it must
+                divide the hidden size and that of an expert.
+            zero_points: `none`: symmetric codes; `integer`: a code for each block that stands for 0.
+            method: how codes are found: `nearest` rounds; `least-squares` fits scales to the weights; `hqq` fits zero
+                points (Half-Quadratic Quantization, Badri and Shaji 2023). None: `least-squares` up to 4 bits,
+                `nearest` at 8.
             accuracy_level: at 4 bits 4 multiplies in integers, 0 and 1 in float32; 2 and 8 bits always do the former.
-            include, exclude: patterns of weight names; a mixture is left alone if one of its weights is.
+            scale_type: how scales are stored.
+            include: patterns of weight names; only mixtures with none but such weights are taken. None: all.
+            exclude: patterns of weight names; a mixture with one of these is left alone.
         """
         self.format = BlockFormat(bits, block_size, zero_points, scale_type)
         if self.format.field != bits:

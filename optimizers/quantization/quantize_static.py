@@ -66,22 +66,28 @@ class QuantizeStatic(Pass):
     ) -> None:
         """
         Args:
-            activation_type: `uint16` is for NPUs; onnxruntime's CPU provider multiplies it in floating point.
-            weight_type: as in quantize-dynamic; activations in int8 need weights in int8.
-            ranges: of activations. `min_max` clips nothing, `moving_average` is the mean of the samples' own ranges,
-                `percentile` clips 100 − `share` percent of the values, `mean_squared_error` and `entropy` weigh
-                clipping against steps; `measured` takes the one of these with the least error behind the products.
-            symmetric: ranges about zero, zero points in the middle.
+            activation_type: codes of activations. `uint16` is for NPUs; onnxruntime's CPU provider multiplies it in
+                floating point.
+            weight_type: `int8` is fast and right where the CPU has VNNI or ARM's dot products, `uint8` everywhere;
+                activations in int8 need weights in int8.
+            ranges: how ranges of activations are found on samples. `min_max` clips nothing, `moving_average` is the
+                mean of the samples' own ranges, `percentile` clips 100 − `share` percent of the values,
+                `mean_squared_error` and `entropy` weigh clipping against steps; `measured` takes the one of these with
+                the least error behind the products.
+            symmetric: make ranges of activations reach equally far on both sides of zero, zero points in the middle.
             per_channel: a scale for each output channel of a weight; NPUs may want one for all.
+            share: for `percentile` the values that it does not clip, in percent.
             max_error: leave alone the products of an activation that this quantizes worse: |q(x)·W − x·W|² / |x·W|²,
                 averaged over the tokens of sample inputs.
-            include, exclude: patterns of weight names; products with other weights are left alone.
+            include: patterns of weight names, such as `*.layers.0.*`; products with others are left alone. None: all.
+            exclude: patterns of weight names; products with these are left alone, whatever `include` says.
             min_features: products with fewer inputs or outputs are left alone.
             operators: types of operators whose inputs are quantized as well: NPUs compute `MatMul` of two activations,
                 `Add`, `Mul`, `Softmax`, `LayerNormalization` … on codes. CPUs gain nothing from them.
             outputs: quantize what all these compute, too, so that integers go from one to the next.
-            saturates: what the profile knows about its CPU: int8 weights overflow 16 bits.
-            kernels: activation types that the profile's target multiplies in integers.
+            saturates: whether uint8 · int8 products overflow 16 bits on the target's CPU, as on x86 without VNNI; then
+                int8 weights are refused. Profiles say it.
+            kernels: activation types that the target multiplies in integers; others are refused. Profiles say it.
         """
         if weight_type == "int8" and saturates:
             raise ValueError("int8 weights overflow on this target's CPU and destroy the output; use uint8")

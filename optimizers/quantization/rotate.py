@@ -35,8 +35,9 @@ class Rotate(Pass):
     ) -> None:
         """
         Args:
-            size: neighbouring channels that are mixed, a power of two.
-            include, exclude: patterns of weight names; products with other weights are left alone.
+            size: neighbouring channels that a Hadamard matrix mixes, a power of two.
+            include: patterns of weight names, such as `*.layers.0.*`; products with others are left alone. None: all.
+            exclude: patterns of weight names; products with these are left alone, whatever `include` says.
             min_features: products with fewer inputs or outputs are left alone.
         """
         self.rotation = hadamard(size)

@@ -33,10 +33,11 @@ class Smooth(Pass):
     def __init__(self, strength: float = 0.75, sites: Sequence[Kind] = ("norm",)) -> None:
         """
         Args:
-            strength: α. 0.5 shares the difficulty; 0.75 suits 8-bit weights, which have more room than activations.
-            sites: `norm`: the inputs of products that come from a norm; `up`: those that come from other products, as
-                those of `down` do; `value`: those that attention computes; `node`: all others, for a Mul each, as in
-                BERT, whose norms feed residuals.
+            strength: α of SmoothQuant, from 0 (nothing moves to the weights) to 1 (everything does). 0.5 shares the
+                difficulty; 0.75 suits 8-bit weights, which have more room than activations.
+            sites: activations to rescale, by what computes them. `norm`: a norm; `up`: another product, as the input of
+                `down`; `value`: attention; `node`: anything else, for a Mul each, as in BERT, whose norms feed
+                residuals.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must lie between 0 and 1, not {strength}")

@@ -45,7 +45,8 @@ class SplitOutliers(Pass):
             max_error: share of the products' energy that one int8 range for all tokens may cost; the fewest channels
                 are split off that bring it below.
             max_channels: products that would need more are left alone: their outliers are everywhere.
-            include, exclude: patterns of weight names; products with other weights are left alone.
+            include: patterns of weight names, such as `*.layers.0.*`; products with others are left alone. None: all.
+            exclude: patterns of weight names; products with these are left alone, whatever `include` says.
             min_features: products with fewer inputs or outputs are left alone.
         """
         if max_error <= 0 or max_channels < 1:

@@ -126,7 +126,7 @@ def benchmark(
             f"{path} has no ONNX graph to benchmark",
             hint="a checkpoint: onnxpress build, or export, first",
         )
-    options = dict(profiles.load(profile).session_options) if profile else None
+    options = dict(profiles.load_profile(profile).session_options) if profile else None
     with progress.stage("measuring speed and memory"):
         return measure_speed(path, threads=threads, session_options=options, profile=operators)
 
@@ -136,7 +136,7 @@ def inspect(model: str | Path, *, profile: str = "cpu") -> Overview:
 
     Raises SourceNotFoundError where there is no graph, CorruptFileError for a broken one.
     """
-    return overview.inspect(str(model), profiles.load(profile))
+    return overview.inspect(str(model), profiles.load_profile(profile))
 
 
 def verify(folder: str | Path, *, progress: Progress | None = None) -> Verification:

@@ -76,8 +76,13 @@ class OutputError(OnnxpressError):
     exit_code = 6
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, see: str | None = None) -> UsageError:
-    """A UsageError for `name`, its hint being the nearest of `known`, or the command `see` that lists them all."""
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, see: str | None = None, explained: str | None = None
+) -> UsageError:
+    """Make a UsageError for `name`, its hint being the nearest of `known`, or the command `see` that lists them all.
+
+    explained: a command that says what each of `known` means; the hint names it whatever else it says.
+    """
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
@@ -86,4 +91,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, see: str | None 
         hint = f"see {see}"
     else:
         hint = "known: " + ", ".join(known) if known else "there are none"
-    return UsageError(f"unknown {kind}: {name}", hint=hint)
+    return UsageError(f"unknown {kind}: {name}", hint=hint if explained is None else f"{hint}; see {explained}")

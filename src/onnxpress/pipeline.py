@@ -89,7 +89,7 @@ def build(
     artifact that stood at `output` is untouched.
     """
     source, judging, progress = ModelSource.of(source), judging or Judging(), progress or Progress(enabled=False)
-    target = profiles.load(profile)
+    target = profiles.load_profile(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
     output, checkpoint = output_folders(output or default_output(source.model), checkpoint)
@@ -148,7 +148,7 @@ def optimize(
     Args: see `build`. Raises UsageError for a checkpoint, and what `build` raises.
     """
     source, judging, progress = ModelSource.of(source), judging or Judging(), progress or Progress(enabled=False)
-    target = profiles.load(profile)
+    target = profiles.load_profile(profile)
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
     output, checkpoint = output_folders(output, checkpoint)
@@ -237,7 +237,7 @@ def _prepared(
     default: the recipe where none is named; by default it depends on the model.
     """
     source, progress = ModelSource.of(source), progress or Progress(enabled=False)
-    target = profiles.load(profile)
+    target = profiles.load_profile(profile)
     chosen = requested_recipe(recipe, target)
     if chosen is not None and not chosen.searched:
         raise UsageError(
@@ -246,7 +246,7 @@ def _prepared(
     found = resolve(source, progress)
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
         work = _start(Path(folder), found, source, target, judging, progress)
-        chosen = chosen or checked(recipes.load(default or budget(work.artifact)), target)
+        chosen = chosen or checked(recipes.load_recipe(default or budget(work.artifact)), target)
         _apply(work, chosen)
         yield work, chosen
 

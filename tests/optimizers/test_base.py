@@ -58,7 +58,7 @@ def test_nothing_follows_by_default(model: ir.Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(registry.PASSES))
 def test_all_passes_say_what_they_need(name: str) -> None:
-    cls = registry.load(name)
+    cls = registry.pass_class(name)
     assert isinstance(cls.needs_reference, bool)
     assert cls.wanted_rows > 0
     assert cls.wanted_length > 0

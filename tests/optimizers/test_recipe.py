@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnxpress.errors import UsageError
 from onnxpress.graph.report import Report
-from onnxpress.optimizers import recipe, registry
+from onnxpress.optimizers import recipe, recipe_files, registry
 from onnxpress.optimizers.base import Context, Pass
 
 
@@ -69,7 +69,7 @@ bits = "auto"
 
 
 def test_toml_becomes_typed_passes_in_order() -> None:
-    found = recipe.loads(TOML)
+    found = recipe.parse_recipe(TOML)
     first, second = found.resolve({"test-shrink": {"bits": 4}}).build()
     assert isinstance(first, Shrink)
     assert isinstance(second, Shrink)
@@ -82,7 +82,7 @@ def test_toml_becomes_typed_passes_in_order() -> None:
 def test_a_recipe_says_the_same_as_its_toml() -> None:
     import tomllib
 
-    assert recipe.loads(TOML).to_dict() == tomllib.loads(TOML)
+    assert recipe.parse_recipe(TOML).to_dict() == tomllib.loads(TOML)
 
 
 FORMATS = """
@@ -106,7 +106,7 @@ passes = [{ name = "test-shrink", ratio = 0.5 }, { name = "test-shrink", bits = 
 def test_a_format_is_a_pass_or_several() -> None:
     import tomllib
 
-    found = recipe.loads(FORMATS)
+    found = recipe.parse_recipe(FORMATS)
     assert [[spec.name for spec in specs] for specs in found.formats.values()] == [["test-shrink"], ["test-shrink"] * 2]
     assert found.formats["two steps"][1] == recipe.PassSpec("test-shrink", {"bits": 4}, optional=True)
     assert found.to_dict() == tomllib.loads(FORMATS)
@@ -143,17 +143,24 @@ def test_a_format_is_a_pass_or_several() -> None:
 )
 def test_what_is_wrong_is_said(text: str, message: str, hint: str | None) -> None:
     with pytest.raises(UsageError) as caught:
-        recipe.loads(text).build()
+        recipe.parse_recipe(text).build()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     if hint is not None:
         assert hint in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("option", ["bit=4", "bits=5", "ratio=true", "ratio=-1"])
+def test_a_wrong_option_names_the_command_that_explains_it(option: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe.parse_pass(f"test-shrink:{option}").build()
+    assert "see onnxpress list passes test-shrink" in (caught.value.hint or "")
+
+
 def test_an_unknown_recipe_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_files", lambda: {"smallest": ""})
+    monkeypatch.setattr(recipe_files, "packaged", lambda: {"smallest": ""})
     with pytest.raises(UsageError, match="unknown recipe: smalest") as caught:
-        recipe.load("smalest")
+        recipe.load_recipe("smalest")
     assert "smallest" in (caught.value.hint or "")
 
 
@@ -192,13 +199,13 @@ def test_any_text_on_the_command_line_is_a_pass_or_a_usage_error(text: str) -> N
 
 @pytest.mark.parametrize("name", sorted(registry.PASSES))
 def test_every_registered_pass_can_be_loaded(name: str) -> None:
-    assert registry.load(name).name == name
-    recipe.parameters(registry.load(name))
+    assert registry.pass_class(name).name == name
+    recipe.parameters(registry.pass_class(name))
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipe.recipe_names())
 def test_every_recipe_in_the_package_builds_on_every_profile(name: str) -> None:
     from onnxpress.runtime_profiles import profile
 
-    for target in profile.names()[1:]:
-        recipe.load(name).resolve(profile.load(target).auto).build()
+    for target in profile.profile_names()[1:]:
+        recipe.load_recipe(name).resolve(profile.load_profile(target).auto).build()

@@ -25,7 +25,7 @@ text-generation = "decoder"
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "board.toml"
     path.write_text(TOML.format(name="board", flags="[[]]", priority=1))
-    found = profile.load(str(path))
+    found = profile.load_profile(str(path))
     assert found.name == "board"
     assert found.recipe_for("text-generation-with-past") == "decoder"
     assert found.recipe_for("feature-extraction") == "plain"
@@ -44,12 +44,12 @@ def test_what_is_wrong_is_said(tmp_path: Path, line: str, message: str) -> None:
     text = TOML.format(name="board", flags="[[]]", priority=1)
     path.write_text(f"{text}{line}" if line.startswith("[") else f"{line}\n{text}")
     with pytest.raises(UsageError, match=message):
-        profile.load(str(path))
+        profile.load_profile(str(path))
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown profile: cpux") as caught:
-        profile.load("cpux")
+        profile.load_profile("cpux")
     assert caught.value.hint == "did you mean cpu?"
 
 
@@ -73,14 +73,14 @@ def test_detection_takes_the_best_that_fits(
     monkeypatch.setattr(profile, "_files", lambda: files)
     if expected is None:
         with pytest.raises(UsageError, match="no CPU profile fits"):
-            profile.detect(machine, frozenset(flags))
+            profile.detect_profile(machine, frozenset(flags))
     else:
-        assert profile.detect(machine, frozenset(flags)).name == expected
+        assert profile.detect_profile(machine, frozenset(flags)).name == expected
 
 
-@pytest.mark.parametrize("name", profile.names()[1:])
+@pytest.mark.parametrize("name", profile.profile_names()[1:])
 def test_every_profile_in_the_package_is_valid(name: str) -> None:
-    found = profile.load(name)
+    found = profile.load_profile(name)
     assert found.name == name
 
 
@@ -95,4 +95,4 @@ def test_every_profile_in_the_package_is_valid(name: str) -> None:
     ],
 )
 def test_real_machines(machine: str, flags: set[str], expected: str) -> None:
-    assert profile.detect(machine, frozenset(flags)).name == expected
+    assert profile.detect_profile(machine, frozenset(flags)).name == expected

@@ -70,15 +70,28 @@ def verify(folder: Path, as_json: bool) -> None:
 
 @click.command("list", short_help="Passes, recipes, profiles, models.")
 @click.argument("what", type=click.Choice(["passes", "recipes", "profiles", "models"]))
+@click.argument("name", required=False)
 @click.option("--architectures", is_flag=True, help="models: what is fused, stamped, or falls back, by trying it.")
 @_reporting
-def list_(what: str, architectures: bool, as_json: bool) -> None:
-    """List the passes with their options, the recipes, the profiles, or the models of the catalog."""
+def list_(what: str, name: str | None, architectures: bool, as_json: bool) -> None:
+    """List the passes with their options, the recipes, the profiles, or the models of the catalog.
+
+    With NAME, print one of them in full: a pass with each option explained, a recipe with the options of its passes.
+    """
     from onnxpress.commands import printing
     from onnxpress.report import listing
 
-    if architectures and what != "models":
+    if architectures and (what != "models" or name):
         raise click.UsageError("--architectures goes with: list models")
+    if name:
+        found = listing.details(what, name)
+        if as_json:
+            printing.print_json(found)
+        elif what == "passes":
+            printing.print_pass(found)
+        else:
+            printing.print_details(found)
+        return
     rows = listing.rows("architectures" if architectures else what)
     if as_json:
         printing.print_json(rows)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from onnxpress.building.gates import costs
 from onnxpress.report.figures import amount, before_after, label
+from onnxpress.report.listing import signature
 
 if TYPE_CHECKING:
     from onnxpress.artifact.structure import StructureChange
@@ -215,6 +217,33 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(escape(_cell(row.get(key))) for key in rows[0]))
     _console().print(table)
+
+
+def print_pass(found: Mapping[str, Any]) -> None:
+    """What a pass does, then its options, each with its explanation."""
+    console = _console()
+    console.print(f"[bold]{found['name']}[/]  {escape(found['does'])} {'Exact.' if found['exact'] else 'Not exact.'}")
+    for option in found["options"]:
+        console.print(f"\n[bold]{option['name']}[/]: {escape(signature(option))}")
+        console.print(Padding(escape(option["explanation"]), (0, 0, 0, 4)))
+
+
+def print_details(found: Mapping[str, Any]) -> None:
+    """The fields of one recipe, profile or model; then a table for each that is a list of tables."""
+    table = _table(found["name"], "")
+    for key, value in found.items():
+        if key != "name" and value not in ({}, []) and not _is_rows(value):
+            table.add_row(label(key), escape(_cell(value)))
+    _console().print(table)
+    for key, value in found.items():
+        if _is_rows(value):
+            first = next(iter(value[0]))
+            rest = [{name: item for name, item in row.items() if name != first} for row in value]
+            print_rows([{key: row[first], "options": others} for row, others in zip(value, rest, strict=True)])
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _console() -> Console:

@@ -33,7 +33,7 @@ def requested_recipe(request: RecipeRequest | None, target: Profile) -> Recipe |
     if not request:
         return None
     if isinstance(request, str | Path):
-        return checked(recipes.load(str(request)), target)
+        return checked(recipes.load_recipe(str(request)), target)
     passes = [recipes.parse_pass(item) if isinstance(item, str) else item for item in request]
     return checked(recipes.from_passes(passes), target)
 
@@ -70,10 +70,10 @@ def default_recipe(model: str, artifact: Artifact, target: Profile, judging: Jud
     """Choose what is run where no recipe is named: with limits, a search for the cuts and formats that meet them."""
     if judging.gates != Gates():
         structure = judging.gates.max_parameters is not None or judging.search.structure
-        return recipes.load(STRUCTURE if structure else budget(artifact)).resolve(target.auto)
+        return recipes.load_recipe(STRUCTURE if structure else budget(artifact)).resolve(target.auto)
     entry = load_catalog().get(model)
     name = entry.recipe_for(target.name) if entry else None
-    return recipes.load(name or target.recipe_for(artifact.task)).resolve(target.auto)
+    return recipes.load_recipe(name or target.recipe_for(artifact.task)).resolve(target.auto)
 
 
 def with_our_operators(recipe: Recipe, artifact: Artifact) -> Recipe:

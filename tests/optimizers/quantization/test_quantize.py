@@ -273,7 +273,7 @@ def test_a_weight_that_is_not_finite_is_refused(siblings: ir.Model, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["cpu-x86-avx2", "cpu-x86-vnni"])
 def test_a_profile_whose_cpu_saturates_refuses_int8(name: str) -> None:
-    spec = PassSpec("quantize-dynamic", {"weight_type": "int8"}).resolve(profile.load(name).auto)
+    spec = PassSpec("quantize-dynamic", {"weight_type": "int8"}).resolve(profile.load_profile(name).auto)
     if name == "cpu-x86-vnni":
         spec.build()
         return
