@@ -84,11 +84,13 @@ class ReduceHeads(Pass):
     ) -> None:
         """
         Args:
-            heads, kv_heads, head_dim: what each attention is to have; what is left out follows from the others.
+            heads: query heads that each attention is to have; left out, they follow from the other numbers.
+            kv_heads: key/value heads that each attention is to have; left out, they follow from the query heads.
+            head_dim: dimensions that each head is to compute in; left out, as many as before.
             ratio: or the share of each attention's query heads, such as 0.67, the nearest that can be had. Where they
                 share keys and values, they leave evenly and all key/value heads stay.
             kv_ratio: or the share of its key/value heads: with their query heads where several share them, else merged.
-            method: see the module.
+            method: what the heads that stay are made of: `least-squares`, `regress`, `slice` or `resample`.
             matrix: for resample: `average`, `random`, or a .npz file with `heads` [heads, new], `head_dim`
                 [head_dim, new] and, unless they are the same as heads, `kv_heads`; columns are scaled to sum to one.
             corrected: for resample: False averages values and output both, as the formula was first written down.
@@ -97,7 +99,8 @@ class ReduceHeads(Pass):
             ridge: how strongly the refit holds on to what it starts from, in parts of each input's second moment.
             first_tokens: the share of the fit that is given to tokens which attend to nothing but themselves, as the
                 first of a text does; of decoders only.
-            include, exclude: patterns of names of query weights; other attentions are left alone.
+            include: patterns of names of query weights; attentions with others are left alone. None: all.
+            exclude: patterns of names of query weights; attentions with these are left alone, whatever `include` says.
         """
         if ridge < 0:
             raise UsageError(f"reduce-heads: ridge must not be negative: {ridge}")

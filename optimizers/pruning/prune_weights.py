@@ -86,7 +86,8 @@ class PruneWeights(Pass):
             sparsity: the share of weights that are zero afterwards, 0.5 if left out; N:M says it itself.
             pattern: `unstructured`; `N:M`, such as `2:4`: at most N of M consecutive inputs stay; `block:RxC`: blocks
                 of R outputs and C inputs go as a whole.
-            method: see above.
+            method: by what weights are ranked: `magnitude`; `wanda` and `ratio`, magnitude times that of the input;
+                `sparsegpt`, by what each removal costs, the others making up for it.
             scope: `global` compares the weights of all products with each other; for unstructured patterns and methods
                 that look at no samples.
             strength: λ of `ratio`: 0 compares with the mean of the matrix, 1 with that of the row.

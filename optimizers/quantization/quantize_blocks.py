@@ -65,7 +65,8 @@ class QuantizeBlocks(Pass):
             accuracy_level: 4 multiplies in integers, 0 and 1 in float32.
             scale_type: how scales and offsets are stored; int8: as whole numbers of a unit.
             unit_size: for scales of type int8: weights that share the unit of their scales; 0: a whole output.
-            include, exclude: patterns of weight names; products with other weights are left alone.
+            include: patterns of weight names, such as `*.layers.0.*`; products with others are left alone. None: all.
+            exclude: patterns of weight names; products with these are left alone, whatever `include` says.
             overrides: by pattern of weight names, other `bits`, `block_size`, `zero_points`, `scale_type`, `unit_size`;
                 the first that fits.
             min_features: products with fewer inputs or outputs are left alone.
