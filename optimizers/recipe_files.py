@@ -111,7 +111,7 @@ def rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[Table
 def extend(base: Table, own: Table, label: str) -> Table:
     """Lay the tables of a recipe over those that it inherits, see above. Neither is changed."""
     base = _without(base, own.get("remove", []), label)
-    whole = {key: own[key] for key in ("name", "description") if key in own}
+    whole: Table = {key: own[key] for key in ("name", "description") if key in own}
     for key in ENTRIES:
         if entries := _laid_over(base.get(key, []), own.get(key, []), label):
             whole[key] = entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from onnxpress.evaluation.samples import decoder_windows
 from onnxpress.arrays import Ids
 from onnxpress.evaluation.verification import EXACT_TOLERANCE, Reference, verify_step, windows_by
 from onnxpress.graph.conventions import ENCODER
+from onnxpress.progress import Update
 from onnxpress.runtime.memory import give_back
 
-Update = Callable[[int, int], None]
 
 WINDOWS, WINDOW, SEED = 4, 512, 0
 """Pieces of text, and tokens in each, on which a decoder is judged; both sides see the same: their ratio is steady."""

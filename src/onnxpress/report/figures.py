@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Row = tuple[str, str, str]
+from onnxpress.artifact.structure_changes import Row
 
 LABELS = {
     "size_bytes": "size",

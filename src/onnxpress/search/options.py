@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from onnxpress.build.gates import Gates
 from onnxpress.search.kernels import KernelTable
 
 Objective = Literal["loss", "size", "latency", "prompt"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 @dataclass(frozen=True)
