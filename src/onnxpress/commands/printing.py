@@ -1,4 +1,4 @@
-"""Print on stdout what commands found: tables with rich, or JSON."""
+"""Print on stdout what commands report: tables with rich, or JSON."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _heat(loss: float) -> str:
 
 
 def print_run(found: Mapping[str, Any]) -> None:
-    """Print what `run` has to add to the text that it streamed: speed, or the similarity of texts."""
+    """Add to the text that `run` streamed: speed, or the similarity of texts."""
     if "texts" in found:
         print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in found["texts"]])
         return
@@ -220,7 +220,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_pass(found: Mapping[str, Any]) -> None:
-    """What a pass does, then its options, each with its explanation."""
+    """Print what a pass does, then its options, each with its explanation."""
     console = _console()
     console.print(f"[bold]{found['name']}[/]  {escape(found['does'])} {'Exact.' if found['exact'] else 'Not exact.'}")
     for option in found["options"]:
@@ -229,7 +229,7 @@ def print_pass(found: Mapping[str, Any]) -> None:
 
 
 def print_details(found: Mapping[str, Any]) -> None:
-    """The fields of one recipe, profile or model; then a table for each that is a list of tables."""
+    """Print the fields of one recipe, profile or model; then a table for each that is a list of tables."""
     table = _table(found["name"], "")
     for key, value in found.items():
         if key != "name" and value not in ({}, []) and not _is_rows(value):
