@@ -21,6 +21,7 @@ GENERATED = ROOT / "docs" / "reference"
 WIDEST = 119
 ARCHITECTURE = ROOT / "docs" / "internals" / "architecture.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+STOP = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 
 
 def titled(page: Path) -> str:
@@ -93,11 +94,30 @@ def test_the_architecture_has_the_floors_that_hold() -> None:
 def test_the_stops_of_the_walks_exist() -> None:
     """`room/file.py:name` is a function, a class, or `Class.method`."""
     missing = []
-    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", ARCHITECTURE.read_text(encoding="utf-8")):
+    for file, name in STOP.findall(ARCHITECTURE.read_text(encoding="utf-8")):
         path = ROOT / "src" / "onnxpress" / file
         if not path.is_file() or name not in defined(ast.parse(path.read_text(encoding="utf-8"))):
             missing.append(f"{file}:{name}")
     assert missing == []
+
+
+def test_the_stops_of_the_walks_are_counted() -> None:
+    walks = re.findall(
+        r"^## The walk of (.*?)^(\d+) stops in (\d+) files\.$",
+        ARCHITECTURE.read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert len(walks) == 4
+    for walk, stops, files in walks:
+        found = set(STOP.findall(walk))
+        assert (int(stops), int(files)) == (len(found), len({file for file, _ in found})), walk.splitlines()[0]
+
+
+def test_a_glossary_has_each_word_once_and_in_order() -> None:
+    _, _, glossary = ARCHITECTURE.read_text(encoding="utf-8").partition("## Glossary")
+    words = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", glossary, re.MULTILINE)[1:]
+    assert len(words) > 50
+    assert words == sorted(set(words), key=str.lower)
 
 
 def defined(tree: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
