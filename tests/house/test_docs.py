@@ -13,7 +13,7 @@ import pytest
 
 import onnxpress
 
-from .test_imports import FLOORS
+from .test_imports import FLOORS, imports, module_of, room_of, sources
 
 ROOT = Path(onnxpress.__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -135,3 +135,23 @@ def test_the_files_that_contributing_names_exist() -> None:
     named = re.findall(r"`((?:exporter|optimizers|runtime_profiles|models|src|tests|docs)/[\w./-]*)`", text)
     assert len(named) > 30
     assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_each_room_imports_what_it_says() -> None:
+    """The sentence "Imports `a`, `b`." of a folder's docstring names what is imported by hand; "and what lies below"
+    stands for the floors below those of `a` and `b`, and the ground floor need not be named."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    arrows: dict[str, set[str]] = {}
+    for room, path in sources():
+        found = {room_of(module) for name in imports(path) if (module := module_of(name)) is not None}
+        arrows[room] = arrows.get(room, set()) | {other for other in found if other != room and floor[other] > 0}
+    for room, imported in arrows.items():
+        text = ROOT / "src" / "onnxpress" / Path(*room.split(".")) / "__init__.py"
+        if not text.is_file():
+            continue
+        docstring = ast.get_docstring(ast.parse(text.read_text(encoding="utf-8"))) or ""
+        sentence = re.split(r"[.;:](?:\s|$)", docstring[docstring.rindex("Imports") :], maxsplit=1)[0]
+        named = set(re.findall(r"`([\w.]+)`", sentence))
+        assert named <= imported, f"{room} names what it does not import"
+        below = max(floor[other] for other in named) if "what lies below" in sentence else 0
+        assert {other for other in imported - named if floor[other] >= below} == set(), f"{room} does not name it"
