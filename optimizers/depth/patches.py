@@ -34,6 +34,7 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.maths import CrossValidatedRegression, before_norm
 from onnxpress.optimizers.depth.removal import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
+from onnxpress.optimizers.fitting.statistics import TINY
 
 PatchForm = Literal["fold", "product"]
 LEAST = 1e-6
@@ -293,4 +294,4 @@ def _fit_down(
 def token_weights(target: NDArray[np.floating]) -> NDArray[np.float64]:
     """1 / |target|² of each row of [rows, features], that of next to empty rows being limited."""
     squares = np.einsum("ij,ij->i", target, target).astype(np.float64)
-    return np.asarray(1.0 / np.maximum(squares, max(LEAST * squares.mean(), 1e-30)))
+    return np.asarray(1.0 / np.maximum(squares, max(LEAST * squares.mean(), TINY)))

@@ -24,7 +24,7 @@ from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import columns_of, select_part
 from onnxpress.graph.anatomy.roles import FUSED
 from onnxpress.graph.edits import add_constant, add_initializers, drop_unused
-from onnxpress.graph.tensors import concatenate, concrete_shape
+from onnxpress.graph.tensors import concatenate_tensors, concrete_shape
 from onnxpress.optimizers.heads.column_moves import Columns, columns_at
 from onnxpress.optimizers.heads.maths.request import Sizes
 
@@ -239,7 +239,7 @@ def _split(
 def _joined(parts: Sequence[Product], order: Indices) -> tuple[ir.TensorProtocol, Floats | None]:
     """Weight [in, out] and bias [out] of products side by side, their columns put in an order."""
     found = [columns_of(part, None) for part in parts]
-    weight: ir.TensorProtocol = concatenate([one for one, _ in found], axis=1)
+    weight: ir.TensorProtocol = concatenate_tensors([one for one, _ in found], axis=1)
     in_order = np.array_equal(order, np.arange(len(order)))
     weight = weight if in_order else select_part(weight, None, order)
     if all(bias is None for _, bias in found):

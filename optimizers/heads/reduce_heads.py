@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.arrays import Doubles, Indices
+from onnxpress.arrays import Doubles, Floats, Indices
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
@@ -43,7 +43,6 @@ from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
 from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.sites import (
-    Arrays,
     HeadSite,
     cut_tables,
     pack_output,
@@ -246,7 +245,7 @@ class ReduceHeads(Pass):
                 site.write(refitted)
                 report.measure(site.output.name, float(refitted["error"].numpy()[0]))
 
-    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
+    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> dict[str, Floats]:
         site, weights = seen.site, seen.site.read()
         if self.method == "resample":
             return pack_weights(site, self._resampled(weights, plan, dimensions))
@@ -263,7 +262,7 @@ class ReduceHeads(Pass):
         )
         return pack_weights(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
-    def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> Arrays:
+    def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> dict[str, Floats]:
         """The output fitted to what the attention makes by now, and what is lost."""
         after = replace(seen.site, sizes=plan.after)
         weights = after.read()

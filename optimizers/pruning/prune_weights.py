@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Arrays, Doubles, Floats
 from onnxpress.calibration.known_results import Result, digest_of
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError, UsageError
@@ -24,7 +24,6 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.blockwise import (
     ERROR,
-    Arrays,
     by_input,
     fit_blockwise,
     lacks_samples,

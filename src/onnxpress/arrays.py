@@ -27,3 +27,5 @@ Booleans: TypeAlias = NDArray[np.bool_]
 """Masks of weights: what is kept."""
 Feeds: TypeAlias = Mapping[str, Array]
 """Inputs of a graph by name."""
+Arrays: TypeAlias = Mapping[str, Array]
+"""Arrays by name: what is fitted for a weight, what a run computes."""

@@ -310,6 +310,6 @@ def _in_amounts(judging: Judging, work: Work) -> Judging:
 
 def _write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
     """Write the float model to an empty folder; originals: the weights that it came from."""
-    from onnxpress.building.checkpoint_output import write_checkpoint
+    from onnxpress.building.checkpoint_output import write_verified_checkpoint
 
-    write_checkpoint(work, folder, originals)
+    write_verified_checkpoint(work, folder, originals)

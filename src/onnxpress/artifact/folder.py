@@ -204,7 +204,7 @@ def _place(name: str | None, tensor: ir.TensorProtocol) -> object:
     return name, tensor.dtype, concrete_shape(tensor)
 
 
-def size_bytes(folder: Path) -> int:
+def graph_file_bytes(folder: Path) -> int:
     """Count the bytes of the graphs and their weights: what an app has to carry."""
     return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.is_file())
 

@@ -12,7 +12,7 @@ BeforeAfter = tuple[str, str, str]
 """(what, before, after), as text."""
 
 
-def compare(before: Structure, after: Structure) -> list[BeforeAfter]:
+def list_changes(before: Structure, after: Structure) -> list[BeforeAfter]:
     """List (what, before, after) for everything that differs: a row for each run of layers that were cut alike."""
     rows: list[BeforeAfter] = []
     for stack, layers in after.stacks.items():

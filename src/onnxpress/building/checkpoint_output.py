@@ -16,7 +16,7 @@ from onnxpress.graph.io import load_graph
 from onnxpress.graph.tensors import WeightTensor
 
 
-def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
+def write_verified_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
     """Write the graphs as they were before weights were packed or quantized to an empty folder, and verify it.
 
     originals: tensors of the checkpoint that the model came from, for what no graph has: a pooler, another task's head.
@@ -34,12 +34,12 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
         raise UnsupportedModelError(
             f"the reduced model is for ONNX only, no checkpoint can hold it: {'; '.join(record.onnx_only)}", hint=hint
         )
-    from onnxpress.exporter.writing.write_checkpoint import write_checkpoint as write
+    from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 
     with work.progress.stage("writing the checkpoint"):
         graphs = [load_graph(path) for name, path in work.floats.items() if name != DECODER_MERGED]
         artifact = work.artifact
-        written = write(
+        written = write_checkpoint(
             folder, place_weights(graphs), artifact.config, artifact.files, artifact.task, originals=originals
         )
     difference = _verify(work, folder, written.parameters)

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxpress.artifact import manifest
-from onnxpress.artifact.folder import size_bytes, write_graphs, write_sidecar_files
+from onnxpress.artifact.folder import graph_file_bytes, write_graphs, write_sidecar_files
 from onnxpress.artifact.genai_config import write_genai_config
 from onnxpress.artifact.golden import write_golden
 from onnxpress.artifact.manifest import Manifest, StepRecord
@@ -52,7 +52,7 @@ def package(
         work.notes += overview.objections(paths[name].name, model, work.profile)
 
     before = {"size_bytes": float(graph_bytes(work.reference))}
-    after = {"size_bytes": float(size_bytes(result))}
+    after = {"size_bytes": float(graph_file_bytes(result))}
     if work.structure is not None:
         after["parameters"] = float(work.structure.parameters)
     if quality is not None:

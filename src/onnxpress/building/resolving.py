@@ -62,7 +62,7 @@ def open_checkpoint(checkpoint: str | Path | Checkpoint, task: str | None = None
             f"{checkpoint} is a checkpoint, and running one needs torch ({error})",
             hint="pip install 'onnxpress[export]'",
         ) from error
-    return reference.open_checkpoint(checkpoint, task=task)
+    return reference.open_in_torch(checkpoint, task=task)
 
 
 def _foreign(found: OnnxSource) -> Artifact:

@@ -19,7 +19,7 @@ from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
-from onnxpress.artifact.structure_changes import compare
+from onnxpress.artifact.structure_changes import list_changes
 from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
@@ -200,7 +200,7 @@ class Work:
         earlier = StructureChange.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
-        if reasons or compare(before, structure):
+        if reasons or list_changes(before, structure):
             export = {**export, EXPORT_KEY: StructureChange(before, structure, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))

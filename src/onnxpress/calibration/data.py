@@ -22,7 +22,7 @@ from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.modes import continuation
 from onnxpress.evaluation.opening import open_model
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.texts import cut, load_tokenizer, pad, written_windows
+from onnxpress.evaluation.texts import cut, load_tokenizer, pad_rows, written_windows
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.json_files import read_optional_json
 from onnxpress.files.staging import replacing_file
@@ -205,7 +205,7 @@ def _decoder_feeds(ids: Ids) -> Feeds:
 
 
 def _encoder_feeds(rows: Sequence[Sequence[int]]) -> Feeds:
-    ids, mask = pad(rows)
+    ids, mask = pad_rows(rows)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
@@ -216,7 +216,7 @@ def _text_feeds(tokenizer: Any, texts: Sequence[Texts], length: int, together: b
     else:
         found = [tokenizer.encode(part) for one in texts for part in (one.first, one.second) if part]
     feeds = _encoder_feeds([one.ids[:length] for one in found])
-    types, _ = pad([one.type_ids[:length] for one in found])
+    types, _ = pad_rows([one.type_ids[:length] for one in found])
     return {**feeds, "token_type_ids": types}
 
 
@@ -271,7 +271,7 @@ def _encoder_decoder_feeds(
         states = model.encode(feeds)
         known = answers[number] if answers is not None else []
         if known and all(known):
-            ids, mask = pad([[start, *(one or [])] for one in known])
+            ids, mask = pad_rows([[start, *(one or [])] for one in known])
         else:
             ids = continuation(model, np.full((len(states), 1), start, np.int64), ANSWER)
             mask = np.ones_like(ids)

@@ -9,9 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.arrays import Feeds
+from onnxpress.graph.io import SLAB_BYTES
 from onnxpress.graph.tensors import concrete_shape, rows_of
-
-SLAB_BYTES = 16 * 2**20
 
 
 def fingerprint(model: ir.Model, samples: Sequence[Feeds], method: str) -> str:

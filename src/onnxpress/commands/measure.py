@@ -94,7 +94,7 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
     with Progress() as progress:
         found = pipeline.sensitivity(source, judging=wanted, progress=progress, **options)
     if plot is not None:
-        picture.draw(found, plot, model)
+        picture.plot_profile(found, plot, model)
     if as_json:
         printing.print_json(found.to_dict())
     else:

@@ -37,7 +37,7 @@ def print_json(value: Any) -> None:
 def print_build(result: BuildResult) -> None:
     """Print the steps, the before/after table, the gates, and where the artifact is."""
     from onnxpress.artifact.structure import StructureChange
-    from onnxpress.artifact.structure_changes import compare
+    from onnxpress.artifact.structure_changes import list_changes
 
     console = _console()
     record = result.manifest
@@ -59,7 +59,7 @@ def print_build(result: BuildResult) -> None:
         console.print(table)
     if structure is not None:
         table = _table("what was cut", "before", "after")
-        for row in compare(structure.before, structure.after):
+        for row in list_changes(structure.before, structure.after):
             table.add_row(*map(escape, row))
         console.print(table)
     spent = costs(record.before, result.steps)
@@ -125,9 +125,9 @@ def print_overview(found: Overview) -> None:
 
 def print_structure(record: StructureChange) -> None:
     """Print a row for each layer of the model before, with bars of what is left of it and of what was cut."""
-    from onnxpress.report.drawing import draw
+    from onnxpress.report.drawing import draw_structure
 
-    console, found = _console(), draw(record)
+    console, found = _console(), draw_structure(record)
     totals = _table("what was cut", "before → after")
     for title, bar in found.totals.items():
         change = f" ({bar.after / bar.before - 1:+.1%})" if bar.before and bar.after != bar.before else ""

@@ -16,7 +16,7 @@ from onnxpress.evaluation.texts import (
     Tokenizer,
     file_windows,
     load_tokenizer,
-    pad,
+    pad_rows,
     read_text,
     sentences,
     written_windows,
@@ -107,7 +107,7 @@ def encoder_feeds(
     else:
         rows, source = [ids[0].tolist() for ids in text], "token ids"
     rows = rows[:windows]
-    ids, mask = pad(rows)
+    ids, mask = pad_rows(rows)
     single = [{"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)} for row in rows]
     return single, {"input_ids": ids, "attention_mask": mask}, source
 

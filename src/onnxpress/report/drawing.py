@@ -1,6 +1,7 @@
 """Drawings of what was cut where, as bars: for each layer its heads, its width and its parameters, before and after.
 
-`draw` says what there is to see; the terminal (`onnxpress.commands.printing`) and `templates/structure.svg.j2` show it.
+`draw_structure` says what there is to see; the terminal (`onnxpress.commands.printing`) and
+`templates/structure.svg.j2` show it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Drawing:
     """Why no configuration can say all of it."""
 
 
-def draw(record: StructureChange) -> Drawing:
+def draw_structure(record: StructureChange) -> Drawing:
     """Draw all layers of the model before, in order, beside what became of them."""
     before, after = record.before, record.after
     totals = {"parameters": Bar(before.parameters, after.parameters)}

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from onnxpress.artifact.artifact import Step
-from onnxpress.artifact.folder import size_bytes, write_graphs
+from onnxpress.artifact.folder import graph_file_bytes, write_graphs
 from onnxpress.building.measuring import speed
 from onnxpress.building.work import Mark, Work
 from onnxpress.calibration.known_results import KnownResults
@@ -241,7 +241,7 @@ def _file_bytes(work: Work) -> float:
     graphs = {name: load_graph(path) for name, path in work.current.items()}
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         write_graphs(graphs, Path(folder))
-        return float(size_bytes(Path(folder)) + LAST_NODES)
+        return float(graph_file_bytes(Path(folder)) + LAST_NODES)
 
 
 def _speed(work: Work) -> dict[str, float]:

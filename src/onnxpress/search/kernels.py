@@ -86,7 +86,7 @@ def shape_key(group: Group) -> str:
     return products + (f"@{group.table[0]}x{group.table[1]}" if group.table else "")
 
 
-def read_table(path: str | Path) -> KernelTable:
+def read_kernel_table(path: str | Path) -> KernelTable:
     """Read a table that was given. Raises SourceNotFoundError, BadInputError."""
     path = Path(path)
     if not path.is_file():
@@ -107,7 +107,7 @@ def host_table(folder: Path, threads: int | None) -> tuple[KernelTable, Path]:
     table = KernelTable(machine(), onnxruntime.__version__, threads or 0)
     name = f"{table.machine} onnxruntime {table.onnxruntime} threads {table.threads}"
     path = folder / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
-    return (read_table(path) if path.is_file() else table), path
+    return (read_kernel_table(path) if path.is_file() else table), path
 
 
 def complete(

@@ -15,24 +15,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Feeds
+from onnxpress.arrays import Arrays, Feeds
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.walk import Walk, WalkStep
-from onnxpress.optimizers.quantization.activation_error import TINY
-from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
+from onnxpress.optimizers.fitting.statistics import TINY
+from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run_part, try_format
 from onnxpress.search.groups import Group, Part, part_model
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.trial_records import TrialRecord, TrialRecords
 
 Lost = Callable[[int, Errors], float]
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class TrialInputs:
     """What they are judged by: none of those above."""
 
 
-def measure(
+def measure_parts(
     model: ir.Model,
     groups: Sequence[Group],
     formats: Sequence[Format],
@@ -151,7 +148,7 @@ class _PartTrials:
         """Find out and record what is not known yet."""
         fit, judge = self.inputs[: self.fit_count], self.inputs[self.fit_count :]
         calibration = Calibration(fit, threads=self.threads, memory={})
-        before = run(self.alone, judge, self.session_options, self.threads)
+        before = run_part(self.alone, judge, self.session_options, self.threads)
         trials: dict[str, Trial | None] = {}
 
         def trial(one: Format) -> Trial | None:

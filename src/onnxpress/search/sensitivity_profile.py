@@ -22,7 +22,7 @@ from onnxpress.search.block_cuts import Cut, CutCandidate, check_cuts, find_cand
 from onnxpress.search.formats import FLOAT, Format
 from onnxpress.search.groups import Group, find_groups
 from onnxpress.search.head_removal import AttentionOutput, find_attention_outputs, without_heads
-from onnxpress.search.sensitivity import Measurement, measure
+from onnxpress.search.sensitivity import Measurement, measure_parts
 from onnxpress.search.trial_inputs import sample_inputs
 
 WHOLE = FLOAT
@@ -148,8 +148,8 @@ def measure_profile(
     """Measure what a recipe's formats and cuts do to the graphs as they are, and how long they take.
 
     Args:
-        kernel_table: a file, see `kernels.read_table`; None: this machine is timed.
-        every: measure every loss, see `measure`.
+        kernel_table: a file, see `kernels.read_kernel_table`; None: this machine is timed.
+        every: measure every loss, see `measure_parts`.
         heads: measure what it does to take single heads out, too.
 
     Of an encoder-decoder, the two decoders share their weights: the first stands for both.
@@ -170,7 +170,7 @@ def measure_profile(
         if not found or not samples.get(name):
             continue
         common = partial(
-            measure,
+            measure_parts,
             model,
             samples=samples[name],
             session_options=options,
@@ -198,7 +198,7 @@ def measure_profile(
     return SensitivityProfile(
         list(groups.values()),
         [row for row in rows if row.part not in candidates],
-        kernels.read_table(kernel_table)
+        kernels.read_kernel_table(kernel_table)
         if kernel_table
         else time_kernels(work, recipe, [group for cut in left.values() for group in cut.values()]),
         formats,
