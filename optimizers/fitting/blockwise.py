@@ -131,9 +131,9 @@ def second_moments(step: WalkStep, linears: Sequence[Linear]) -> Doubles:
     return gram.matrix()
 
 
-def lacks_samples(optimizer: Pass, model: ir.Model, context: Context, report: Report, count: int) -> bool:
+def lacks_samples(graph_pass: Pass, model: ir.Model, context: Context, report: Report, count: int) -> bool:
     """Whether a pass needs samples and has none for this graph; the report says so for what it would have fitted."""
-    if not optimizer.needs_samples or context.calibration.fits(model):
+    if not graph_pass.needs_samples or context.calibration.fits(model):
         return False
     report.skip(NO_SAMPLES, count)
     return True

@@ -161,11 +161,11 @@ def _connect(node: ir.Node, index: int, way: Columns, output: ir.Value, heads: i
     attributes = [one for name, one in way.rotation.attributes.items() if name != "num_heads"]
     attributes.append(ir.AttrInt64("num_heads", heads))
     inputs = [output, *way.rotation.inputs[1:]]
-    turned = ir.Node(way.rotation.domain, way.rotation.op_type, inputs, attributes)
-    _name([turned], way.rotation.metadata_props, output, f"{output.name}.rotated", None)
+    rotation = ir.Node(way.rotation.domain, way.rotation.op_type, inputs, attributes)
+    _name([rotation], way.rotation.metadata_props, output, f"{output.name}.rotated", None)
     assert isinstance(node.graph, ir.Graph)
-    node.graph.insert_before(node, turned)
-    node.replace_input_with(index, turned.outputs[0])
+    node.graph.insert_before(node, rotation)
+    node.replace_input_with(index, rotation.outputs[0])
 
 
 def _part(graph: ir.Graph, product: Product, columns: Indices, stem: str) -> tuple[ir.Value, list[ir.Node]]:

@@ -184,17 +184,17 @@ class ReduceHeads(Pass):
         plans: Mapping[ir.Node, HeadPlan],
     ) -> dict[ir.Value, Indices]:
         """By table of cosines, the planes that stay: one choice for all that read it."""
-        turned = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
-        if not turned:
+        narrowed = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
+        if not narrowed:
             return {}
         seen = {}
         if self.needs_samples:
-            products = [product for site in turned for product in (site.query, site.key)]
+            products = [product for site in narrowed for product in (site.query, site.key)]
             widths = {str(product.output.name): product.features[1] for product in products}
             seen = {name: ChannelStatistics(width, name) for name, width in widths.items()}
             calibration.observe(model, {name: [statistics] for name, statistics in seen.items()})
         energies: dict[ir.Value, Doubles] = {}
-        for site in turned:
+        for site in narrowed:
             squares = []
             weights = site.read()
             for product, weight in ((site.query, weights.query), (site.key, weights.key)):
@@ -207,7 +207,7 @@ class ReduceHeads(Pass):
             table = site.attention.rotary[0]
             added = plane_energies(squares[0], squares[1], interleaved=site.interleaved)
             energies[table] = energies.get(table, 0.0) + added
-        size = plans[turned[0].attention.node].after[2]
+        size = plans[narrowed[0].attention.node].after[2]
         return {table: strongest_planes(energy, size // 2) for table, energy in energies.items()}
 
     def _dimensions(self, site: HeadSite, planes: Mapping[ir.Value, Indices]) -> Indices | None:

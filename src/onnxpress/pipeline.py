@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.manifest import Manifest
-from onnxpress.building.measuring import Data
 from onnxpress.building.outputs import artifact_name, checkpoint_folder, default_output, output_folders
 from onnxpress.building.packaging import package
 from onnxpress.building.resolving import resolve
@@ -262,17 +261,17 @@ def _start(
 ) -> Work:
     """Take the graphs to start from, those of a checkpoint exported and verified against it."""
     text, pairs = (None if path is None else Path(path) for path in (judging.text, judging.pairs))
-    data = Data(text, pairs, judging.calibration)
+    judging = replace(judging, text=text, pairs=pairs)
     if isinstance(found, Artifact):
         if dtype != "float32":
             raise UsageError("--dtype is for checkpoints; this is ONNX already", hint="see: onnxpress list passes")
-        return Work(folder, found, target, data, judging.threads, progress)
+        return Work(folder, found, target, judging, progress)
     from onnxpress.exporter.export import export as export_checkpoint
 
     began = time.perf_counter()
     with progress.stage("exporting"):
         artifact = export_checkpoint(found, task=source.task, context_length=source.context_length, dtype=dtype)
-    work = Work(folder, artifact, target, data, judging.threads, progress)
+    work = Work(folder, artifact, target, judging, progress)
     options = {} if dtype == "float32" else {"dtype": dtype}
     work.check_export(Step("export", options, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), found)
     return work
@@ -292,8 +291,8 @@ def _run(work: Work, recipe: Recipe, judging: Judging) -> tuple[Recipe, Evaluati
 
 def _apply(work: Work, recipe: Recipe) -> None:
     """Run the passes of a recipe, those that come before anything is searched."""
-    for spec, one in zip(recipe.passes, recipe.build(), strict=True):
-        work.apply(spec, one)
+    for spec, graph_pass in zip(recipe.passes, recipe.build(), strict=True):
+        work.apply(spec, graph_pass)
 
 
 def _cut_logits(work: Work) -> None:

@@ -18,7 +18,7 @@ from onnxpress.graph.sizes import size_of, sizes_in
 
 SPLIT = (0, 2, 1, 3)
 KEYS = (0, 2, 3, 1)
-TURNED = (0, 1, 3, 2)
+TRANSPOSED = (0, 1, 3, 2)
 
 
 class NotFused(Exception):
@@ -55,9 +55,9 @@ def heads_of(value: ir.Value | None, what: str) -> SplitHeads:
 def key_heads_of(value: ir.Value | None) -> SplitHeads:
     """Likewise for keys [batch, heads, head_size, length]."""
     value, scale = unscaled(value)
-    turned = producer(value, "Transpose")
-    if turned is not None and _order(turned) == TURNED:
-        inner, more = unscaled(turned.inputs[0])
+    transposed = producer(value, "Transpose")
+    if transposed is not None and _order(transposed) == TRANSPOSED:
+        inner, more = unscaled(transposed.inputs[0])
         return replace(_cached(inner, "keys"), scale=scale * more)
     return replace(_split(value, KEYS, "keys"), scale=scale)
 

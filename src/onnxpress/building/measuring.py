@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onnxpress.arrays import Ids
 from onnxpress.building.resolving import open_checkpoint
-from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.evaluation.evaluate import Evaluation, evaluate
@@ -27,6 +26,7 @@ from onnxpress.evaluation.verification import (
 )
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.progress import Update
+from onnxpress.requests import Judging
 from onnxpress.runtime.memory import trim_memory
 
 WINDOWS, WINDOW, SEED = 4, 512, 0
@@ -42,22 +42,12 @@ TIPPED, TIPPED_SHARE = 1e-3, 3.0
 by then. Where all tipped activations round another way, two equally good models are apart by twice their loss."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """What the user wants to be measured on, and calibrated with; by default the reference writes text itself."""
-
-    text: Path | None = None
-    pairs: Path | None = None
-    calibration: CalibrationData = field(default_factory=CalibrationData)
-
-
 @dataclass
 class Meter:
     """The reference graph, and what it computes for a few inputs."""
 
     reference: Mapping[str, Path]
-    data: Data
-    threads: int | None
+    judging: Judging
     session_options: Mapping[str, str]
     _expected: Reference | None = None
     _windows: tuple[list[Ids], str] | None = None
@@ -148,10 +138,10 @@ class Meter:
         found = evaluate(
             self._open(candidate),
             reference,
-            text=text[0] if text else self.data.text,
-            pairs=self.data.pairs,
+            text=text[0] if text else self.judging.text,
+            pairs=self.judging.pairs,
             windows=WINDOWS,
-            threads=self.threads,
+            threads=self.judging.threads,
             progress=update,
         )
         return replace(found, text=text[1]) if text else found
@@ -172,7 +162,7 @@ class Meter:
             return reference
         self._remembered = remembered
         seen = restricted(remembered, folder)
-        evaluate(seen, seen, text=text[0], windows=WINDOWS, threads=self.threads)
+        evaluate(seen, seen, text=text[0], windows=WINDOWS, threads=self.judging.threads)
         remembered.model.close()
         return remembered
 
@@ -186,20 +176,24 @@ class Meter:
         """Windows of token ids from the user's text or of the reference's own, made once; None where the kind of model
         is measured on other inputs."""
         if self._windows is None:
-            self._windows = reference.judged_windows(Options(self.data.text, windows=WINDOWS, window=WINDOW, seed=SEED))
+            self._windows = reference.judged_windows(
+                Options(self.judging.text, windows=WINDOWS, window=WINDOW, seed=SEED)
+            )
         return self._windows
 
     def _open_reference(self, graph: Path) -> Opened:
-        return open_model(graph, threads=self.threads, all_logits=True)
+        return open_model(graph, threads=self.judging.threads, all_logits=True)
 
     def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
         graph = main_graph(paths)
-        return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
+        return open_model(
+            graph, threads=self.judging.threads, session_options=self.session_options, all_logits=all_logits
+        )
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:
     """The graph by which a model is opened."""
-    return next((path for stem, path in paths.items() if stem.startswith(ENCODER)), next(iter(paths.values())))
+    return next((path for name, path in paths.items() if name.startswith(ENCODER)), next(iter(paths.values())))
 
 
 def figures(found: Evaluation) -> dict[str, float]:

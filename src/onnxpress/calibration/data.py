@@ -72,20 +72,20 @@ class CalibrationData:
         rows: int = ROWS,
         length: int = LENGTH,
         threads: int | None = None,
-        companions: Path | None = None,
+        sidecar_folder: Path | None = None,
     ) -> dict[str, list[Feeds]]:
-        """Samples for each graph of a model, by its stem ("" for a model of one graph).
+        """Samples for each graph of a model, by its name ("" for a model of one graph).
 
         Args:
             graph: by which the model is opened.
             rows, length: what the pass wants, unless the user said something else.
-            companions: a folder whose tokenizer and vocabulary the samples are for, where they are not the graph's.
+            sidecar_folder: one whose tokenizer and vocabulary the samples are for, where they are not the graph's.
 
         Raises:
             BadInputError: there is too little data, or it is of a kind that the model does not take.
         """
         rows, length = self.samples or rows, self.length or length
-        opened = restricted(open_model(graph, threads=threads), companions)
+        opened = restricted(open_model(graph, threads=threads), sidecar_folder)
         if self.source is None:
             return _self_made(opened, graph, rows, length, self.seed)
         records = list(islice(read_records(self.source), 100_000))

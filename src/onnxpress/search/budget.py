@@ -61,7 +61,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     Raises GateFailedError, with what would be possible, where no assignment meets the limits.
     """
     began = time.perf_counter()
-    if recipe.cuts and work.floats != work.current:
+    if recipe.cuts and work.float_graphs != work.current:
         raise UsageError(
             f"recipe {recipe.name} packs or quantizes weights before anything is cut",
             hint="leave pack-projections and the like out of its [[pass]] tables, or leave out [[cut]]",
@@ -169,8 +169,8 @@ class _Builder:
             changed = [self.known.cut_groups[cut_name(block.name, cut.name)] for block in blocks]
             groups = [group for by_name in changed for group in by_name.values()]
             weights = [weight if cut.removes else name_of(weight) for group in groups for weight in group.weights]
-            for spec, optimizer in cut.passes_at(blocks, weights):
-                self.work.apply(spec, optimizer)
+            for spec, graph_pass in cut.passes_at(blocks, weights):
+                self.work.apply(spec, graph_pass)
                 specs.append(spec)
         return self.work.mark(), specs
 
@@ -194,12 +194,12 @@ class _Builder:
             if not weights:
                 continue
             results = self.results.setdefault(format.name, KnownResults())
-            steps = [(spec, optimizer, results) for spec, optimizer in format.passes_for(weights)]
+            steps = [(spec, graph_pass, results) for spec, graph_pass in format.passes_for(weights)]
             exact = list(takewhile(lambda step: step[1].exact, steps))
             first += exact
             rest += steps[len(exact) :]
-        for spec, optimizer, results in (*first, *rest):
-            self.work.apply(spec, optimizer, results)
+        for spec, graph_pass, results in (*first, *rest):
+            self.work.apply(spec, graph_pass, results)
             specs.append(spec)
         return specs
 
@@ -246,7 +246,7 @@ def _file_bytes(work: Work) -> float:
 
 def _speed(work: Work) -> dict[str, float]:
     with work.progress.stage("measuring speed and memory"):
-        return speed(work.current, work.threads, dict(work.profile.session_options))
+        return speed(work.current, work.judging.threads, dict(work.profile.session_options))
 
 
 def _failure(program: Program, prediction: Prediction, gates: Gates) -> GateFailedError:

@@ -65,8 +65,8 @@ class Format:
         """Run all passes on a copy of the part; None where one of them finds nothing to do, or cannot do it."""
         model = copy_graph(part)
         try:
-            for _, optimizer in self.passes_for(of.weights):
-                if not optimizer.run(model, Context(calibration, part)).report.matched:
+            for _, graph_pass in self.passes_for(of.weights):
+                if not graph_pass.run(model, Context(calibration, part)).report.matched:
                     return None
         except UnsupportedModelError:
             return None

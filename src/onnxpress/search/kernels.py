@@ -137,10 +137,10 @@ def _measure(
     names = list(model.graph.initializers)
     if format is not None:
         with contextlib.suppress(UnsupportedModelError):
-            for optimizer in [_without_fit(spec).build() for spec in format.specs]:
-                samples = [_inputs(group, TOKENS[-1])] if optimizer.needs_samples else []
-                optimizer.prepare_example(model)
-                optimizer.run(model, Context(Calibration(samples, threads=threads)))
+            for graph_pass in [_without_fit(spec).build() for spec in format.specs]:
+                samples = [_inputs(group, TOKENS[-1])] if graph_pass.needs_samples else []
+                graph_pass.prepare_example(model)
+                graph_pass.run(model, Context(Calibration(samples, threads=threads)))
         if any(name in model.graph.initializers for name in names):
             return {}
     scratch = np.zeros(CACHE_BYTES // 8)

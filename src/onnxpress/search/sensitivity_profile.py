@@ -175,7 +175,7 @@ def measure_profile(
             samples=samples[name],
             session_options=options,
             folder=cache_folder() / "sensitivity",
-            threads=work.threads,
+            threads=work.judging.threads,
         )
         with work.progress.stage("measuring what each part loses in each format") as update:
             rows += common(found, formats, others=blocks, cuts=cuts, every=every, progress=update)
@@ -216,10 +216,10 @@ def time_kernels(work: Work, recipe: Recipe, more: Sequence[Group] = ()) -> kern
     groups; it is kept."""
     groups = {group.name: group for path in work.current.values() for group in find_groups(load_graph(path).graph)}
     wanted = [*groups.values(), *(group for group in more if group.parameters)]
-    table, path = kernels.host_table(cache_folder() / "kernels", work.threads)
+    table, path = kernels.host_table(cache_folder() / "kernels", work.judging.threads)
     options = dict(work.profile.session_options)
     with work.progress.stage("timing kernels") as update:
-        if kernels.complete(table, wanted, _formats(recipe), options, work.threads, update):
+        if kernels.complete(table, wanted, _formats(recipe), options, work.judging.threads, update):
             with replacing_file(path) as aside:
                 aside.write_text(table.to_json(), encoding="utf-8")
     return table

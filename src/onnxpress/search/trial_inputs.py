@@ -29,19 +29,19 @@ def sample_inputs(work: Work, recipe: Recipe) -> dict[str, TrialInputs]:
     calibrated = [one for one in passes if one.needs_samples]
     rows = max([one.wanted_rows for one in calibrated], default=0)
     length = max([one.wanted_length for one in calibrated], default=LENGTH)
-    data, graph = work.data.calibration, main_graph(work.reference)
-    fit = data.feeds(graph, rows, length, work.threads, work.home) if rows else {}
+    data, graph = work.judging.calibration, main_graph(work.reference)
+    fit = data.feeds(graph, rows, length, work.judging.threads, work.sidecar_folder) if rows else {}
     judge: Mapping[str, Sequence[Feeds]]
     if data.source is None:
         other = replace(data, seed=data.seed + 1, samples=None, length=None)
-        judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
+        judge = other.feeds(graph, ROWS, LENGTH, work.judging.threads, work.sidecar_folder)
     else:
         # Text is cut into rows of a length: what judges begins behind all that was fitted to, and is as short as above.
         longer, shorter = data.length or length, min(data.length or length, LENGTH)
         parts = -(-longer // shorter) if work.artifact.task.startswith("text-generation") else 1
         wanted = parts * (data.samples or rows or ROWS) + SENTENCES
         other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
-        every = other.feeds(graph, wanted, length, work.threads, work.home)
+        every = other.feeds(graph, wanted, length, work.judging.threads, work.sidecar_folder)
         judge = {name: _last(list(_single(feeds))) for name, feeds in every.items()}
     found = {}
     for name in work.current:
