@@ -27,7 +27,7 @@ class OnnxSource:
 
     source: Source
     graphs: Mapping[str, Path]
-    """By stem: `model`; of encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
+    """By name: `model`; of encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
     layout: Literal["file", "huggingface", "genai"]
     config: Mapping[str, Any]
     """config.json; what genai_config.json says of it where there is none, which is how the genai builder leaves it."""

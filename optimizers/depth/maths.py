@@ -96,7 +96,7 @@ class Patch(NamedTuple):
     matrix: Doubles
     """[in, out]; zero where no map made anything better on data that it was not fitted to."""
     error: float
-    """Of what the map should make, the share of squares left, on data that it was not fitted to: 1 without a map."""
+    """The share of squares left of what the map should make, on data that it was not fitted to: 1 without a map."""
     ridge: float
 
 

@@ -23,7 +23,7 @@ from onnxpress.optimizers.base import Context, Pass
 SMALLEST = 1 << 16
 """Bytes of a pair of tables that is worth a few nodes."""
 ROUNDING = 2e-6
-"""Of a cosine, relative to the amplitude: its own float32 rounding, and a function that is no better than that."""
+"""The error of a cosine, relative to the amplitude: its float32 rounding, and a function that is no better."""
 ROTATED = {
     "GroupQueryAttention": (7, 8),
     ("RotaryEmbedding", MICROSOFT): (2, 3),

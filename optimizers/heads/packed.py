@@ -71,7 +71,7 @@ def unpacked(model: ir.Model, chosen: Sequence[tuple[Block, Attention]]) -> Iter
 class _Plan:
     attention: Attention
     operands: tuple[Columns, ...]
-    """Of queries, keys, values; empty where the attention itself takes them packed."""
+    """The columns of queries, keys, values; empty where the attention itself takes them packed."""
     by_group: bool
     sizes: Sizes
 
@@ -88,7 +88,7 @@ class _Packed:
     direct: bool
     """Whether the attention itself takes it packed."""
     metadata: dict[str, str]
-    """Of the product's node."""
+    """Metadata of the product's node."""
 
 
 def _plan(block: Block, attention: Attention) -> _Plan:

@@ -46,7 +46,7 @@ class ChannelFit:
     ridge: float
     bias_compensation: bool | None
     gradients: Mapping[str, Any] | None = None
-    """Of the loss, by weight, [in, out] each."""
+    """Gradients of the loss, by weight, [in, out] each."""
     recall: Recall = compute_always
     """Takes what is known of the same network from other options."""
 

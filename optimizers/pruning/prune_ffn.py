@@ -36,7 +36,7 @@ from onnxpress.optimizers.pruning.maths.allocation import spread
 from onnxpress.optimizers.pruning.maths.width import Method, Removal
 
 LEAST = 0.25
-"""Of its channels, what a global budget leaves every layer."""
+"""The share of its channels that a global budget leaves every layer."""
 
 
 class PruneFfn(Pass):

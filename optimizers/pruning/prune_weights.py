@@ -46,7 +46,7 @@ from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
 STEPS = 16
-"""Of the refit after SparseGPT, unless the user says otherwise; not yet tuned on a real model."""
+"""Steps of the refit after SparseGPT, unless the user says otherwise; not yet tuned on a real model."""
 
 
 class PruneWeights(Pass):

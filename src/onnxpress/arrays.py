@@ -1,4 +1,4 @@
-"""What arrays are called in signatures, defined once. Shapes stand in the docstrings of what takes them."""
+"""Names of array types in signatures, defined once. Shapes stand in the docstrings of what takes them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.rotary_planes import plane_dimensions
 
 ROUNDS = 8
-"""Of turning each head towards the mean of its cluster."""
+"""Rounds of turning each head towards the mean of its cluster."""
 
 
 def clusters(keys: Doubles, values: Doubles, size: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from onnxpress.optimizers.heads.maths.value_regression import cluster_sums, regr
 
 Method = Literal["least-squares", "regress", "slice"]
 VALUE_RIDGE = 0.1
-"""Of the regression of values, which has hidden · heads unknowns for each output."""
+"""The penalty in the regression of values, which has hidden · heads unknowns for each output."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Observed:
     """Moments of one attention on the samples."""
 
     hidden: Moments
-    """Of x."""
+    """Moments of x."""
     states: Moments
-    """Of z, which the output product reads, [heads · head_dim]."""
+    """Moments of z, which the output product reads, [heads · head_dim]."""
     attended: Callable[[Indices], Attended]
     """Looks again, for method regress."""
 
@@ -58,7 +58,7 @@ class Reduction:
     rotary: bool = False
     interleaved: bool = False
     kept_dimensions: Indices | None = None
-    """Of queries and keys, where positions are rotary and heads become smaller."""
+    """Dimensions of queries and keys, where positions are rotary and heads become smaller."""
     sink_share: float = 0.0
     """The share of the moments that tokens have which attend to nothing but themselves, see `attention_sinks`."""
 

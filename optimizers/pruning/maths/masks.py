@@ -181,7 +181,7 @@ class Threshold:
         reached = before + np.cumsum(lower)
         place = int(np.searchsorted(reached, count)) if count else 0
         self.bits = top << 16 | place
-        """Of the highest number that goes."""
+        """The bits of the highest number that goes."""
         self.ties = count - int(reached[place] - lower[place])
         """How many numbers equal to it go; the first ones."""
 

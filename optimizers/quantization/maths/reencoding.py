@@ -34,7 +34,7 @@ CHUNK = 1 << 20
 SPARE_BITS = 4
 """Below the lowest bit of any weight: d may be a fraction of it, where all codes of a super-block are even."""
 MOST_PARTS = 8
-"""Of the largest possible unit that are tried where minima must fit, too."""
+"""Parts of the largest possible unit that are tried where minima must fit, too."""
 EXACT_BITS = 52
 """Weights of one super-block that are further apart have no exact codes that are worth having."""
 

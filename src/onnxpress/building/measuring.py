@@ -57,7 +57,7 @@ class Meter:
     _remembered: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
     _folder: Path | None = None
-    """Of the tokenizer in whose vocabulary the three above are."""
+    """The folder of the tokenizer in whose vocabulary the three above are."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
@@ -76,7 +76,7 @@ class Meter:
     def check_step(
         self, what: str, after: Mapping[str, Path], before: Mapping[str, Path], *, exact: bool, lossy: bool
     ) -> dict[str, float]:
-        """What a pass changed: an exact one against the graph before it, a lossy one against the reference.
+        """Measure what a pass changed: an exact one against the graph before it, a lossy one against the reference.
 
         `lossy`: whether a pass before it was. Raises VerificationError.
         """

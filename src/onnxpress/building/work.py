@@ -79,7 +79,7 @@ class Work:
     lossy: bool = False
     """Whether a pass before was not exact."""
     structure: Structure | None = field(init=False)
-    """Of the float graphs; None where no layers are recognised."""
+    """The structure of the float graphs; None where no layers are recognised."""
     float_graphs: Mapping[str, Path] | None = field(init=False)
     """The graphs as they were last while every product was a float one under its own name."""
     samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)

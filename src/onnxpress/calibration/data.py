@@ -64,7 +64,7 @@ class CalibrationData:
     length: int | None = None
     """Tokens in a row."""
     seed: int = SEED
-    """Of the text that the model writes."""
+    """The seed of the text that the model writes."""
 
     def feeds(
         self,

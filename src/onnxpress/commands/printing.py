@@ -220,7 +220,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_pass(found: Mapping[str, Any]) -> None:
-    """What a pass does, then its options, each with its explanation."""
+    """Print what a pass does, then its options, each with its explanation."""
     console = _console()
     console.print(f"[bold]{found['name']}[/]  {escape(found['does'])} {'Exact.' if found['exact'] else 'Not exact.'}")
     for option in found["options"]:

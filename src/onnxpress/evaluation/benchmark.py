@@ -26,11 +26,11 @@ from onnxpress.runtime.sessions import EncoderDecoderSession
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a model needs to run on this machine; a figure is None where it does not apply."""
+    """The time and memory that a model takes on this machine; a figure is None where it does not apply."""
 
     kind: str
     size_bytes: int
-    """Of the graph's files, external data included."""
+    """Bytes of the graph's files, external data included."""
     load_s: float
     peak_rss_bytes: int
     threads: int | None

@@ -23,14 +23,14 @@ from onnxpress.runtime.timing import median_ms, seconds
 BATCH = 4
 """Rows that are padded to the longest of them."""
 PAIRS = 16
-"""Of sentences, in one run."""
+"""Pairs of sentences in one run."""
 RECORDED_TOKENS = 12
 BENCHMARK_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """What an encoder makes of one row of tokens."""
+    """The outputs of an encoder for one row of tokens."""
 
     outputs: Mapping[str, Array]
     """By name, [1, ...] each."""
@@ -65,7 +65,7 @@ class VectorSimilarity(Similarity):
     """`Similarity` of the pooled vectors of rows."""
 
     name = ""
-    """Of the output that is compared."""
+    """The name of the output that is compared."""
 
     def compare(self, expected: EncodedRow, found: EncodedRow) -> None:
         self.name = self.name or common_output(expected.outputs, found.outputs)

@@ -25,7 +25,7 @@ from onnxpress.progress import Update
 from onnxpress.runtime.sessions import NUMPY_TYPES, EncoderSession
 
 FEWEST_TOKENS = 16
-"""Of a text to measure on: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
+"""The fewest that a text has: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
 
 
 def decoder_windows(

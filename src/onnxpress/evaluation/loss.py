@@ -1,4 +1,4 @@
-"""What a graph loses, computed as cheaply as can be: for many small changes of one graph, one after the other.
+"""The loss of a graph, computed as cheaply as can be: for many small changes of one graph, one after the other.
 
 A graph with logits gets nodes that compute the divergence itself, so that nothing large leaves the runtime; any other
 graph is compared by its vectors. The figures are those of `metrics`: KL in nats per token, or 1 - mean cosine.
@@ -28,7 +28,7 @@ class Loss(ABC):
     """A loss of one graph, made by `loss_of` before the graph is opened."""
 
     inputs: tuple[str, ...] = ()
-    """Of the graph, that only the loss feeds."""
+    """Inputs of the graph that only the loss feeds."""
 
     @abstractmethod
     def expected(self, run: Run) -> Array:

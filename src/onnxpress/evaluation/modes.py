@@ -30,12 +30,12 @@ class DecoderLike(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of the next token, after some tokens of a text."""
+    """Logits of a model for the next token, after some tokens of a text."""
 
     logits: Floats
     """[positions, vocabulary]"""
     positions: Ids
-    """Of the tokens that the logits come after, ascending."""
+    """Places of the tokens that the logits come after, ascending."""
     followed: Ids | None = None
     """The tokens that really came next."""
 
@@ -118,7 +118,7 @@ def padded(model: DecoderLike, batch: Rows) -> list[Predictions]:
 
 
 def alone(model: DecoderLike, batch: Rows) -> list[Predictions]:
-    """What `padded` should return: each row by itself, without padding."""
+    """Run each row by itself, without padding: what `padded` should return."""
     return [padded(model, Rows([row], batch.steps))[0] for row in batch.rows]
 
 
@@ -131,7 +131,7 @@ def chunk(model: DecoderLike, batch: Chunk) -> list[Predictions]:
 
 
 def continuation(model: DecoderLike, starts: Ids, length: int) -> Ids:
-    """What `model` finds most likely: `starts` [rows, 1] followed by `length` tokens, greedily."""
+    """Continue `starts` [rows, 1] by the `length` tokens that `model` finds most likely, greedily."""
     ids, logits = starts, model.prefill(starts)
     for step in range(length):
         best = logits[:, -1].argmax(-1)[:, None].astype(np.int64)

@@ -29,7 +29,7 @@ class Encoding(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
+    """The part of `tokenizers.Tokenizer` that is used."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
 

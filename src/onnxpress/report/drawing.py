@@ -87,7 +87,7 @@ class DrawnStack:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What there is to see of a structure that was cut."""
+    """The picture of a structure that was cut."""
 
     totals: Mapping[str, Bar]
     """Bars of the whole model: parameters, vocabulary, hidden size of each stack."""

@@ -11,7 +11,7 @@ from onnxpress.errors import unknown_name
 
 ASCII, COMMON = "ascii", "common"
 UNNAMED = "unnamed"
-"""Of control characters, which are common, and of letters whose names this Python does not know."""
+"""The script of control characters, which are common, and of letters whose names this Python does not know."""
 _WIDTHS = {"HALFWIDTH", "FULLWIDTH"}
 _NO_SCRIPT = frozenset(
     "MODIFIER COMBINING FEMININE MASCULINE MICRO ANGSTROM KELVIN OHM DOUBLE SCRIPT BLACK EULER PLANCK INFORMATION "

@@ -38,19 +38,19 @@ class Vocabulary:
     kind: str
     """BPE, WordPiece or Unigram."""
     ids: Mapping[str, int]
-    """Of the model's own tokens."""
+    """Ids of the model's own tokens."""
     added: Mapping[str, int]
-    """Of those that are found in text before the model sees it, special ones among them."""
+    """Ids of those that are found in text before the model sees it, special ones among them."""
     named: frozenset[int]
     """Ids that the rest of the file refers to: the unknown token, those of templates, padding."""
     byte_level: bool = False
     byte_fallback: bool = False
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Of a BPE's merges."""
+    """Ranks of a BPE's merges."""
     prefix: str = ""
-    """Of a WordPiece that continues a word."""
+    """The prefix of a WordPiece that continues a word."""
     suffix: str = ""
-    """Of a BPE's token that ends a word."""
+    """The suffix of a BPE's token that ends a word."""
     scores: Mapping[int, float] = field(default_factory=dict)
     """Log-probabilities of a Unigram's pieces."""
 
