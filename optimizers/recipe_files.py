@@ -100,12 +100,12 @@ def read_recipe_table(file: RecipeFile, extending: Sequence[RecipeFile] = ()) ->
 
 def checked_entries(table: Mapping[str, Any], key: str, has: str, label: str) -> list[Table]:
     """The tables under `key`, each with a name."""
-    found = table.get(key, [])
-    if not isinstance(found, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) for row in found
+    entries = table.get(key, [])
+    if not isinstance(entries, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in entries
     ):
         raise UsageError(f"{label}: every {key} is a [[{key}]] table with {has}")
-    return found
+    return entries
 
 
 def extend(base: Table, own: Table, label: str) -> Table:

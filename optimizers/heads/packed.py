@@ -141,12 +141,12 @@ def _flatten(attention: Attention) -> None:
         if product is None or count is None or product.node.graph is None:
             continue
         try:
-            found = columns_at(value, product.output, product.features[1])
+            columns = columns_at(value, product.output, product.features[1])
         except UnsupportedModelError:
             continue
-        if found.rotation is not None and not found.flat and (np.diff(found.columns) == 1).all():
-            _connect(attention.node, index, found, product.output, count)
-            _remove(product.node.graph, list(reversed(found.nodes)))
+        if columns.rotation is not None and not columns.flat and (np.diff(columns.columns) == 1).all():
+            _connect(attention.node, index, columns, product.output, count)
+            _remove(product.node.graph, list(reversed(columns.nodes)))
 
 
 def _connect(node: ir.Node, index: int, way: Columns, output: ir.Value, heads: int) -> None:
@@ -238,13 +238,13 @@ def _split(
 
 def _joined(parts: Sequence[Product], order: Indices) -> tuple[ir.TensorProtocol, Floats | None]:
     """Weight [in, out] and bias [out] of products side by side, their columns put in an order."""
-    found = [columns_of(part, None) for part in parts]
-    weight: ir.TensorProtocol = concatenate_tensors([one for one, _ in found], axis=1)
+    pieces = [columns_of(part, None) for part in parts]
+    weight: ir.TensorProtocol = concatenate_tensors([one for one, _ in pieces], axis=1)
     in_order = np.array_equal(order, np.arange(len(order)))
     weight = weight if in_order else select_part(weight, None, order)
-    if all(bias is None for _, bias in found):
+    if all(bias is None for _, bias in pieces):
         return weight, None
-    both = list(zip(parts, found, strict=True))
+    both = list(zip(parts, pieces, strict=True))
     biases = [np.zeros(part.features[1], np.float32) if bias is None else bias for part, (_, bias) in both]
     return weight, np.concatenate(biases)[order]
 

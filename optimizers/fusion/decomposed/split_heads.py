@@ -82,17 +82,17 @@ def _cached(value: ir.Value | None, what: str) -> SplitHeads:
     once, repeats = _unrepeated(value)
     concat = producer(once, "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", 0) not in (2, -2):
-        found = _rotated(once, what)
-        return replace(found, repeats=repeats, views=(once, value) if once is not None and value is not None else ())
+        heads = _rotated(once, what)
+        return replace(heads, repeats=repeats, views=(once, value) if once is not None and value is not None else ())
     past, new = concat.inputs
     present = concat.outputs[0]
     if past is None or not past.is_graph_input() or not present.is_graph_output():
         raise NotFused(f"{what} are appended to what is no cache of the graph")
-    found = _rotated(new, what)
-    if past.shape is None or len(past.shape) != 4 or list(past.shape)[1::2] != [found.count, found.head_size]:
-        raise NotFused(f"{what}: the cache {past.name} is not [batch, {found.count}, length, {found.head_size}]")
+    heads = _rotated(new, what)
+    if past.shape is None or len(past.shape) != 4 or list(past.shape)[1::2] != [heads.count, heads.head_size]:
+        raise NotFused(f"{what}: the cache {past.name} is not [batch, {heads.count}, length, {heads.head_size}]")
     assert value is not None
-    return replace(found, past=past, present=present, repeats=repeats, views=(present, value))
+    return replace(heads, past=past, present=present, repeats=repeats, views=(present, value))
 
 
 def _unrepeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:

@@ -69,9 +69,9 @@ class Meter:
         expected = Reference.of(open_checkpoint(checkpoint, task), windows=windows, like=like)
         trim_memory()
         exported = like or self._open(self.reference)
-        found = verify_step(expected, exported, exact=exact, what="the exported graph")
-        found.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
-        return found
+        metrics = verify_step(expected, exported, exact=exact, what="the exported graph")
+        metrics.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
+        return metrics
 
     def check_step(
         self, what: str, after: Mapping[str, Path], before: Mapping[str, Path], *, exact: bool, lossy: bool
@@ -83,14 +83,14 @@ class Meter:
         folder = sidecar_folder(main_graph(after))
         if exact and lossy:
             expected = Reference.of(restricted(self._open(before), folder))
-            found = verify_step(expected, self._open(after), exact=False, what=what)
-            cost, limit = cost_of(found), max(TIPPED, TIPPED_SHARE * self._lost)
+            metrics = verify_step(expected, self._open(after), exact=False, what=what)
+            cost, limit = cost_of(metrics), max(TIPPED, TIPPED_SHARE * self._lost)
             if not cost <= limit:
                 raise VerificationError(
                     f"{what} should be exact but costs {cost:.3g}; the limit is {limit:.3g}, after passes that lost "
                     f"{self._lost:.3g}"
                 )
-            return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
+            return {"max_difference": metrics["max_difference"]}  # the rest would not compare with the reference
         self._reset_other_vocabulary(folder)
         if self._expected is None:
             reference = restricted(self._open(self.reference), folder)
@@ -98,9 +98,9 @@ class Meter:
             self._expected = Reference.of(reference, windows=text[0] if text else None, length=STEP_TOKENS)
             del reference
             trim_memory()
-        found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
-        self._lost = cost_of(found)
-        return found
+        metrics = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+        self._lost = cost_of(metrics)
+        return metrics
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
         """A decoder with the last position's logits only against the one with all, on the very same prompts.
@@ -196,28 +196,28 @@ def main_graph(paths: Mapping[str, Path]) -> Path:
     return next((path for name, path in paths.items() if name.startswith(ENCODER)), next(iter(paths.values())))
 
 
-def figures(found: Evaluation) -> dict[str, float]:
+def figures(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation as flat numbers: the headline figures, the loss, and each mode's as `kl_decode` and the like."""
     rows: dict[str, float] = {
         key: float(value)
         for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman", "more_tokens")
-        if (value := getattr(found, key)) is not None
+        if (value := getattr(evaluation, key)) is not None
     }
-    rows["loss"] = found.loss
-    for mode, values in found.modes.items():
+    rows["loss"] = evaluation.loss
+    for mode, values in evaluation.modes.items():
         rows |= {f"{key}_{mode}": values[key] for key in ("kl", "perplexity", "cosine_min") if key in values}
     return rows
 
 
 def speed(paths: Mapping[str, Path], threads: int | None, session_options: Mapping[str, str]) -> dict[str, float]:
     """Speed and memory of a graph on this machine, as flat numbers; decoding is at the context nearest to 256."""
-    found = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
+    measured = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
     rows: dict[str, float] = {
-        key: float(found[key])
+        key: float(measured[key])
         for key in ("prefill_tokens_per_s", "latency_ms", "load_s", "peak_rss_bytes")
-        if key in found
+        if key in measured
     }
-    if decode := found.get("decode_ms_per_token"):
+    if decode := measured.get("decode_ms_per_token"):
         context = min(decode, key=lambda tokens: abs(int(tokens) - CONTEXT))
         rows["decode_ms_per_token"] = float(decode[context])
     return rows

@@ -84,13 +84,13 @@ def list_(what: str, name: str | None, architectures: bool, as_json: bool) -> No
     if architectures and (what != "models" or name):
         raise click.UsageError("--architectures goes with: list models")
     if name:
-        found = listing.details(what, name)
+        item = listing.details(what, name)
         if as_json:
-            printing.print_json(found)
+            printing.print_json(item)
         elif what == "passes":
-            printing.print_pass(found)
+            printing.print_pass(item)
         else:
-            printing.print_details(found)
+            printing.print_details(item)
         return
     rows = listing.rows("architectures" if architectures else what)
     if as_json:

@@ -141,14 +141,14 @@ class Encoder(VectorModel):
         self, candidate: Opened, reference: Opened, cases: Sequence[Case], modes: Any, options: Options
     ) -> dict[str, Any]:
         """Rank correlation with scores that people gave to pairs; how many more tokens the candidate reads."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if cases[0].own is not None:
             own, theirs = (_tokens(rows) for rows in ((one.own for one in cases), (one.inputs for one in cases)))
-            found["more_tokens"] = own / theirs - 1
+            figures["more_tokens"] = own / theirs - 1
         if options.pairs is not None:
             ranks = _rank_pairs(candidate, reference, modes[PREFILL].name, options)
-            found |= dict(zip(("spearman", "reference_spearman"), ranks, strict=True))
-        return found
+            figures |= dict(zip(("spearman", "reference_spearman"), ranks, strict=True))
+        return figures
 
     def recorded_inputs(self, seed: int) -> tuple[dict[str, Any], dict[str, Array]]:
         """Random tokens."""

@@ -88,12 +88,12 @@ def _add_divergence(model: ir.Model) -> None:
     assert axes.const_value is not None
     axes.const_value.name = axes.name
     graph.register_initializer(axes)
-    found = ir.node("LogSoftmax", [logits], {"axis": -1})
-    difference = ir.node("Sub", [reference, found.outputs[0]])
+    log_probabilities = ir.node("LogSoftmax", [logits], {"axis": -1})
+    difference = ir.node("Sub", [reference, log_probabilities.outputs[0]])
     probabilities = ir.node("Exp", [reference])
     weighted = ir.node("Mul", [probabilities.outputs[0], difference.outputs[0]])
     total = ir.node("ReduceSum", [weighted.outputs[0], axes], {"keepdims": 0})
-    graph.extend([found, difference, probabilities, weighted, total])
-    for output, name in ((found.outputs[0], LOG_PROBABILITIES), (total.outputs[0], DIVERGENCE)):
+    graph.extend([log_probabilities, difference, probabilities, weighted, total])
+    for output, name in ((log_probabilities.outputs[0], LOG_PROBABILITIES), (total.outputs[0], DIVERGENCE)):
         output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs[:] = [found.outputs[0], total.outputs[0]]
+    graph.outputs[:] = [log_probabilities.outputs[0], total.outputs[0]]

@@ -124,11 +124,11 @@ def _layers(before: Sequence[LayerSizes], after: Sequence[LayerSizes]) -> list[D
 
 def _sizes(layer: LayerSizes) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for prefix, one in zip(("", "cross "), layer.attentions, strict=False):
+    for prefix, attention in zip(("", "cross "), layer.attentions, strict=False):
         sizes |= {
-            f"{prefix}query heads": one.heads,
-            f"{prefix}kv heads": one.kv_heads,
-            f"{prefix}{HEAD_SIZE}": one.head_dim,
+            f"{prefix}query heads": attention.heads,
+            f"{prefix}kv heads": attention.kv_heads,
+            f"{prefix}{HEAD_SIZE}": attention.head_dim,
         }
     if layer.width is not None:
         sizes["feed-forward"] = layer.width

@@ -1,4 +1,4 @@
-"""Lists of what there is to choose from: passes, recipes, profiles, models; also the source of the reference pages in docs/."""
+"""Lists of what there is to choose from: passes, recipes, profiles, models; they are the source of docs/ as well."""
 
 from __future__ import annotations
 

@@ -93,16 +93,16 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                 prediction.distrust(bool(assignment.cuts))
                 continue
             quality, sums = work.evaluate(), program.totals(assignment)
-            found = _measured(work, quality, gates)
-            prediction.learn(sums, found | {"spent_on_cuts": found["spent"] if on_cuts is None else on_cuts})
-            if all(gate.passed for gate in gates.check(found)):
-                score = found["spent"] if objective == "loss" else sums[objective]
+            measured = _measured(work, quality, gates)
+            prediction.learn(sums, measured | {"spent_on_cuts": measured["spent"] if on_cuts is None else on_cuts})
+            if all(gate.passed for gate in gates.check(measured)):
+                score = measured["spent"] if objective == "loss" else sums[objective]
                 if best is None or score < best[0]:
                     best = (score, work.mark(), assignment, quality, chosen)
                 if objective == "loss":
                     if choose is most_alike or not assignment.cuts:
                         break
-                elif gates.max_loss is None or found["spent"] >= CLOSE * math.log1p(gates.max_loss):
+                elif gates.max_loss is None or measured["spent"] >= CLOSE * math.log1p(gates.max_loss):
                     break
     remarks = prediction.remarks() if destroyed is None else []
     expected = prediction.expected(program)

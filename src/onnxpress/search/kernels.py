@@ -151,13 +151,13 @@ def _measure(
 def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
     """Time the quickest of a few runs, each with the caches full of something else."""
     call()
-    found: list[float] = []
-    while len(found) < 5 or (sum(found) < 0.1 and len(found) < 15):
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 0.1 and len(times) < 15):
         scratch += 1
         start = time.perf_counter()
         call()
-        found.append(time.perf_counter() - start)
-    return min(found)  # others disturb, none helps
+        times.append(time.perf_counter() - start)
+    return min(times)  # others disturb, none helps
 
 
 def _stand_in(group: Group) -> ir.Model:

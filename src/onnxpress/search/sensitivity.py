@@ -123,12 +123,14 @@ def _is_known(part: Part, formats: Sequence[Format], records: TrialRecords, ever
 
 def _unmeasured(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> list[Format]:
     """List the formats whose losses are still to be measured: the coarsest of those that lose alike, or every one."""
-    known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
+    known = [
+        (format, record) for format in formats if (record := records.get(part.name, format)) is not None and record.fits
+    ]
     chosen: list[tuple[Format, TrialRecord]] = []
-    for one, record in sorted(known, key=lambda pair: -pair[1].error):
-        if every or not one.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
-            chosen.append((one, record))
-    return [one for one, record in chosen if record.loss is None]
+    for format, record in sorted(known, key=lambda pair: -pair[1].error):
+        if every or not format.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
+            chosen.append((format, record))
+    return [format for format, record in chosen if record.loss is None]
 
 
 @dataclass
@@ -151,24 +153,24 @@ class _PartTrials:
         before = run_part(self.alone, judge, self.session_options, self.threads)
         trials: dict[str, Trial | None] = {}
 
-        def trial(one: Format) -> Trial | None:
-            if one.name not in trials:
-                trials[one.name] = try_format(
-                    self.alone, self.part, one, calibration, judge, self.session_options, self.threads
+        def trial(format: Format) -> Trial | None:
+            if format.name not in trials:
+                trials[format.name] = try_format(
+                    self.alone, self.part, format, calibration, judge, self.session_options, self.threads
                 )
-            return trials[one.name]
+            return trials[format.name]
 
-        for one in formats:
-            if records.get(self.part.name, one) is None:
-                after = trial(one)
+        for format in formats:
+            if records.get(self.part.name, format) is None:
+                after = trial(format)
                 if after is None:
-                    records.add(TrialRecord(self.part.name, one.key, -1))
+                    records.add(TrialRecord(self.part.name, format.key, -1))
                 else:
                     errors = relative_errors(before.outputs, after.outputs)
                     mean, peak = float(errors.mean()), float(errors.max())
-                    records.add(TrialRecord(self.part.name, one.key, after.nbytes, mean, peak, left=after.left))
-        for one in _unmeasured(self.part, formats, records, every):
-            after, record = trial(one), records.get(self.part.name, one)
+                    records.add(TrialRecord(self.part.name, format.key, after.nbytes, mean, peak, left=after.left))
+        for format in _unmeasured(self.part, formats, records, every):
+            after, record = trial(format), records.get(self.part.name, format)
             assert after is not None
             assert record is not None
             records.add(replace(record, loss=self._loss(before, after)))

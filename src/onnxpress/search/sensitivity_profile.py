@@ -51,12 +51,12 @@ class SensitivityProfile:
     def program(self, importance: Mapping[str, float], tokens: int) -> Program:
         """List every group in every format, whole and after every cut, with its costs: loss in nats (or 1 − cosine),
         bytes, parameters, microseconds."""
-        found = []
+        choices = []
         for row in self.rows:
-            found += self._choices(row, None, importance, tokens)
+            choices += self._choices(row, None, importance, tokens)
             for cut, groups in self.cut_groups.items():
                 if row.part in groups:
-                    found += self._choices(row, cut, importance, tokens)
+                    choices += self._choices(row, cut, importance, tokens)
         cuts = []
         for row in self.cut_rows:
             groups = self.cut_groups.get(cut_name(row.part, row.format), {})
@@ -64,7 +64,7 @@ class SensitivityProfile:
             if groups:
                 costs = {"cut_loss": _factor(importance, weights) * row.loss}
                 cuts.append(CutChoice(cut_name(row.part, row.format), costs))
-        return Program(found, cuts, self._removals())
+        return Program(choices, cuts, self._removals())
 
     def _removals(self) -> list[tuple[list[str], int]]:
         """List the cuts that remove blocks, by stack: one block of each must stay."""
@@ -109,18 +109,18 @@ class SensitivityProfile:
         for row in self.rows:
             times = {n: self.table.get(groups[row.part], formats.get(row.format), n) for n in kernels.TOKENS}
             rows.append({**_plain(row), "microseconds": {str(n): time for n, time in times.items()}})
-        found: dict[str, Any] = {"machine": self.table.machine, "formats": list(formats), "units": rows}
+        content: dict[str, Any] = {"machine": self.table.machine, "formats": list(formats), "units": rows}
         if self.cuts:
             blocks = [
                 {**_plain(row), "parameters_removed": self.removed(row), "left": dict(row.left)}
                 for row in self.cut_rows
             ]
-            found |= {"cuts": [one.name for one in self.cuts], "blocks": blocks}
+            content |= {"cuts": [one.name for one in self.cuts], "blocks": blocks}
         if self.attentions:
-            found["heads"] = [
+            content["heads"] = [
                 {"unit": one.name, "losses": [row.loss for row in self.rows_of_heads(one)]} for one in self.attentions
             ]
-        return found
+        return content
 
     def rows_of_heads(self, attention: AttentionOutput) -> list[Measurement]:
         """Select the measurements of an attention, by head."""
@@ -165,9 +165,9 @@ def measure_profile(
     for_heads: list[Measurement] = []
     for name, path in work.current.items():
         model = load_graph(path)
-        found = [group for group in find_groups(model.graph) if group.name not in groups]
+        new_groups = [group for group in find_groups(model.graph) if group.name not in groups]
         blocks = [candidate for candidate in find_candidates(model) if candidate.name not in candidates] if cuts else []
-        if not found or not samples.get(name):
+        if not new_groups or not samples.get(name):
             continue
         common = partial(
             measure_parts,
@@ -178,13 +178,13 @@ def measure_profile(
             threads=work.judging.threads,
         )
         with work.progress.stage("measuring what each part loses in each format") as update:
-            rows += common(found, formats, others=blocks, cuts=cuts, every=every, progress=update)
+            rows += common(new_groups, formats, others=blocks, cuts=cuts, every=every, progress=update)
         if heads:
             outputs = [one for one in find_attention_outputs(model) if one.name not in attentions]
             with work.progress.stage("measuring what is lost without each head") as update:
                 for_heads += common([], [], others=outputs, cuts=without_heads(outputs), progress=update)
             attentions |= {one.name: one for one in outputs}
-        groups |= {group.name: group for group in found}
+        groups |= {group.name: group for group in new_groups}
         candidates |= {candidate.name: candidate for candidate in blocks}
     if not rows:
         raise UnsupportedModelError("nothing to choose formats for: the model has no product with constant weights")

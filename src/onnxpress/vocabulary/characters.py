@@ -51,17 +51,17 @@ def characters_of(scripts: Iterable[str]) -> frozenset[str]:
 
 @cache
 def _characters_of(scripts: frozenset[str]) -> frozenset[str]:
-    found: set[str] = set()
+    characters: set[str] = set()
     known = characters_by_script()
     for script in sorted(scripts):
         name = script.lower()
         if name == ASCII:
-            found.update(map(chr, range(128)))
+            characters.update(map(chr, range(128)))
         elif name in known:
-            found |= known[name] | known[COMMON]
+            characters |= known[name] | known[COMMON]
         else:
             raise unknown_name("script", script, [ASCII, *known])
-    return frozenset(found)
+    return frozenset(characters)
 
 
 def scripts_in(text: str) -> frozenset[str]:

@@ -34,8 +34,8 @@ class Block:
     inputs: tuple[ir.Value, ...]
     """The values that it reads from outside: hidden states, masks, positions, rotary tables, the cache."""
     hidden: tuple[ir.Value, ...]
-    """The inputs that are hidden states of the layer before, or the embeddings for the first; one value, or two where the
-    first norm also adds the residual."""
+    """The inputs that are hidden states of the layer before, or the embeddings for the first; one value, or two where
+    the first norm also adds the residual."""
     outputs: tuple[ir.Value, ...]
     """The hidden states that it hands on."""
     products: tuple[Product, ...]
