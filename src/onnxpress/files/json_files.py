@@ -21,7 +21,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(
-            f"cannot read {path}: not JSON: {error}", hint="it may be truncated; fetch it again"
+            f"{path} is not JSON, cannot read it: {error}", hint="it may be truncated; fetch it again"
         ) from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} is not a JSON object", hint="fetch it again")
