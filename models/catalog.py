@@ -70,7 +70,7 @@ class PypiSource(_Strict):
 
 
 class Pooling(_Strict):
-    """How an encoder's hidden states become one `sentence_embedding`."""
+    """Pooling of an encoder's hidden states into one `sentence_embedding`."""
 
     mode: Literal["mean", "cls", "max", "last"]
     normalize: bool = False

@@ -131,7 +131,7 @@ class Recipe:
 
     @property
     def searched(self) -> bool:
-        """Whether anything is left to a search."""
+        """Say whether anything is left to a search."""
         return bool(self.formats or self.cuts)
 
     def resolve(self, auto: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -150,7 +150,7 @@ class Recipe:
         return [spec.build() for spec in self.passes]
 
     def to_dict(self) -> dict[str, Any]:
-        """As a recipe's TOML file holds it."""
+        """Write the recipe as a TOML file that extends no other would hold it."""
         table: dict[str, Any] = {"name": self.name} | ({"description": self.description} if self.description else {})
         table["pass"] = [spec.to_dict() for spec in self.passes]
         for key, kinds in (("cut", self.cuts), ("format", self.formats)):

@@ -5,7 +5,6 @@ To add a target: one TOML file.
 
     name = "cpu-x86-vnni"
     description = "x86-64 with AVX-512 VNNI or AVX-VNNI"
-    execution_provider = "CPUExecutionProvider"
     opset = 21                              # the newest that the target's oldest client takes
     ir_version = 10
     dtypes = ["float32", "int8", "uint8"]   # that its kernels are fast with
@@ -62,12 +61,9 @@ class Profile(BaseModel):
 
     name: str
     description: str
-    execution_provider: str = "CPUExecutionProvider"
     opset: int = Field(default=21, ge=11)
     ir_version: int = Field(default=10, ge=7)
     dtypes: list[str] = ["float32"]
-    static_shapes: bool = False
-    max_file_bytes: int | None = None
     host: Host | None = None
     session_options: dict[str, str] = {}
     recipes: dict[str, str]
@@ -83,7 +79,7 @@ class Profile(BaseModel):
 
     @property
     def saturates(self) -> bool:
-        """Whether products of unsigned with signed bytes overflow: x86 without VNNI, unless a session option helps."""
+        """Say whether products of unsigned with signed bytes overflow: x86 without VNNI, unless an option helps."""
         if self.host is None or not {"x86_64", "amd64"}.intersection(self.host.architecture):
             return False
         vnni = all(any("vnni" in flag for flag in flags) for flags in self.host.flags)

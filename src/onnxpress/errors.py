@@ -9,11 +9,21 @@ OnnxpressError                    1   something onnxpress understands went wrong
 │   └── UnsupportedModelError         an architecture, dtype or operator that onnxpress does not take
 ├── GateFailedError               4   the artifact works but misses a gate (--max-loss, --max-size, ...)
 ├── VerificationError             5   a graph does not compute what it should
+│   ├── DestroyedError                a lossy pass left hardly anything of the model
 │   └── NothingMatchedError           a pass found nothing to do and was not marked optional
 └── OutputError                   6   the result could not be written (full disk, no permission)
 
 The number is the exit code of the command line. Each error carries a one-line message and, where there is one, a hint:
 what the user can do about it.
+
+Not in the tree, because no caller ever meets them, are exceptions that mean "not this way" and are caught in their own
+room, where another way is taken and the reason is noted:
+
+    Refused        exporter.fusing                 an operator cannot be fused: it is traced as the model writes it
+    CannotRecord   exporter.tracing                the model cannot be traced: torch's own exporter takes it
+    CannotStamp    exporter.layers                 layers cannot be copied from one another: each is traced
+    NotFused       optimizers.fusion               a graph's attention is not what it looks like: it stays as it is
+    Blocked        optimizers.quantization.folding  factors cannot pass a node: the channels are not rescaled
 """
 
 from __future__ import annotations

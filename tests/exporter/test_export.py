@@ -80,7 +80,7 @@ def test_replicated_is_what_tracing_every_layer_gives(llama: Checkpoint, tmp_pat
     shapes = decoder.cache_shapes(traced.on_meta(LlamaForCausalLM, config))
 
     def wrap(model: object, fusion: fuse.Fusion, layers: tuple[int, ...]) -> traced.Traceable:
-        wrapper = decoder.CachedDecoder(model, fusion, layers).eval()  # type: ignore[arg-type]
+        wrapper = decoder.DecoderWrapper(model, fusion, layers).eval()  # type: ignore[arg-type]
         return decoder.traceable_decoder(wrapper, layers, [shapes[layer] for layer in layers])
 
     plan = traced.Plan(all_layers=True)

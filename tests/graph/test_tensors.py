@@ -92,3 +92,8 @@ def test_scalars_and_packed_elements_are_read_whole(tmp_path: Path) -> None:
     number = FileTensor(tmp_path / "packed.bin", 0, ir.DataType.INT16, ())
     assert not reads_rows(number)
     assert [slab.item() for slab in slabs_of(number, 100)] == [0x0321]
+
+
+def test_a_weight_names_itself(tmp_path: Path) -> None:
+    """onnx_ir's own would print the method that computes it, which prints the weight, and so on."""
+    assert repr(ArrayTensor("up", VALUES)) == "ArrayTensor(up: FLOAT[7, 5])"

@@ -1,4 +1,4 @@
-"""What `onnxpress list` prints, and that every option of every pass is explained."""
+"""`onnxpress list` prints one item in full, and every option of every pass is explained."""
 
 from __future__ import annotations
 

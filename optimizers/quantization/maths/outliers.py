@@ -12,11 +12,6 @@ import numpy as np
 from onnxpress.arrays import Floats, Indices
 
 
-def outlier_columns(peaks: Floats, threshold: float = 6.0) -> Indices:
-    """Channels in which some |x| exceeds `threshold`, in order. The paper's 6 suits activations of norms."""
-    return np.flatnonzero(peaks > threshold)
-
-
 def fewest_outliers(peaks: Floats, weight: Floats, energy: float, max_error: float, bits: int = 8) -> Indices:
     """The fewest channels, loudest first, without which one range for all tokens is fine enough.
 

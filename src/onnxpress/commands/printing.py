@@ -1,4 +1,4 @@
-"""Print on stdout what commands found: tables with rich, or JSON."""
+"""Print on stdout what commands report: tables with rich, or JSON."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _heat(loss: float) -> str:
 
 
 def print_run(answer: Mapping[str, Any]) -> None:
-    """Print what `run` has to add to the text that it streamed: speed, or the similarity of texts."""
+    """Add to the text that `run` streamed: speed, or the similarity of texts."""
     if "texts" in answer:
         print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in answer["texts"]])
         return
@@ -231,7 +231,7 @@ def print_pass(found: Mapping[str, Any]) -> None:
 
 
 def print_details(details: Mapping[str, Any]) -> None:
-    """The fields of one recipe, profile or model; then a table for each that is a list of tables."""
+    """Print the fields of one recipe, profile or model; then a table for each that is a list of tables."""
     table = _table(details["name"], "")
     for key, value in details.items():
         if key != "name" and value not in ({}, []) and not _is_rows(value):

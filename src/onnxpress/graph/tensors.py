@@ -71,6 +71,9 @@ class WeightTensor(ir.LazyTensor):
         """The same weight under another name; reading it raises CorruptFileError where it holds NaN or infinity."""
         return apply_to_rows(self, lambda values: require_finite_weight(values, name), name=name)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {self.dtype}{list(concrete_shape(self))})"
+
 
 class RowTensor(WeightTensor):
     """A weight that can be computed a slab of leading rows at a time."""

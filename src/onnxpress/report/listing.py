@@ -1,4 +1,4 @@
-"""Lists of what there is to choose from: passes, recipes, profiles, models; they are the source of docs/ as well."""
+"""Tables of passes, recipes, profiles and models, to print and for the reference pages in docs/."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def signature(option: Row) -> str:
 
 
 def explanations(cls: type[Pass]) -> dict[str, str]:
-    """Read what the constructor's docstring says of each option under `Args:`, one line each; `a, b: …` is of both."""
+    """Read what the constructor's docstring says of each option under `Args:`; `a, b: …` says it of both."""
     found: dict[str, str] = {}
     _, _, section = (inspect.getdoc(cls.__init__) or "").partition("Args:\n")
     for entry in re.split(r"\n(?= {4}\S)", re.split(r"\n(?=\S)", section)[0]):

@@ -24,19 +24,19 @@ class PlainRMSNorm(nn.Module):
 
 
 def test_rms_norm_and_its_offset() -> None:
-    assert recognise.rms_norm(PlainRMSNorm()) == recognise.RMSNorm(1e-5, 0.0)
-    assert recognise.rms_norm(PlainRMSNorm(offset=1.0)) == recognise.RMSNorm(1e-5, 1.0)
+    assert recognise.find_rms_norm(PlainRMSNorm()) == recognise.RMSNorm(1e-5, 0.0)
+    assert recognise.find_rms_norm(PlainRMSNorm(offset=1.0)) == recognise.RMSNorm(1e-5, 1.0)
 
 
 def test_weights_may_be_on_the_meta_device() -> None:
-    assert recognise.rms_norm(PlainRMSNorm().to("meta")) == recognise.RMSNorm(1e-5, 0.0)
+    assert recognise.find_rms_norm(PlainRMSNorm().to("meta")) == recognise.RMSNorm(1e-5, 0.0)
 
 
 @pytest.mark.parametrize(
     "near_miss", [PlainRMSNorm(offset=0.5), PlainRMSNorm(centred=True), nn.LayerNorm(8), nn.Linear(8, 8)]
 )
 def test_near_misses_are_no_rms_norm(near_miss: nn.Module) -> None:
-    assert recognise.rms_norm(near_miss) is None
+    assert recognise.find_rms_norm(near_miss) is None
 
 
 def angles(positions: int, width: int, interleaved: bool) -> tuple[Tensor, Tensor]:
