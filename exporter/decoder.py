@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.fusing import adapters
-from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.fusing.fuse import Fusion, register_tables
+from onnxpress.exporter.fusing.graph_cache import GraphCache
 from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 from onnxpress.exporter.tracing import operators
 
