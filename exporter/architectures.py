@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Row:
+class Support:
     architecture: str
     task: str
     method: str
@@ -91,7 +91,7 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[architecture](**{**catalog()[architecture]["config"], **changes})
 
 
-def try_architecture(architecture: str, folder: Path, **changes: Any) -> Row:
+def try_architecture(architecture: str, folder: Path, **changes: Any) -> Support:
     """Export a tiny model of `architecture` in `folder` and compare it with torch; `changes` are to its config. Raises
     what goes wrong."""
     from onnxpress.exporter import parity
@@ -102,7 +102,7 @@ def try_architecture(architecture: str, folder: Path, **changes: Any) -> Row:
     model = tiny_model(architecture, folder, **changes)
     artifact = export(load_folder(folder, Source(architecture, "huggingface-folder")), task=task, remember=False)
     made = artifact.export
-    return Row(
+    return Support(
         architecture,
         task,
         made["method"],
@@ -115,7 +115,7 @@ def try_architecture(architecture: str, folder: Path, **changes: Any) -> Row:
 
 def table(
     architectures: Iterable[str] | None = None, progress: Callable[[int, int, str], None] | None = None
-) -> Iterator[Row]:
+) -> Iterator[Support]:
     """Try each architecture (all by default) and yield its row; takes seconds for each. Raises UsageError for a name
     that is not in the list."""
     import transformers
@@ -134,7 +134,7 @@ def table(
             try:
                 yield try_architecture(name, Path(folder))
             except OnnxpressError as error:
-                yield Row(name, catalog()[name]["task"], "refused", error=str(error))
+                yield Support(name, catalog()[name]["task"], "refused", error=str(error))
             except Exception as error:  # torch's or onnxruntime's: one architecture must not cost the others
                 reason = next(iter(str(error).splitlines()), "")
-                yield Row(name, catalog()[name]["task"], "failed", error=f"{type(error).__name__}: {reason}")
+                yield Support(name, catalog()[name]["task"], "failed", error=f"{type(error).__name__}: {reason}")

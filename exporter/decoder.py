@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.fusing import adapters
-from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.fusing.fuse import Fusion, register_tables
+from onnxpress.exporter.fusing.graph_cache import GraphCache
 from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 from onnxpress.exporter.tracing import operators
 
@@ -60,7 +61,7 @@ class DecoderWrapper(nn.Module):
         return (output.logits, *(state for layer in self.layers for state in cache.present[layer]))
 
 
-def signature(wrapper: DecoderWrapper, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
+def traceable_decoder(wrapper: DecoderWrapper, layers: tuple[int, ...], shapes: list[tuple[int, int]]) -> Traceable:
     """Example inputs, free dimensions and names; shapes: (kv_heads, head_dim) of each traced layer."""
     batch, length, past_length = 2, 3, 5
     state = {0: "batch_size", 2: "past_sequence_length"}
@@ -116,7 +117,7 @@ def export_decoder(model_class: Any, config: Any, *, positions: int) -> TracedMo
     def wrap(model: nn.Module, fusion: Fusion, layers: tuple[int, ...]) -> Traceable:
         layers = layers or tuple(shapes)
         wrapper = DecoderWrapper(model, fusion, layers).eval()
-        return signature(wrapper, layers, [shapes[layer] for layer in layers])
+        return traceable_decoder(wrapper, layers, [shapes[layer] for layer in layers])
 
     traced = trace_model(lambda: on_meta(model_class, config), wrap, positions=positions)
     for output in traced.graph.graph.outputs[1:]:

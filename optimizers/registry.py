@@ -44,7 +44,7 @@ def pass_class(name: str) -> type[Pass]:
     if name not in PASSES:
         raise unknown_name("pass", name, PASSES, see="onnxpress list passes")
     module, _, attribute = PASSES[name].partition(":")
-    found: type[Pass] = getattr(import_module(module), attribute)
-    assert issubclass(found, Pass)
-    assert found.name == name, f"{PASSES[name]} calls itself {found.name!r}, the registry calls it {name!r}"
-    return found
+    cls: type[Pass] = getattr(import_module(module), attribute)
+    assert issubclass(cls, Pass)
+    assert cls.name == name, f"{PASSES[name]} calls itself {cls.name!r}, the registry calls it {name!r}"
+    return cls

@@ -68,7 +68,7 @@ class Experts:
 
 def find_mixtures(model: nn.Module) -> Experts:
     """Recognise the mixtures of experts of a model."""
-    found = Experts()
+    mixtures = Experts()
     for parent in model.modules():
         for experts in parent.children():
             if not recognise.is_experts(experts):
@@ -78,10 +78,10 @@ def find_mixtures(model: nn.Module) -> Experts:
             if reason is None and len(routers) != 1:
                 reason = "its router is not softmax and top-k"
             if reason is None:
-                found.modules.add(experts)
-                found.routers.update(routers)
-            found.reason = found.reason or reason
-    return found
+                mixtures.modules.add(experts)
+                mixtures.routers.update(routers)
+            mixtures.reason = mixtures.reason or reason
+    return mixtures
 
 
 @contextmanager

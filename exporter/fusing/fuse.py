@@ -16,17 +16,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
     causal_mask_function,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
-from onnxpress.exporter.fusing import adapters, experts, recognise
+from onnxpress.exporter.fusing import adapters, experts, norms
 from onnxpress.exporter.fusing.experts import Experts
+from onnxpress.exporter.fusing.graph_cache import GraphCache
 from onnxpress.exporter.fusing.patching import registered, replaced_forward
 from onnxpress.exporter.fusing.rotary import APPLY, Rotary, Table
 from onnxpress.exporter.tracing import operators
@@ -252,67 +251,6 @@ def register_tables(owner: nn.Module, fusion: Fusion) -> None:
         owner.register_buffer(table.buffer("sin"), table.sin)
 
 
-class GraphCache(Cache):
-    """The key-value cache of a traced decoder.
-
-    For GroupQueryAttention new keys and values pass through: the operator appends them to the past itself. Otherwise
-    they are concatenated here.
-    """
-
-    def __init__(
-        self, past: dict[int, tuple[Tensor, Tensor]], past_length: Any, total_length: Any, fused: bool
-    ) -> None:
-        self.past = past
-        self.past_length = past_length
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
-        self.total_length = total_length
-        self.fused = fused
-        self.layers: list[Any] = []
-        self._waiting: dict[int, tuple[Tensor, int]] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **extra: Any) -> Any:
-        if self.fused:
-            self._waiting[id(key_states)] = (key_states, layer_idx)
-            return key_states, value_states
-        past_key, past_value = self.past[layer_idx]
-        present = (torch.cat((past_key, key_states), dim=2), torch.cat((past_value, value_states), dim=2))
-        self.present[layer_idx] = present
-        return present
-
-    def waiting(self, key_states: Tensor) -> int | None:
-        """The layer whose new keys these are, if the attention has to append them."""
-        found = self._waiting.pop(id(key_states), None)
-        return None if found is None else found[1]
-
-    def unconsumed(self) -> bool:
-        return bool(self._waiting)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.past_length
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.past_length
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> Any:
-        return self.total_length, 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.past)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self.past)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self.past)
-
-
 def _within(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """MultiHeadAttention wants the bias in full length: [.., length, kv_length]."""
     if bias is None or (bias.shape[-2] == query.shape[-2]):
@@ -334,12 +272,8 @@ def fused_forms(fusion: Fusion, model: nn.Module) -> Iterator[None]:
     """Put the fused forms in place for the time of one trace, and take every one of them out again."""
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module) is Conv1D:  # GPT-2's linear layer: weight [in, out]
-                stack.enter_context(replaced_forward(module, _conv1d_forward(module)))
-            elif type(module) is not nn.Linear and recognise.is_linear(module):
-                stack.enter_context(replaced_forward(module, _linear_forward(module)))
-            elif (norm := recognise.find_rms_norm(module)) is not None:
-                stack.enter_context(replaced_forward(module, _norm_forward(fusion, module, norm)))
+            if (forward := norms.one_operator(module, fusion.made)) is not None:
+                stack.enter_context(replaced_forward(module, forward))
         for module in fusion.rotary.modules:
             stack.enter_context(replaced_forward(module, fusion.rotary_forward(module, module.forward)))
         for place, original in fusion.rotary.functions.items():
@@ -353,28 +287,3 @@ def fused_forms(fusion: Fusion, model: nn.Module) -> Iterator[None]:
 
 def _bound(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, **extra: replacement(original, *arguments, **extra)
-
-
-def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward of a subclass of torch's linear layer, as torch's own function."""
-
-    def forward(states: Tensor) -> Tensor:
-        return nn.functional.linear(states, module.weight, module.bias)
-
-    return forward
-
-
-def _conv1d_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    def forward(states: Tensor) -> Tensor:
-        return operators.linear(states, module.weight, module.bias, transposed=True)
-
-    return forward
-
-
-def _norm_forward(fusion: Fusion, module: nn.Module, norm: recognise.RMSNorm) -> Callable[[Tensor], Tensor]:
-    def forward(states: Tensor) -> Tensor:
-        fusion.made["SimplifiedLayerNormalization"] += 1
-        weight = module.weight if norm.offset == 0 else module.weight + norm.offset
-        return operators.rms_norm(states, weight, norm.epsilon)
-
-    return forward

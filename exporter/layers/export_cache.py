@@ -38,7 +38,7 @@ class TracedCheckpoint:
 
     task: str
     graphs: dict[str, ir.Model]
-    """By file stem; parameters are initializers without values."""
+    """By name; parameters are initializers without values."""
     parameters: Mapping[str, WeightTensor]
     """The checkpoint tensor of every parameter."""
     described: dict[str, Any]
@@ -76,7 +76,7 @@ def load_entry(key: str, checkpoint: Checkpoint) -> TracedCheckpoint | None:
         return None
     try:
         facts = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-        graphs = {stem: load_graph(folder / f"{stem}.onnx") for stem in facts["graphs"]}
+        graphs = {name: load_graph(folder / f"{name}.onnx") for name in facts["graphs"]}
         for graph in graphs.values():
             for graph_input in list(graph.graph.inputs):
                 if graph_input.name in facts["parameters"]:
@@ -106,11 +106,11 @@ def store_entry(key: str, traced: TracedCheckpoint, checkpoint: Checkpoint) -> T
     }
     try:
         with new_folder(_folder() / key) as folder:
-            for stem, graph in traced.graphs.items():
+            for graph_name, graph in traced.graphs.items():
                 unweighted = copy_graph(graph)
                 for name in unbound(unweighted):  # ONNX knows no initializer without a value
                     unweighted.graph.inputs.append(unweighted.graph.initializers.pop(name))
-                save_graph(unweighted, folder / f"{stem}.onnx")
+                save_graph(unweighted, folder / f"{graph_name}.onnx")
             (folder / "entry.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         kept = sorted(_folder().iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in kept[KEEP:]:

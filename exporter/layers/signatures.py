@@ -79,7 +79,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(entries)
 
 
-def choose_layers(signatures: tuple[int, ...], extra: int = 0) -> tuple[int, ...]:
+def choose_traced_layers(signatures: tuple[int, ...], extra: int = 0) -> tuple[int, ...]:
     """Layers to trace: the first one (its inputs are the model's edges), then the earliest of each signature after it;
     `extra` more with a signature found after it when one is not enough to tell what flows where."""
     chosen = [0]

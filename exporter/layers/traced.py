@@ -107,7 +107,7 @@ def _attempt(model: nn.Module, wrap: Wrap, plan: Plan, positions: int, within: s
     elif plan.all_layers:
         chosen = tuple(range(stack.depth))
     else:
-        chosen = signatures.choose_layers(stack.signatures, plan.extra_layers)
+        chosen = signatures.choose_traced_layers(stack.signatures, plan.extra_layers)
         signatures.keep_layers(model, stack, chosen)
     use_implementation(model)
     signatures.materialise(model)

@@ -16,10 +16,11 @@ from typing import Any
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError, UnsupportedModelError
 from onnxpress.exporter.sources.safetensors import read_safetensors
+from onnxpress.files.json_files import read_json_object
 from onnxpress.graph.tensors import WeightTensor
 from onnxpress.models.catalog import Pooling
 
-_COMPANIONS = (
+_SIDECAR_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
     "chat_template.*",
@@ -84,7 +85,7 @@ def load_folder(
     return Checkpoint(
         source=source,
         config=config,
-        files=find_companions(folder),
+        files=find_sidecar_files(folder),
         folder=folder,
         tensors=_read_weights(folder, allow_pickle=allow_pickle),
         pooling=read_pooling(folder),
@@ -131,32 +132,15 @@ def check_architecture(folder: Path, config: Mapping[str, Any], *, trust_remote_
         )
 
 
-def find_companions(folder: Path) -> dict[str, Path]:
+def find_sidecar_files(folder: Path) -> dict[str, Path]:
     """Tokenizer and other files that belong to the model, by path relative to `folder`, sorted."""
     found = {
         path.relative_to(folder).as_posix(): path
-        for pattern in _COMPANIONS
+        for pattern in _SIDECAR_FILES
         for path in folder.glob(pattern)
         if path.is_file()
     }
     return dict(sorted(found.items()))
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CorruptFileError: unreadable, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path} is not JSON: {error}", hint="it may be truncated; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} is not a JSON object", hint="fetch it again")
-    return value
 
 
 def _read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, WeightTensor]:

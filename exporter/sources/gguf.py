@@ -22,9 +22,10 @@ from gguf import GGML_QUANT_SIZES, dequantize
 from onnxpress.arrays import Array, Floats
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.exporter.sources.checkpoint import Checkpoint, find_companions, read_json_object
+from onnxpress.exporter.sources.checkpoint import Checkpoint, find_sidecar_files
 from onnxpress.exporter.sources.gguf_header import Header, TensorInfo, read_header
 from onnxpress.files.cache import cache_folder, new_folder
+from onnxpress.files.json_files import read_json_object
 from onnxpress.graph.tensors import WeightTensor, concrete_shape, map_file
 
 Say = Callable[[str], None]
@@ -176,7 +177,7 @@ def load_gguf(path: Path, source: Source, *, say: Say = lambda _: None) -> Check
     return Checkpoint(
         source=source,
         config=read_json_object(folder / "config.json"),
-        files=find_companions(folder),
+        files=find_sidecar_files(folder),
         folder=folder,
         tensors=_parameters(header, folder),
         task="text-generation",

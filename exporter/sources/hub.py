@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 PROBE_SECONDS = 5.0
 """How long the hub may take to answer the first request."""
 
-_COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.spm", "LICENSE*"]
+_SIDECAR_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.spm", "LICENSE*"]
 _SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
 _ELSEWHERE = ["onnx/*", "openvino/*", "original/*", "coreml/*", "runs/*", ".*"]
 """Other formats and leftovers that repositories carry."""
@@ -77,7 +77,7 @@ def fetch_snapshot(
             raise refusal from error
         return _from_cache(repository, revision, allow_pickle, f"the hub does not answer ({_one_line(error)})")
     names = [sibling.rfilename for sibling in info.siblings or ()]
-    patterns = [*_COMPANIONS, _weights_pattern(repository, names, allow_pickle)]
+    patterns = [*_SIDECAR_FILES, _weights_pattern(repository, names, allow_pickle)]
     say(f"fetching {repository} from the hub")
     folder = _download(repository, revision, patterns)
     card = info.card_data
@@ -125,7 +125,7 @@ def _from_cache(repository: str, revision: str | None, allow_pickle: bool, why: 
 
     for weights in (_SAFETENSORS, _PICKLES) if allow_pickle else (_SAFETENSORS,):
         try:
-            patterns = [*_COMPANIONS, weights]
+            patterns = [*_SIDECAR_FILES, weights]
             folder = snapshot_download(
                 repository,
                 revision=revision,

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from onnxpress.artifact.artifact import Source
 from onnxpress.errors import BadInputError, CorruptFileError, UnsafeInputError
-from onnxpress.exporter.sources.checkpoint import find_companions, read_json_object
+from onnxpress.exporter.sources.checkpoint import find_sidecar_files
+from onnxpress.files.json_files import read_json_object
 
 _TRIPLE = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
 """Files of an encoder-decoder as optimum names them; the first two are the least."""
@@ -26,7 +27,7 @@ class OnnxSource:
 
     source: Source
     graphs: Mapping[str, Path]
-    """By stem: `model`; of encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
+    """By name: `model`; of encoder-decoders `encoder_model`, `decoder_model`, `decoder_with_past_model`."""
     layout: Literal["file", "huggingface", "genai"]
     config: Mapping[str, Any]
     """config.json; what genai_config.json says of it where there is none, which is how the genai builder leaves it."""
@@ -38,10 +39,10 @@ class OnnxSource:
 
 
 def load_onnx_file(path: Path, source: Source) -> OnnxSource:
-    """One .onnx file; its companions are beside it, or in the folder above when it lies in an `onnx/`."""
+    """One .onnx file; its sidecar files are beside it, or in the folder above when it lies in an `onnx/`."""
     if path.stat().st_size == 0:
         raise CorruptFileError(f"{path} is empty", hint="export or fetch it again")
-    return _with_companions({"model": path}, "file", path.parent, source)
+    return _with_sidecar_files({"model": path}, "file", path.parent, source)
 
 
 def holds_onnx(folder: Path) -> bool:
@@ -63,9 +64,9 @@ def load_onnx_folder(folder: Path, source: Source) -> OnnxSource:
         stems = {path.stem: path for path in sorted(place.glob("*.onnx"))}
         if "encoder_model" in stems and ("decoder_model" in stems or "decoder_model_merged" in stems):
             graphs = {stem: stems[stem] for stem in _TRIPLE if stem in stems}
-            return _with_companions(graphs, "huggingface", folder, source)
+            return _with_sidecar_files(graphs, "huggingface", folder, source)
         if chosen := stems.get("model") or (next(iter(stems.values())) if len(stems) == 1 else None):
-            return _with_companions({"model": chosen}, "huggingface", folder, source)
+            return _with_sidecar_files({"model": chosen}, "huggingface", folder, source)
         if stems:
             raise BadInputError(
                 f"{place} holds several graphs and no model.onnx: {', '.join(sorted(stems))}",
@@ -95,7 +96,7 @@ def _load_genai(folder: Path, source: Source) -> OnnxSource:
         if not (folder / place).is_file():
             raise CorruptFileError(f"{folder} lacks {name}, which genai_config.json names", hint="fetch it again")
         graphs["model" if part == "decoder" and len(named) == 1 else f"{part}_model"] = folder / place
-    return _with_companions(graphs, "genai", folder, source, config)
+    return _with_sidecar_files(graphs, "genai", folder, source, config)
 
 
 def _config_of(genai_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _config_of(genai_config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in names.items() if value is not None}
 
 
-def _with_companions(
+def _with_sidecar_files(
     graphs: Mapping[str, Path],
     layout: Literal["file", "huggingface", "genai"],
     folder: Path,
@@ -131,4 +132,4 @@ def _with_companions(
         folder = folder.parent
     path = folder / "config.json"
     config = read_json_object(path) if path.is_file() else _config_of(genai_config or {})
-    return OnnxSource(source, graphs, layout, config, find_companions(folder), folder, genai_config)
+    return OnnxSource(source, graphs, layout, config, find_sidecar_files(folder), folder, genai_config)

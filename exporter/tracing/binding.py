@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxpress.arrays import Array
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.exporter.tracing.lowering import is_gate_and_up, lower, only_products
-from onnxpress.graph.floats import narrow
+from onnxpress.graph.floats import round_to_dtype
 from onnxpress.graph.storage import HALVES, StoredTensor, WideTensor
 from onnxpress.graph.tensors import WeightTensor, apply_to_rows
 
@@ -95,7 +95,7 @@ def bound_tensor(
     if interleaved:
         weight = apply_to_rows(weight, interleave_halves)
     if weight.dtype != stored and (stored in HALVES or weight.dtype == ir.DataType.DOUBLE):
-        weight = apply_to_rows(weight, lambda values: narrow(values, stored.numpy(), name), stored)
+        weight = apply_to_rows(weight, lambda values: round_to_dtype(values, stored.numpy(), name), stored)
     if stored in HALVES:
         return StoredTensor(weight, transposed=transposed)
     return weight if weight.dtype == stored and not transposed else WideTensor(weight, transposed=transposed)

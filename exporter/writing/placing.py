@@ -23,20 +23,20 @@ def place_weights(graphs: Iterable[ir.Model]) -> list[PlacedWeight]:
 
     Raises UnsupportedModelError for a weight that two graphs have in two shapes.
     """
-    found: dict[str, PlacedWeight] = {}
+    placed: dict[str, PlacedWeight] = {}
     for model in graphs:
-        for one in _of_graph(model):
-            first = found.setdefault(one.name, one)
-            if concrete_shape(first.tensor) != concrete_shape(one.tensor):
+        for weight in _of_graph(model):
+            first = placed.setdefault(weight.name, weight)
+            if concrete_shape(first.tensor) != concrete_shape(weight.tensor):
                 raise UnsupportedModelError(
-                    f"{one.name} is {list(concrete_shape(first.tensor))} in one graph of the model and "
-                    f"{list(concrete_shape(one.tensor))} in another"
+                    f"{weight.name} is {list(concrete_shape(first.tensor))} in one graph of the model and "
+                    f"{list(concrete_shape(weight.tensor))} in another"
                 )
-    return list(found.values())
+    return list(placed.values())
 
 
 def _of_graph(model: ir.Model) -> list[PlacedWeight]:
-    found: dict[str, PlacedWeight] = {}
+    weights: dict[str, PlacedWeight] = {}
     anatomy = anatomy_of(model)
     scales = _scales(anatomy)
     products = list(find_products(model.graph))
@@ -47,8 +47,8 @@ def _of_graph(model: ir.Model) -> list[PlacedWeight]:
             continue
         scale, queries = scales.get(product.name, (None, 0))
         is_head = anatomy.head is not None and product.node is anatomy.head.node
-        if product.name not in found:
-            found[product.name] = PlacedWeight(
+        if product.name not in weights:
+            weights[product.name] = PlacedWeight(
                 product.name,
                 "product",
                 scope_of(product.node),
@@ -59,20 +59,20 @@ def _of_graph(model: ir.Model) -> list[PlacedWeight]:
                 is_head,
                 product.bias is not None,
             )
-        _add(found, product.bias, "bias", product.node)
+        _add(weights, product.bias, "bias", product.node)
     for node in model.graph:
         if node.op_type in NORMS:
             gain = 2 if node.op_type.startswith("Skip") else 1
-            _add(found, _input(node, gain), "gain", node)
+            _add(weights, _input(node, gain), "gain", node)
             if node.op_type.endswith("LayerNormalization") and "Simplified" not in node.op_type:
-                _add(found, _input(node, gain + 1), "shift", node)
+                _add(weights, _input(node, gain + 1), "shift", node)
         elif node.op_type == "MoE":
-            _add(found, _input(node, 2), "experts", node)
+            _add(weights, _input(node, 2), "experts", node)
     for value in model.graph.initializers.values():
         reader = next((node for node, _ in value.uses()), None)
         if reader is not None and not str(value.name).endswith(ROTARY_TABLES):
-            _add(found, value, "other", reader)
-    return list(found.values())
+            _add(weights, value, "other", reader)
+    return list(weights.values())
 
 
 def _scales(anatomy: Anatomy) -> dict[str, tuple[float, int]]:
@@ -80,12 +80,12 @@ def _scales(anatomy: Anatomy) -> dict[str, tuple[float, int]]:
     these."""
     found = {}
     for block in anatomy.blocks:
-        for one in block.attentions:
-            if one.node.op_type not in _QUERIES or one.heads is None or one.head_dim is None:
+        for attention in block.attentions:
+            if attention.node.op_type not in _QUERIES or attention.heads is None or attention.head_dim is None:
                 continue
-            given = one.node.attributes.get("scale")
-            scale = (float(given.value) if given is not None else 0.0) or float(one.head_dim**-0.5)
-            found[one.query.name] = (scale, one.heads * one.head_dim)
+            given = attention.node.attributes.get("scale")
+            scale = (float(given.value) if given is not None else 0.0) or float(attention.head_dim**-0.5)
+            found[attention.query.name] = (scale, attention.heads * attention.head_dim)
     return found
 
 

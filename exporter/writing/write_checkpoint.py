@@ -104,32 +104,32 @@ def parameter_entries(model: Any, weights: list[PlacedWeight]) -> tuple[list[Ent
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and output is not None:
         by_place |= {f"{path}.weight": head for path, module in model.named_modules() if module is output}
-    found: dict[str, PlacedWeight] = {}
+    placed: dict[str, PlacedWeight] = {}
     for name in state:
         weight = by_name.get(name) or by_place.get(name)
         if weight is not None:
-            found[name] = weight
+            placed[name] = weight
     entries: dict[str, Entry] = {}
     groups = {name: group for group in tied_groups(model, state) for name in group}
     for name in state:
         group = groups.get(name, [name])
-        chosen = next((one for one in group if one in by_name), next((one for one in group if one in found), None))
+        chosen = next((one for one in group if one in by_name), next((one for one in group if one in placed), None))
         if chosen is not None:
-            entries[chosen] = _entry(model, chosen, state[chosen], found[chosen])
+            entries[chosen] = _entry(model, chosen, state[chosen], placed[chosen])
     modules = {weight.module for weight in weights}
     left_out = []
     for name, parameter in state.items():
         module, _, leaf = name.rpartition(".")
         if any(one in entries for one in groups.get(name, [name])) or not parameter.is_floating_point():
             continue
-        product = found.get(f"{module}.weight")
+        product = placed.get(f"{module}.weight")
         if leaf == "bias" and product is not None and product.role == "product" and not product.has_bias:
             entries[name] = Entry(name, tuple(parameter.shape), lambda shape=tuple(parameter.shape): _zeros(shape))  # type: ignore[misc]
         elif module in modules:
             raise UnsupportedModelError(f"{name} of the checkpoint was not found in the graph", hint=_NO_PLACE)
         else:
             left_out.append(name)
-    _require_all(weights, {found[name].name for name in entries if name in found})
+    _require_all(weights, {placed[name].name for name in entries if name in placed})
     return [entries[name] for name in state if name in entries], left_out
 
 

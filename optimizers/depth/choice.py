@@ -20,7 +20,7 @@ Select = Literal["influence", "angular", "loss"]
 Compare = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
 
 
-def choose_layers(
+def choose_removed_layers(
     model: ir.Model, blocks: Sequence[Block], count: int, select: Select, calibration: Calibration, report: Report
 ) -> list[int]:
     """The indices of `count` layers to remove, ascending; scores go to the report by the layer's path.

@@ -24,10 +24,10 @@ def layer_weights(block: Block) -> dict[str, ir.Value]:
     return found
 
 
-def require_compatible(one: Block, other: Block) -> None:
+def require_compatible(first: Block, second: Block) -> None:
     """Raise UnsupportedModelError, saying what differs, unless two layers differ in their weights' values only."""
-    weights, others = layer_weights(one), layer_weights(other)
-    where = f"{one.title} and {other.title} cannot be merged"
+    weights, others = layer_weights(first), layer_weights(second)
+    where = f"{first.title} and {second.title} cannot be merged"
     hint = "merge layers of one kind only, or method=drop"
     if differing := sorted(set(weights) ^ set(others)):
         raise UnsupportedModelError(f"{where}: only one of them has {differing[0]}", hint=hint)
@@ -37,14 +37,14 @@ def require_compatible(one: Block, other: Block) -> None:
             raise UnsupportedModelError(f"{where}: {name} is {list(shapes[0])} in one, {list(shapes[1])} in the other")
         if value.dtype != ir.DataType.FLOAT or others[name].dtype != ir.DataType.FLOAT:
             raise UnsupportedModelError(f"{where}: {name} is not float32")
-    for node, twin in zip(_attentions(one), _attentions(other), strict=True):
+    for node, twin in zip(_attentions(first), _attentions(second), strict=True):
         mine, theirs = _attributes(node), _attributes(twin)
         for name in sorted({*mine, *theirs}):
             if mine.get(name) != theirs.get(name):
                 raise UnsupportedModelError(
                     f"{where}: {name} of their attention is {mine.get(name)} and {theirs.get(name)}", hint=hint
                 )
-    read, others_read = _shared(one), _shared(other)
+    read, others_read = _shared(first), _shared(second)
     if read != others_read:
         raise UnsupportedModelError(
             f"{where}: they read {', '.join(sorted(read - others_read)) or 'nothing'} and "

@@ -35,16 +35,16 @@ SPARE = 8
 def greedy(model: ir.Model, blocks: Sequence[Block], count: int, calibration: Calibration) -> list[tuple[int, float]]:
     """The `count` layers to remove one after another, each with the model's loss without it and those before it."""
     setup = _Setup(model, blocks, calibration)
-    found: list[tuple[int, float]] = []
+    removed: list[tuple[int, float]] = []
     candidates = set(range(len(blocks)))
     for number in range(count):
-        losses = setup.losses(frozenset(index for index, _ in found), candidates)
+        losses = setup.losses(frozenset(index for index, _ in removed), candidates)
         ranked = sorted(losses, key=lambda index: (losses[index], -index))
-        found.append((ranked[0], losses[ranked[0]]))
+        removed.append((ranked[0], losses[ranked[0]]))
         candidates = set(ranked[1 : count + SPARE]) if number == 0 else candidates - {ranked[0]}
         if calibration.progress is not None:
             calibration.progress(number + 1, count)
-    return found
+    return removed
 
 
 class _Setup:

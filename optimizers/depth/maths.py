@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.arrays import Doubles, Floats
+from onnxpress.optimizers.fitting.statistics import TINY
 
 Merge = Literal["merge", "average"]
 
 RIDGES = tuple(10.0**power for power in range(-6, 1))
 """Tried, times the mean of the Gram matrix's diagonal."""
-TINY = 1e-30
 
 
 def cosines(first: NDArray[np.floating], second: NDArray[np.floating]) -> Doubles:
@@ -96,7 +96,7 @@ class Patch(NamedTuple):
     matrix: Doubles
     """[in, out]; zero where no map made anything better on data that it was not fitted to."""
     error: float
-    """Of what the map should make, the share of squares left, on data that it was not fitted to: 1 without a map."""
+    """The share of squares left of what the map should make, on data that it was not fitted to: 1 without a map."""
     ridge: float
 
 

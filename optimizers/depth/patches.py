@@ -34,6 +34,7 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.maths import CrossValidatedRegression, before_norm
 from onnxpress.optimizers.depth.removal import stacks_of
 from onnxpress.optimizers.depth.rows import Each, Rows
+from onnxpress.optimizers.fitting.statistics import TINY
 
 PatchForm = Literal["fold", "product"]
 LEAST = 1e-6
@@ -95,16 +96,16 @@ def fit_patches(
         for place in (-1, 0) if _index(block) == 0 else (_index(block),):
             if place not in wanted:
                 continue
-            found = step.results(str(place), partial(_fit, step, block, wanted[place], targets, form, norms))
-            error = float(found["error"].numpy()[0])
+            solution = step.results(str(place), partial(_fit, step, block, wanted[place], targets, form, norms))
+            error = float(solution["error"].numpy()[0])
             report.measure(block.title if place >= 0 else f"before {stack}", error)
             if error >= 1.0:
                 report.skip(f"no linear map makes up for the layers after {block.title} on unseen tokens")
             if form == "fold":
-                patches.folded[place] = {name: tensor for name, tensor in found.items() if name != "error"}
+                patches.folded[place] = {name: tensor for name, tensor in solution.items() if name != "error"}
                 apply_folded(block, patches.folded[place])
             else:
-                patches.products[place] = found["matrix"].numpy()
+                patches.products[place] = solution["matrix"].numpy()
                 weight = model.graph.initializers[patch_name(stack, place)]
                 weight.const_value = ir.tensor(patches.products[place], name=weight.name)
     return patches
@@ -131,15 +132,15 @@ def apply(model: ir.Model, stack: str, patches: Patches) -> None:
     apply_products(model, stack, patches.products)
 
 
-def apply_folded(block: Block, found: Mapping[str, ir.TensorProtocol]) -> None:
+def apply_folded(block: Block, folded: Mapping[str, ir.TensorProtocol]) -> None:
     end = _End(block)
-    set_weight(end.down, found["weight"])
-    if "bias" in found:
-        set_bias(end.down, found["bias"].numpy())
-    if end.norm is not None and "gain" in found:
+    set_weight(end.down, folded["weight"])
+    if "bias" in folded:
+        set_bias(end.down, folded["bias"].numpy())
+    if end.norm is not None and "gain" in folded:
         for value, name in zip(end.norm.inputs[1:3], ("gain", "shift"), strict=True):
             assert value is not None
-            tensor = ir.tensor(found[name].numpy(), name=value.name)
+            tensor = ir.tensor(folded[name].numpy(), name=value.name)
             value.const_value = tensor
 
 
@@ -280,17 +281,17 @@ def _fit_down(
     step.observe({str(end.down.activation.name): [Each(acts.__setitem__)], str(end.reads.name): [Each(take)]})
     patch = regression.solve()
     weight = read_weight(end.down)
-    found: dict[str, NDArray[Any]] = {"error": np.array([patch.error])}
-    found["weight"] = (weight + patch.matrix[: len(weight)]).astype(np.float32)
+    solution: dict[str, NDArray[Any]] = {"error": np.array([patch.error])}
+    solution["weight"] = (weight + patch.matrix[: len(weight)]).astype(np.float32)
     if end.down.bias is not None:
         assert end.down.bias.const_value is not None
-        found["bias"] = (end.down.bias.const_value.numpy() + patch.matrix[-1]).astype(np.float32)
+        solution["bias"] = (end.down.bias.const_value.numpy() + patch.matrix[-1]).astype(np.float32)
     if norm is not None:
-        found["gain"], found["shift"] = norm[0].astype(np.float32), norm[1].astype(np.float32)
-    return found
+        solution["gain"], solution["shift"] = norm[0].astype(np.float32), norm[1].astype(np.float32)
+    return solution
 
 
 def token_weights(target: NDArray[np.floating]) -> NDArray[np.float64]:
     """1 / |target|² of each row of [rows, features], that of next to empty rows being limited."""
     squares = np.einsum("ij,ij->i", target, target).astype(np.float64)
-    return np.asarray(1.0 / np.maximum(squares, max(LEAST * squares.mean(), 1e-30)))
+    return np.asarray(1.0 / np.maximum(squares, max(LEAST * squares.mean(), TINY)))

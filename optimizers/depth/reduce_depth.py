@@ -27,7 +27,7 @@ from onnxpress.graph.linear import find_linears
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import RowTensor, concrete_shape, rows_of
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.depth.choice import Select, choose_layers
+from onnxpress.optimizers.depth.choice import Select, choose_removed_layers
 from onnxpress.optimizers.depth.compatibility import layer_signature, layer_weights, require_compatible
 from onnxpress.optimizers.depth.maths import Merge, combine, merge_coefficients, runs
 from onnxpress.optimizers.depth.patches import Gap, Patches, PatchForm, apply, fit_patches
@@ -122,7 +122,7 @@ class ReduceDepth(Pass):
         known = (stack, depth) in self._plans
         plan = self._plans.get((stack, depth))
         if not known and (not self.needs_samples or calibration.fits(model)):
-            plan = _Plan(self.layers or choose_layers(model, blocks, count, self.select, calibration, report))
+            plan = _Plan(self.layers or choose_removed_layers(model, blocks, count, self.select, calibration, report))
         self._plans[stack, depth] = plan
         if plan is None:  # also for later graphs of this stack: all are cut alike or none
             report.skip(NO_SAMPLES, count)

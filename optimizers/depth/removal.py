@@ -200,11 +200,11 @@ def _drop_inputs(graph: ir.Graph, caches: list[ir.Value], dropped: set[int]) -> 
 
 def renumbered(name: str, stack: str, numbers: Mapping[int, int]) -> str:
     """`model.layers.7.mlp` with the new number of its layer, if it is named after one of the stack."""
-    found = _NUMBER.match(name)
-    layer = layer_of(f"{name}." if found is not None and found.end() == len(name) else name)
-    if found is None or layer is None or layer[0] != stack or layer[1] not in numbers:
+    match = _NUMBER.match(name)
+    layer = layer_of(f"{name}." if match is not None and match.end() == len(name) else name)
+    if match is None or layer is None or layer[0] != stack or layer[1] not in numbers:
         return name
-    return f"{name[: found.start(1)]}{numbers[layer[1]]}{name[found.end(1) :]}"
+    return f"{name[: match.start(1)]}{numbers[layer[1]]}{name[match.end(1) :]}"
 
 
 def _renumber(

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Doubles
+from onnxpress.arrays import Array, Arrays, Doubles
 from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.calibration.feeds import token_count
 from onnxpress.calibration.known_results import Result, digest_of
@@ -31,8 +30,6 @@ FEWEST_TOKENS = 256
 ERROR = "error"
 """The part of a result that goes to the report: |x·Ŵ − x·W|² / |x·W|² on the samples."""
 
-Arrays = Mapping[str, NDArray[Any]]
-
 
 class Fittable(Protocol):
     """A thing that is fitted: a product, or what ends in one."""
@@ -45,7 +42,7 @@ class Fittable(Protocol):
     def weight(self) -> ir.Value: ...
 
 
-T = TypeVar("T", bound=Fittable)
+Fitted = TypeVar("Fitted", bound=Fittable)
 
 
 def fit_blockwise(
@@ -55,9 +52,9 @@ def fit_blockwise(
     *,
     fit: str,
     options: object,
-    stages: Callable[[Segment], Iterable[Sequence[T]]],
-    solve: Callable[[WalkStep, Sequence[T]], Mapping[str, Arrays]],
-    put: Callable[[T, Result], None],
+    stages: Callable[[Segment], Iterable[Sequence[Fitted]]],
+    solve: Callable[[WalkStep, Sequence[Fitted]], Mapping[str, Arrays]],
+    put: Callable[[Fitted, Result], None],
     feed: FeedMode = "modified",
     by_product: bool = False,
     once: bool = True,
@@ -75,7 +72,7 @@ def fit_blockwise(
     walk = context.calibration.walk(model, feed=feed, method=f"{fit} by block {options!r}", by_product=by_product)
     for step in walk:
         for number, targets in enumerate(stages(step.segment)):
-            results, fresh = dict[str, Result](), list[T]()
+            results, fresh = dict[str, Result](), list[Fitted]()
             digests = {target.name: digest_of(target.weight) for target in targets} if once else {}
             for target in targets:
                 known = context.known.find(fit, target.name, digests[target.name]) if once else None
@@ -96,8 +93,8 @@ def fit_blockwise(
 
 
 def _flat(
-    solve: Callable[[WalkStep, Sequence[T]], Mapping[str, Arrays]], step: WalkStep, targets: Sequence[T]
-) -> dict[str, NDArray[Any]]:
+    solve: Callable[[WalkStep, Sequence[Fitted]], Mapping[str, Arrays]], step: WalkStep, targets: Sequence[Fitted]
+) -> dict[str, Array]:
     """Results as a file holds them, by `weight#part`."""
     return {f"{name}#{part}": array for name, parts in solve(step, targets).items() for part, array in parts.items()}
 
@@ -122,7 +119,7 @@ def by_input(linears: Collection[Linear]) -> Callable[[Segment], list[list[Linea
     return stages
 
 
-def by_segment(targets: Mapping[str, Sequence[T]]) -> Callable[[Segment], list[list[T]]]:
+def by_segment(targets: Mapping[str, Sequence[Fitted]]) -> Callable[[Segment], list[list[Fitted]]]:
     """Stages of one weight each, by the title of the segment."""
     return lambda segment: [[target] for target in targets.get(segment.title, ())]
 
@@ -134,9 +131,9 @@ def second_moments(step: WalkStep, linears: Sequence[Linear]) -> Doubles:
     return gram.matrix()
 
 
-def lacks_samples(optimizer: Pass, model: ir.Model, context: Context, report: Report, count: int) -> bool:
+def lacks_samples(graph_pass: Pass, model: ir.Model, context: Context, report: Report, count: int) -> bool:
     """Whether a pass needs samples and has none for this graph; the report says so for what it would have fitted."""
-    if not optimizer.needs_samples or context.calibration.fits(model):
+    if not graph_pass.needs_samples or context.calibration.fits(model):
         return False
     report.skip(NO_SAMPLES, count)
     return True

@@ -17,7 +17,7 @@ import numpy as np
 from onnxpress.arrays import Doubles, Floats
 
 FLOOR = 1e-12
-"""Of the mean second moment: the least penalty, for features that are always zero."""
+"""The least penalty, times the mean second moment, for features that are always zero."""
 
 
 ROUNDING = 1e-6

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from onnxpress.arrays import Doubles, Floats
 from onnxpress.errors import BadInputError
 
+TINY = 1e-30
+"""The least that a sum of squares is divided by: a row of zeros loses nothing."""
 ROWS = 1024
 """Tokens whose products are summed in float32, at a loss of about 6e-8 · ROWS^½, before they join the float64 sum."""
 

@@ -23,7 +23,7 @@ from onnxpress.optimizers.base import Context, Pass
 SMALLEST = 1 << 16
 """Bytes of a pair of tables that is worth a few nodes."""
 ROUNDING = 2e-6
-"""Of a cosine, relative to the amplitude: its own float32 rounding, and a function that is no better than that."""
+"""The error of a cosine, relative to the amplitude: its float32 rounding, and a function that is no better."""
 ROTATED = {
     "GroupQueryAttention": (7, 8),
     ("RotaryEmbedding", MICROSOFT): (2, 3),
@@ -96,22 +96,22 @@ def find_frequencies(cos: Floats, sin: Floats) -> Frequencies | None:
     return Frequencies(frequencies, amplitude)
 
 
-def _compute(graph: ir.Graph, cos: ir.Value, sin: ir.Value, found: Frequencies) -> None:
+def _compute(graph: ir.Graph, cos: ir.Value, sin: ir.Value, recognised: Frequencies) -> None:
     """Put the nodes that compute both tables at the beginning of the graph."""
     assert cos.shape is not None
     prefix, type_ = str(cos.name), ir.TensorType(ir.DataType.FLOAT)
     start, step = (add_constant(graph, f"{prefix}.{n}", np.array(n, np.float32)) for n in (0, 1))
     end = add_constant(graph, f"{prefix}.positions", np.array(cos.shape[0], np.float32))
     axis = add_constant(graph, f"{prefix}.axis", np.array([1], np.int64))
-    frequencies = add_constant(graph, f"{prefix}.frequencies", found.frequencies)
+    frequencies = add_constant(graph, f"{prefix}.frequencies", recognised.frequencies)
     positions = ir.node("Range", [start, end, step])
     column = ir.node("Unsqueeze", [positions.outputs[0], axis])
     angles = ir.node("Mul", [column.outputs[0], frequencies])
     nodes = [positions, column, angles]
     for table, operator in ((cos, "Cos"), (sin, "Sin")):
         nodes.append(ir.node(operator, [angles.outputs[0]]))
-        if found.amplitude != 1:
-            factor = add_constant(graph, f"{prefix}.amplitude", np.array(found.amplitude, np.float32))
+        if recognised.amplitude != 1:
+            factor = add_constant(graph, f"{prefix}.amplitude", np.array(recognised.amplitude, np.float32))
             nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor]))
         result = nodes[-1].outputs[0]
         result.type, result.shape = type_, table.shape

@@ -115,27 +115,29 @@ def _match(softmax: ir.Node) -> _Attention:
     return _Attention(softmax, scores, mask, query, key, value, scale * query.scale * key.scale, guarded, last)
 
 
-def _fuse(fusion: _Fusion, found: _Attention, report: Report) -> None:
+def _fuse(fusion: _Fusion, attention: _Attention, report: Report) -> None:
     """Put the operator in its place, or raise NotFused."""
-    key, graph = found.key, fusion.model.graph
+    key, graph = attention.key, fusion.model.graph
     grouped = key.repeats > 1
-    cache = [value.present for value in (key, found.value) if value.present is not None]
-    if found.mask is not None and _depends(found.mask, cache):
+    cache = [value.present for value in (key, attention.value) if value.present is not None]
+    if attention.mask is not None and _depends(attention.mask, cache):
         raise NotFused("its mask depends on keys or values")
     if grouped:
-        _check_groups(fusion, found)
-    inputs = [_rotated(graph, found.scores, one) for one in (found.query, key, found.value)]
+        _check_groups(fusion, attention)
+    inputs = [_rotated(graph, attention.scores, one) for one in (attention.query, key, attention.value)]
     bias = None
-    if found.mask is not None:
-        if found.mask not in fusion.masks:
-            rows = fusion.lengths.size(found.query.source, 1)
-            fusion.masks[found.mask] = attention_bias(graph, found.mask, rows, found.scores, found.guarded)
-        bias = fusion.masks[found.mask]
-    attributes: dict[str, Any] = {"num_heads": found.query.count, "scale": found.scale}
-    past = [key.past, found.value.past] if cache else [None, None]
+    if attention.mask is not None:
+        if attention.mask not in fusion.masks:
+            rows = fusion.lengths.size(attention.query.source, 1)
+            fusion.masks[attention.mask] = attention_bias(
+                graph, attention.mask, rows, attention.scores, attention.guarded
+            )
+        bias = fusion.masks[attention.mask]
+    attributes: dict[str, Any] = {"num_heads": attention.query.count, "scale": attention.scale}
+    past = [key.past, attention.value.past] if cache else [None, None]
     if grouped:
         attributes |= {"kv_num_heads": key.count}
-        inputs += [*past, *fusion.lengths.of_all(key, found.query), None, None, None, bias]
+        inputs += [*past, *fusion.lengths.of_all(key, attention.query), None, None, None, bias]
     else:
         inputs += [None, None, bias, *past]
     while inputs[-1] is None:
@@ -146,14 +148,14 @@ def _fuse(fusion: _Fusion, found: _Attention, report: Report) -> None:
         inputs,
         attributes,
         domain=MICROSOFT,
-        name=f"{found.softmax.name}.attention" if found.softmax.name else None,
+        name=f"{attention.softmax.name}.attention" if attention.softmax.name else None,
         num_outputs=3 if cache or grouped else 1,
     )
-    fused.metadata_props.update(found.softmax.metadata_props)
+    fused.metadata_props.update(attention.softmax.metadata_props)
     fused.metadata_props.pop(NOT_FUSED, None)
-    last, merged = found.last, found.last.outputs[0]
+    last, merged = attention.last, attention.last.outputs[0]
     assert merged.shape is not None
-    merged.shape = ir.Shape([*list(merged.shape)[:-1], found.query.count * found.value.head_size])
+    merged.shape = ir.Shape([*list(merged.shape)[:-1], attention.query.count * attention.value.head_size])
     concats = [one.producer() for one in cache]
     ir.convenience.replace_nodes_and_values(
         graph, last, [last], [fused], [merged, *cache], list(fused.outputs[: 1 + len(cache)])
@@ -162,19 +164,19 @@ def _fuse(fusion: _Fusion, found: _Attention, report: Report) -> None:
     report.match(operator)
 
 
-def _check_groups(fusion: _Fusion, found: _Attention) -> None:
+def _check_groups(fusion: _Fusion, attention: _Attention) -> None:
     """Raise NotFused where GroupQueryAttention would do something else."""
-    if found.query.head_size % 8:
-        raise NotFused(f"GroupQueryAttention takes heads of multiples of 8, not {found.query.head_size}")
-    if found.mask is None:
+    if attention.query.head_size % 8:
+        raise NotFused(f"GroupQueryAttention takes heads of multiples of 8, not {attention.query.head_size}")
+    if attention.mask is None:
         raise NotFused("its keys are repeated, and it has no mask that hides later tokens")
-    if found.mask not in fusion.causal:
-        fusion.causal[found.mask] = None
+    if attention.mask not in fusion.causal:
+        fusion.causal[attention.mask] = None
         try:
-            require_causal(fusion.model, found.mask)
+            require_causal(fusion.model, attention.mask)
         except NotFused as error:
-            fusion.causal[found.mask] = str(error)
-    reason = fusion.causal[found.mask]
+            fusion.causal[attention.mask] = str(error)
+    reason = fusion.causal[attention.mask]
     if reason is not None:
         raise NotFused(reason)
 

@@ -82,40 +82,40 @@ class FuseForeign(Pass):
     gives_form: ClassVar[bool] = True
 
     def apply(self, model: ir.Model, context: Context, report: Report) -> None:
-        found = Report()
-        name_weights(model.graph, found)
-        split_skip_norms(model, found)
-        turn_tables(model.graph, found)
+        details = Report()
+        name_weights(model.graph, details)
+        split_skip_norms(model, details)
+        turn_tables(model.graph, details)
         before = _fused_operators(model)
         CleanUp()(model)
         common.ShapeInferencePass()(model)
         shape_optimization.rules.apply_to_model(model)
         for _ in range(2):  # sizes that the graph computes follow from shapes that were found before
-            unflatten_products(model.graph, found)
+            unflatten_products(model.graph, details)
             CleanUp()(model)
             _infer_shapes(model)
-            drop_empty_slices(model.graph, found)
-            join_slices(model.graph, found)
+            drop_empty_slices(model.graph, details)
+            join_slices(model.graph, details)
         CleanUp()(model)
         _infer_shapes(model)
-        split_packed_heads(model.graph, found)
-        fuse_norms(model, found)
+        split_packed_heads(model.graph, details)
+        fuse_norms(model, details)
         if not _by_current_exporter(model.graph):  # onnxscript's would split and merge heads around what they find
             _fuse_heads(model, early := Report())
-            found.matched.update(early.matched)
+            details.matched.update(early.matched)
             common.TopologicalSortPass()(model)
             common.RemoveUnusedNodesPass()(model)
         for rule in _RULES:
             rule(model)
         common.InlinePass()(model)  # what a rule found for another that found nothing in the end
-        _fuse_heads(model, found)
-        unflatten_products(model.graph, found)
-        FuseGelu().apply(model, context, found)
+        _fuse_heads(model, details)
+        unflatten_products(model.graph, details)
+        FuseGelu().apply(model, context, details)
         common.TopologicalSortPass()(model)  # a rule may put what it adds before what that reads
         CleanUp()(model)
-        report.skipped.update(found.skipped)
+        report.skipped.update(details.skipped)
         report.matched.update(_fused_operators(model) - before)
-        report.matched.update({what: found.matched[what] for what in _REWRITTEN if found.matched[what]})
+        report.matched.update({what: details.matched[what] for what in _REWRITTEN if details.matched[what]})
         _report_leftovers(model, report)
 
 

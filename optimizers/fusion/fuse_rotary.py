@@ -46,19 +46,19 @@ def fuse_rotary(model: ir.Model, report: Report) -> None:
         use_microsoft_operators(model)
 
 
-def _fuse(graph: ir.Graph, turned: ir.Node, tables: dict[tuple[ir.Value, float], Tables]) -> str | None:
+def _fuse(graph: ir.Graph, rotated: ir.Node, tables: dict[tuple[ir.Value, float], Tables]) -> str | None:
     """Fuse one embedding, or say why not."""
-    source = _turned_source(turned)
+    source = _rotated_source(rotated)
     if source is None:
         return "halves are not constant slices of one value"
-    sine_part = only_reader(turned.outputs[0])
+    sine_part = only_reader(rotated.outputs[0])
     total = only_reader(sine_part.outputs[0]) if sine_part is not None and is_op(sine_part, "Mul") else None
     if sine_part is None or total is None or not is_op(total, "Add"):
         return "no product with the sine and sum with the other part"
     cosine_part = producer(other_input(total, sine_part.outputs[0]), "Mul")
     if cosine_part is None or source not in cosine_part.inputs:
         return "no product of the same value with the cosine"
-    sine = _wave(other_input(sine_part, turned.outputs[0]), "Sin")
+    sine = _wave(other_input(sine_part, rotated.outputs[0]), "Sin")
     cosine = _wave(other_input(cosine_part, source), "Cos")
     if sine is None or cosine is None or sine != cosine:
         return "cosine and sine are not of the same doubled angles"
@@ -75,15 +75,15 @@ def _fuse(graph: ir.Graph, turned: ir.Node, tables: dict[tuple[ir.Value, float],
     return None
 
 
-def _turned_source(turned: ir.Node) -> ir.Value | None:
+def _rotated_source(rotated: ir.Node) -> ir.Value | None:
     """x of concat(−x₂, x₁) over the last axis, x having four dimensions."""
-    negative = producer(turned.inputs[0], "Neg")
+    negative = producer(rotated.inputs[0], "Neg")
     second = producer(negative.inputs[0], "Slice") if negative is not None else None
-    first = producer(turned.inputs[1], "Slice") if len(turned.inputs) == 2 else None
+    first = producer(rotated.inputs[1], "Slice") if len(rotated.inputs) == 2 else None
     if first is None or second is None or first.inputs[0] is not second.inputs[0]:
         return None
     x = first.inputs[0]
-    if x is None or x.shape is None or len(x.shape) != 4 or turned.attributes.get_int("axis", 0) not in (-1, 3):
+    if x is None or x.shape is None or len(x.shape) != 4 or rotated.attributes.get_int("axis", 0) not in (-1, 3):
         return None
     size = x.shape[-1]
     if not isinstance(size, int) or size % 2:

@@ -24,16 +24,16 @@ def name_weights(graph: ir.Graph, report: Report) -> None:
 
     Left alone are modules with several such matrices, and names that are taken: which is which is not known.
     """
-    found: dict[str, dict[ir.Value, None]] = {}
+    by_name: dict[str, dict[ir.Value, None]] = {}
     stacks = {layer[0] for name in graph.initializers if (layer := layer_of(name)) is not None}
     for node in graph:
         linear = match_linear(node)
         module = _in_full(module_of(node), stacks)
         if linear is None or not module or "." in linear.name or linear.weight.is_graph_input():
             continue
-        found.setdefault(f"{module}.weight", {})[linear.weight] = None
-    owners = [value for values in found.values() for value in values]
-    for name, values in found.items():
+        by_name.setdefault(f"{module}.weight", {})[linear.weight] = None
+    owners = [value for values in by_name.values() for value in values]
+    for name, values in by_name.items():
         value = next(iter(values))
         if len(values) > 1 or owners.count(value) > 1 or name in graph.initializers:
             report.skip("name of a weight is not clear", len(values))

@@ -36,7 +36,7 @@ from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import add_weight, drop_unused_weights
 from onnxpress.graph.matching import is_op, only_reader, other_input, weight
 from onnxpress.graph.report import Report
-from onnxpress.graph.tensors import concatenate, concrete_shape
+from onnxpress.graph.tensors import concatenate_tensors, concrete_shape
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.quantization.keep_blocks import likely_grid
 
@@ -183,13 +183,15 @@ def _attention(siblings: Sequence[Projection]) -> ir.Node | None:
 def _packed_product(graph: ir.Graph, siblings: Sequence[Projection]) -> tuple[ir.Value, list[ir.Node]]:
     """The packed result and the nodes that compute it."""
     name = _packed_name([s.weight for s in siblings])
-    packed = add_weight(graph, name, concatenate([_tensor(s.weight) for s in siblings], axis=1))
+    packed = add_weight(graph, name, concatenate_tensors([_tensor(s.weight) for s in siblings], axis=1))
     first = siblings[0].product
     product = ir.node("MatMul", [first.inputs[0], packed], name=f"{name.removesuffix('.weight')}.MatMul")
     nodes = [product]
     if siblings[0].bias is not None:
         biases = [s.bias for s in siblings if s.bias is not None]
-        bias = add_weight(graph, _packed_name(biases), concatenate([_tensor(value) for value in biases], axis=0))
+        bias = add_weight(
+            graph, _packed_name(biases), concatenate_tensors([_tensor(value) for value in biases], axis=0)
+        )
         nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{name.removesuffix('.weight')}.Add"))
     shape = first.outputs[0].shape
     for node in nodes:

@@ -120,25 +120,25 @@ def _is_product(value: ir.Value) -> bool:
 def turn_tables(graph: ir.Graph, report: Report) -> None:
     """Store a table that is looked up through a Transpose as it is looked up; products read it through one instead."""
     for node in list(graph):
-        turned = producer(node.inputs[0], "Transpose") if is_op(node, "Gather") else None
-        value = turned.inputs[0] if turned is not None else None
+        transpose = producer(node.inputs[0], "Transpose") if is_op(node, "Gather") else None
+        value = transpose.inputs[0] if transpose is not None else None
         tensor = weight(value)
-        if turned is None or value is None or tensor is None or len(tensor.shape) != 2:
+        if transpose is None or value is None or tensor is None or len(tensor.shape) != 2:
             continue
-        if tuple(turned.attributes.get_ints("perm", (1, 0))) != (1, 0):
+        if tuple(transpose.attributes.get_ints("perm", (1, 0))) != (1, 0):
             continue
-        others = [(user, index) for user, index in value.uses() if user is not turned]
+        others = [(user, index) for user, index in value.uses() if user is not transpose]
         if any(not is_op(user, "MatMul") or index != 1 for user, index in others):
             report.skip("table is read by more than lookups and products")
             continue
         module = module_of(node)
         _turn(graph, value, tensor, f"{module}.weight" if module else None)
-        turned.outputs[0].replace_all_uses_with(value)
+        transpose.outputs[0].replace_all_uses_with(value)
         for user, index in others:
             back = ir.node("Transpose", [value], {"perm": [1, 0]})
             graph.insert_before(user, back)
             user.replace_input_with(index, back.outputs[0])
-        graph.remove(turned, safe=True)
+        graph.remove(transpose, safe=True)
         report.match("tables")
 
 

@@ -29,7 +29,7 @@ def attended_states(site: HeadSite) -> Iterator[list[ir.Value]]:
     features = site.value.features[0]
     nodes: list[ir.Node] = []
     weights: list[ir.Value] = []
-    found = []
+    copies = []
     try:
         for start in range(0, features, head_dim):
             prefix = f"{site.block.title}.{attention.name}.attended{start}"
@@ -45,12 +45,12 @@ def attended_states(site: HeadSite) -> Iterator[list[ir.Value]]:
                     output.name = f"{node.name}.{index}"
                 graph.insert_after(nodes[-1] if nodes else attention, node)
                 nodes.append(node)
-            found.append(copy.outputs[0])
-        joined = ir.node("Concat", found, {"axis": -1})
+            copies.append(copy.outputs[0])
+        joined = ir.node("Concat", copies, {"axis": -1})
         joined.name = joined.outputs[0].name = f"{site.block.title}.{attention.name}.attended"
         graph.insert_after(nodes[-1], joined)
         nodes.append(joined)
-        yield [*found, joined.outputs[0]]
+        yield [*copies, joined.outputs[0]]
     finally:
         for node in reversed(nodes):
             graph.remove(node, safe=True)

@@ -50,15 +50,15 @@ def columns_at(value: ir.Value | None, source: ir.Value, width: int) -> Columns:
             rotation, before = node, moved
         arrays.update(zip(node.outputs, _move(node, moved), strict=True))
     assert value is not None
-    found = arrays[value]
+    reached = arrays[value]
     flat = before.ndim == 3
     if rotation is not None and not flat:  # heads have to be together again as they were
         before = before.transpose(0, 2, 1, 3).reshape(*before.shape[:1], before.shape[2], -1)
-    columns = found.reshape(-1)[: found.shape[-1]]
+    columns = reached.reshape(-1)[: reached.shape[-1]]
     if (
-        found.shape != (*PLACES, len(columns))
-        or (found != numbers[..., columns]).any()
-        or (rotation is not None and (before.shape != found.shape or (before != found).any()))
+        reached.shape != (*PLACES, len(columns))
+        or (reached != numbers[..., columns]).any()
+        or (rotation is not None and (before.shape != reached.shape or (before != reached).any()))
     ):
         raise UnsupportedModelError(f"features of tokens are mixed between {source.name} and {value.name}")
     return Columns(columns, rotation, flat, tuple(nodes))

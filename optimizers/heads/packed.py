@@ -24,7 +24,7 @@ from onnxpress.graph.anatomy import Attention, Block, Product, anatomy_of
 from onnxpress.graph.anatomy.editing import columns_of, select_part
 from onnxpress.graph.anatomy.roles import FUSED
 from onnxpress.graph.edits import add_constant, add_initializers, drop_unused
-from onnxpress.graph.tensors import concatenate, concrete_shape
+from onnxpress.graph.tensors import concatenate_tensors, concrete_shape
 from onnxpress.optimizers.heads.column_moves import Columns, columns_at
 from onnxpress.optimizers.heads.maths.request import Sizes
 
@@ -71,7 +71,7 @@ def unpacked(model: ir.Model, chosen: Sequence[tuple[Block, Attention]]) -> Iter
 class _Plan:
     attention: Attention
     operands: tuple[Columns, ...]
-    """Of queries, keys, values; empty where the attention itself takes them packed."""
+    """The columns of queries, keys, values; empty where the attention itself takes them packed."""
     by_group: bool
     sizes: Sizes
 
@@ -88,7 +88,7 @@ class _Packed:
     direct: bool
     """Whether the attention itself takes it packed."""
     metadata: dict[str, str]
-    """Of the product's node."""
+    """Metadata of the product's node."""
 
 
 def _plan(block: Block, attention: Attention) -> _Plan:
@@ -141,12 +141,12 @@ def _flatten(attention: Attention) -> None:
         if product is None or count is None or product.node.graph is None:
             continue
         try:
-            found = columns_at(value, product.output, product.features[1])
+            columns = columns_at(value, product.output, product.features[1])
         except UnsupportedModelError:
             continue
-        if found.rotation is not None and not found.flat and (np.diff(found.columns) == 1).all():
-            _connect(attention.node, index, found, product.output, count)
-            _remove(product.node.graph, list(reversed(found.nodes)))
+        if columns.rotation is not None and not columns.flat and (np.diff(columns.columns) == 1).all():
+            _connect(attention.node, index, columns, product.output, count)
+            _remove(product.node.graph, list(reversed(columns.nodes)))
 
 
 def _connect(node: ir.Node, index: int, way: Columns, output: ir.Value, heads: int) -> None:
@@ -161,11 +161,11 @@ def _connect(node: ir.Node, index: int, way: Columns, output: ir.Value, heads: i
     attributes = [one for name, one in way.rotation.attributes.items() if name != "num_heads"]
     attributes.append(ir.AttrInt64("num_heads", heads))
     inputs = [output, *way.rotation.inputs[1:]]
-    turned = ir.Node(way.rotation.domain, way.rotation.op_type, inputs, attributes)
-    _name([turned], way.rotation.metadata_props, output, f"{output.name}.rotated", None)
+    rotation = ir.Node(way.rotation.domain, way.rotation.op_type, inputs, attributes)
+    _name([rotation], way.rotation.metadata_props, output, f"{output.name}.rotated", None)
     assert isinstance(node.graph, ir.Graph)
-    node.graph.insert_before(node, turned)
-    node.replace_input_with(index, turned.outputs[0])
+    node.graph.insert_before(node, rotation)
+    node.replace_input_with(index, rotation.outputs[0])
 
 
 def _part(graph: ir.Graph, product: Product, columns: Indices, stem: str) -> tuple[ir.Value, list[ir.Node]]:
@@ -238,13 +238,13 @@ def _split(
 
 def _joined(parts: Sequence[Product], order: Indices) -> tuple[ir.TensorProtocol, Floats | None]:
     """Weight [in, out] and bias [out] of products side by side, their columns put in an order."""
-    found = [columns_of(part, None) for part in parts]
-    weight: ir.TensorProtocol = concatenate([one for one, _ in found], axis=1)
+    pieces = [columns_of(part, None) for part in parts]
+    weight: ir.TensorProtocol = concatenate_tensors([one for one, _ in pieces], axis=1)
     in_order = np.array_equal(order, np.arange(len(order)))
     weight = weight if in_order else select_part(weight, None, order)
-    if all(bias is None for _, bias in found):
+    if all(bias is None for _, bias in pieces):
         return weight, None
-    both = list(zip(parts, found, strict=True))
+    both = list(zip(parts, pieces, strict=True))
     biases = [np.zeros(part.features[1], np.float32) if bias is None else bias for part, (_, bias) in both]
     return weight, np.concatenate(biases)[order]
 

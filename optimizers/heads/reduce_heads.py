@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.arrays import Doubles, Indices
+from onnxpress.arrays import Doubles, Floats, Indices
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.errors import UsageError
 from onnxpress.graph.anatomy import Attention, Block, anatomy_of
@@ -43,7 +43,6 @@ from onnxpress.optimizers.heads.maths.resample import matrices_for, resample
 from onnxpress.optimizers.heads.maths.rotary_planes import kept_dimensions, plane_energies, strongest_planes
 from onnxpress.optimizers.heads.packed import unpacked
 from onnxpress.optimizers.heads.sites import (
-    Arrays,
     HeadSite,
     cut_tables,
     pack_output,
@@ -185,17 +184,17 @@ class ReduceHeads(Pass):
         plans: Mapping[ir.Node, HeadPlan],
     ) -> dict[ir.Value, Indices]:
         """By table of cosines, the planes that stay: one choice for all that read it."""
-        turned = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
-        if not turned:
+        narrowed = [s for s in sites if s.attention.rotary is not None and plans[s.attention.node].narrows]
+        if not narrowed:
             return {}
         seen = {}
         if self.needs_samples:
-            products = [product for site in turned for product in (site.query, site.key)]
+            products = [product for site in narrowed for product in (site.query, site.key)]
             widths = {str(product.output.name): product.features[1] for product in products}
             seen = {name: ChannelStatistics(width, name) for name, width in widths.items()}
             calibration.observe(model, {name: [statistics] for name, statistics in seen.items()})
         energies: dict[ir.Value, Doubles] = {}
-        for site in turned:
+        for site in narrowed:
             squares = []
             weights = site.read()
             for product, weight in ((site.query, weights.query), (site.key, weights.key)):
@@ -208,7 +207,7 @@ class ReduceHeads(Pass):
             table = site.attention.rotary[0]
             added = plane_energies(squares[0], squares[1], interleaved=site.interleaved)
             energies[table] = energies.get(table, 0.0) + added
-        size = plans[turned[0].attention.node].after[2]
+        size = plans[narrowed[0].attention.node].after[2]
         return {table: strongest_planes(energy, size // 2) for table, energy in energies.items()}
 
     def _dimensions(self, site: HeadSite, planes: Mapping[ir.Value, Indices]) -> Indices | None:
@@ -246,7 +245,7 @@ class ReduceHeads(Pass):
                 site.write(refitted)
                 report.measure(site.output.name, float(refitted["error"].numpy()[0]))
 
-    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> Arrays:
+    def _reduced(self, seen: HeadSamples, plan: HeadPlan, dimensions: Indices | None) -> dict[str, Floats]:
         site, weights = seen.site, seen.site.read()
         if self.method == "resample":
             return pack_weights(site, self._resampled(weights, plan, dimensions))
@@ -263,7 +262,7 @@ class ReduceHeads(Pass):
         )
         return pack_weights(site, reduction(weights, Observed(seen.hidden, seen.states, seen.attended)))
 
-    def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> Arrays:
+    def _refitted(self, seen: HeadSamples, plan: HeadPlan, before: AttentionWeights) -> dict[str, Floats]:
         """The output fitted to what the attention makes by now, and what is lost."""
         after = replace(seen.site, sizes=plan.after)
         weights = after.read()

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Indices
+from onnxpress.arrays import Floats, Indices
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.anatomy import Attention, Block, Product
 from onnxpress.graph.anatomy.editing import (
@@ -30,7 +29,6 @@ from onnxpress.graph.edits import add_initializers
 from onnxpress.graph.sizes import size_of
 from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 
-Arrays = dict[str, NDArray[np.float32]]
 BIAS_INPUT = {"GroupQueryAttention": 10, "MultiHeadAttention": 5, "DecoderMaskedMultiHeadAttention": 4, "Attention": 3}
 """What is added to scores, or masks them: [batch, 1 or heads, queries, keys]."""
 
@@ -117,10 +115,10 @@ class HeadSite:
                 node.attributes["rotary_embedding_dim"] = ir.AttrInt64("rotary_embedding_dim", head_dim)
 
 
-def pack_weights(site: HeadSite, weights: AttentionWeights) -> Arrays:
+def pack_weights(site: HeadSite, weights: AttentionWeights) -> dict[str, Floats]:
     """Weights as matrices [in, out] and biases [out], in float32; biases of products without one only if they are
     not zero."""
-    arrays: Arrays = {}
+    arrays: dict[str, Floats] = {}
     for name, product, weight in (
         ("query", site.query, weights.query),
         ("key", site.key, weights.key),
@@ -133,8 +131,8 @@ def pack_weights(site: HeadSite, weights: AttentionWeights) -> Arrays:
     return arrays | pack_output(site, weights)
 
 
-def pack_output(site: HeadSite, weights: AttentionWeights) -> Arrays:
-    arrays: Arrays = {"output": weights.output.reshape(-1, weights.output.shape[2]).astype(np.float32)}
+def pack_output(site: HeadSite, weights: AttentionWeights) -> dict[str, Floats]:
+    arrays: dict[str, Floats] = {"output": weights.output.reshape(-1, weights.output.shape[2]).astype(np.float32)}
     if site.biased:
         arrays["output_bias"] = weights.offset.astype(np.float32)
     return arrays
@@ -262,7 +260,7 @@ def _check_inputs(node: ir.Node, where: str) -> None:
         raise UnsupportedModelError(f"{where}: biases are inside of MultiHeadAttention")
 
 
-def _bias(product: Product) -> NDArray[np.float32]:
+def _bias(product: Product) -> Floats:
     if product.bias is None:
         # As wide as the weight is by now: `features` are what they were when the product was found.
         return np.zeros(read_weight(product).shape[1], np.float32)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Arrays, Doubles, Floats
+from onnxpress.calibration.calibration import Computed
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.graph.anatomy.editing import read_weight
-from onnxpress.optimizers.fitting.blockwise import ERROR, Arrays
+from onnxpress.optimizers.fitting.blockwise import ERROR
 from onnxpress.optimizers.fitting.moments import Moments, StreamLengths
 from onnxpress.optimizers.fitting.residual import addition_of
 from onnxpress.optimizers.fitting.ridge import penalties
@@ -20,16 +21,18 @@ from onnxpress.optimizers.pruning.feed_forwards import Channels
 from onnxpress.optimizers.pruning.maths import width as maths
 from onnxpress.optimizers.pruning.maths.width import Method, Removal
 
-T = TypeVar("T")
-
 
 class Recall(Protocol):
     """`Calibration.recall` for one graph."""
 
-    def __call__(self, key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = ..., /) -> T: ...
+    def __call__(
+        self, key: Hashable, compute: Callable[[], Computed], still: Callable[[Computed], bool] = ..., /
+    ) -> Computed: ...
 
 
-def compute_always(key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = lambda _: True, /) -> T:
+def compute_always(
+    key: Hashable, compute: Callable[[], Computed], still: Callable[[Computed], bool] = lambda _: True, /
+) -> Computed:
     """Remember nothing."""
     return compute()
 
@@ -43,7 +46,7 @@ class ChannelFit:
     ridge: float
     bias_compensation: bool | None
     gradients: Mapping[str, Any] | None = None
-    """Of the loss, by weight, [in, out] each."""
+    """Gradients of the loss, by weight, [in, out] each."""
     recall: Recall = compute_always
     """Takes what is known of the same network from other options."""
 

@@ -19,18 +19,18 @@ def read_gradients(path: Path, products: Iterable[Product]) -> Mapping[str, Any]
     Raises UsageError where the file cannot be read, or the gradient of a product is missing or of another shape.
     """
     try:
-        found: Mapping[str, Any] = np.load(path)
+        gradients: Mapping[str, Any] = np.load(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(f"cannot read gradients from {path}: {error}", hint="give an .npz file") from error
     for product in products:
-        if product.name not in found:
+        if product.name not in gradients:
             raise UsageError(
                 f"{path} has no gradient of {product.name}", hint="name arrays as the graph names its weights"
             )
-        shape = found[product.name].shape
+        shape = gradients[product.name].shape
         if shape != product.features:
             raise UsageError(
                 f"the gradient of {product.name} is {list(shape)}; its weight {list(product.features)}",
                 hint="gradients are [in, out], as MatMul's weights are",
             )
-    return found
+    return gradients

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxpress.arrays import Doubles
+from onnxpress.arrays import Arrays, Doubles
 from onnxpress.calibration.known_results import Result
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.graph.anatomy import Product, find_products
@@ -24,7 +24,6 @@ from onnxpress.graph.linear import Linear, chosen_linears, is_shared, read_rows
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.blockwise import (
-    Arrays,
     as_tensors,
     by_input,
     fit_blockwise,

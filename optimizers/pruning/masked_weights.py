@@ -37,13 +37,13 @@ def maskable(
     if anatomy.head is not None and include:
         products.append(anatomy.head)
     nodes = {product.node for product in products}
-    found: dict[str, Linear] = {}
+    linears: dict[str, Linear] = {}
     for product in products:
         if not selected(product.name, include, exclude):
             report.skip("excluded by name")
         elif min(product.features) < min_features:
             report.skip("small")
-        elif product.name not in found:
+        elif product.name not in linears:
             linear = _float_linear(product)
             readers = _readers(linear.weight)
             if not readers <= nodes:
@@ -51,8 +51,8 @@ def maskable(
             elif once and len(readers) > 1:
                 report.skip("the weight serves several products, and would be fitted to one of them")
             else:
-                found[product.name] = linear
-    return found
+                linears[product.name] = linear
+    return linears
 
 
 def _float_linear(product: Product) -> Linear:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.calibration.calibration import Calibration
+from onnxpress.arrays import Arrays
+from onnxpress.calibration.calibration import Calibration, Computed
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.known_results import Result
 from onnxpress.errors import UsageError
@@ -25,7 +26,7 @@ from onnxpress.graph.anatomy.editing import set_bias, set_weight
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.fitting.blockwise import Arrays, as_tensors, by_segment, fit_blockwise, lacks_samples
+from onnxpress.optimizers.fitting.blockwise import as_tensors, by_segment, fit_blockwise, lacks_samples
 from onnxpress.optimizers.fitting.moments import Moments
 from onnxpress.optimizers.fitting.ridge import ROUNDING
 from onnxpress.optimizers.pruning.channel_fit import ChannelFit, Recall, compute_always
@@ -34,9 +35,8 @@ from onnxpress.optimizers.pruning.gradients import read_gradients
 from onnxpress.optimizers.pruning.maths.allocation import spread
 from onnxpress.optimizers.pruning.maths.width import Method, Removal
 
-T = TypeVar("T")
 LEAST = 0.25
-"""Of its channels, what a global budget leaves every layer."""
+"""The share of its channels that a global budget leaves every layer."""
 
 
 class PruneFfn(Pass):
@@ -225,7 +225,9 @@ def _recall(model: ir.Model, calibration: Calibration) -> Recall:
         return compute_always
     digest = fingerprint(model, (), "")
 
-    def recall(key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = lambda _: True, /) -> T:
+    def recall(
+        key: Hashable, compute: Callable[[], Computed], still: Callable[[Computed], bool] = lambda _: True, /
+    ) -> Computed:
         return calibration.recall((PruneFfn.name, digest, key), compute, still)
 
     return recall

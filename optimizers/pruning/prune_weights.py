@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Arrays, Doubles, Floats
 from onnxpress.calibration.known_results import Result, digest_of
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError, UsageError
@@ -24,7 +24,6 @@ from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fitting.blockwise import (
     ERROR,
-    Arrays,
     by_input,
     fit_blockwise,
     lacks_samples,
@@ -47,7 +46,7 @@ from onnxpress.optimizers.quantization.maths.gptq import relative_error
 
 Method = Literal["magnitude", "l2", "ratio", "wanda", "sparsegpt"]
 STEPS = 16
-"""Of the refit after SparseGPT, unless the user says otherwise; not yet tuned on a real model."""
+"""Steps of the refit after SparseGPT, unless the user says otherwise; not yet tuned on a real model."""
 
 
 class PruneWeights(Pass):

@@ -228,12 +228,12 @@ def _rms_norm(node: ir.Node, stream: Stream) -> None:
         num_outputs=len(node.outputs),
         name=node.name,
     )
-    for one, other in zip(node.outputs, new.outputs, strict=True):
-        other.name, other.shape, other.type = one.name, one.shape, one.type
+    for before, after in zip(node.outputs, new.outputs, strict=True):
+        after.name, after.shape, after.type = before.name, before.shape, before.type
     graph.insert_before(node, new)
-    for one, other in zip(node.outputs, new.outputs, strict=True):
-        ir.convenience.replace_all_uses_with(one, other, replace_graph_outputs=True)
-        one.name = None
+    for before, after in zip(node.outputs, new.outputs, strict=True):
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        before.name = None
     stream.norms[new] = stream.norms.pop(node)
     graph.remove(node, safe=True)
     if offset is not None and not offset.uses() and offset.name in graph.initializers:

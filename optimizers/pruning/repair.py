@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.arrays import Doubles
+from onnxpress.arrays import Arrays, Doubles
 from onnxpress.calibration.calibration import NO_SAMPLES, Calibration
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.known_results import Result
@@ -34,7 +34,7 @@ from onnxpress.graph.conventions import LAYERS
 from onnxpress.graph.linear import selected
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.fitting.blockwise import Arrays, by_segment, fit_blockwise
+from onnxpress.optimizers.fitting.blockwise import by_segment, fit_blockwise
 from onnxpress.optimizers.fitting.residual import Addition, addition_of
 from onnxpress.optimizers.fitting.ridge import fit
 from onnxpress.optimizers.fitting.targets import Minus, Plus, Regression, Target

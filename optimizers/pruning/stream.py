@@ -107,35 +107,35 @@ def _makers(stream: Stream, value: ir.Value, outputs: dict[ir.Value, Product]) -
 
 def _users(stream: Stream, value: ir.Value, readers: dict[ir.Value, list[Product]]) -> list[ir.Value]:
     """The values that are the stream, too, because of those that read a value of it."""
-    found: list[ir.Value] = []
+    values: list[ir.Value] = []
     for node, index in value.uses():
         if node.op_type in NORMS and (index == 0 or (index == 1 and node.op_type.startswith("Skip"))):
             if node.op_type.startswith("Skip"):
-                found += [one for one in node.inputs[:2] if one is not None]
-                found += [one for one in node.outputs[3:] if one.uses()]
+                values += [one for one in node.inputs[:2] if one is not None]
+                values += [one for one in node.outputs[3:] if one.uses()]
             stream.norms.setdefault(node, _readers(node, readers))
         elif node.op_type == "Add":
-            found.append(node.outputs[0])
+            values.append(node.outputs[0])
         elif node.op_type == "Mul":
             _scaled(node)
-            found.append(node.outputs[0])
+            values.append(node.outputs[0])
         elif node.op_type != "Shape":
             raise UnsupportedModelError(f"{node.op_type} {node.name} reads the residual stream without a norm")
-    return found
+    return values
 
 
 def _readers(node: ir.Node, readers: dict[ir.Value, list[Product]]) -> list[Product]:
     """The products that read a norm, if nothing else does."""
     output = node.outputs[0]
-    found = readers.get(output, [])
-    others = {user for user, _ in output.uses() if user.op_type != "Shape"} - {product.node for product in found}
-    if others or output.is_graph_output() or not found:
+    products = readers.get(output, [])
+    others = {user for user, _ in output.uses() if user.op_type != "Shape"} - {product.node for product in products}
+    if others or output.is_graph_output() or not products:
         who = next(iter(others)).op_type if others else "the model's output"
         raise UnsupportedModelError(
             f"{node.name} is read by {who}: the gain of the norm can only be folded into products",
             hint="post-norm models, such as BERT, and hidden states as outputs do not allow for it",
         )
-    return found
+    return products
 
 
 def _scaled(node: ir.Node) -> list[ir.Value]:

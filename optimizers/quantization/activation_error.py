@@ -8,10 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxpress.graph.linear import Linear, read_rows
-
-TINY = 1e-30
-"""Smallest magnitude that is divided by: a row of zeros loses nothing."""
-
+from onnxpress.optimizers.fitting.statistics import TINY
 
 Quantize = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 

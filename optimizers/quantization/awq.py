@@ -85,12 +85,12 @@ class Awq(Pass):
             return
         for step in context.calibration.walk(model, feed="original"):
             here = [waiting.pop(name) for name in list(waiting) if name in step.values]
-            for site, found in self._search(step, here):
+            for site, scaling in self._search(step, here):
                 for linear in site.linears:
-                    report.measure(linear.name, found.error)
-                    report.measure(f"{linear.name} without awq", found.plain_error)
-                if found.strength:
-                    site.fold(found.factors)
+                    report.measure(linear.name, scaling.error)
+                    report.measure(f"{linear.name} without awq", scaling.plain_error)
+                if scaling.strength:
+                    site.fold(scaling.factors)
                     report.match(site.title)
                 else:
                     report.skip("nothing gained")

@@ -179,8 +179,8 @@ class _Start:
         assert scales.shape is not None
         middle = self._make("Mul", "scales.middle", [scales, self._float(format.middle)])
         total = self._make("Add", "middle", [minima, middle])
-        turned = self._make("Transpose", OFFSETS.removeprefix("."), [total], perm=(1, 0))
-        return _typed(turned, ir.DataType.FLOAT, tuple(reversed(scales.shape)))
+        transposed = self._make("Transpose", OFFSETS.removeprefix("."), [total], perm=(1, 0))
+        return _typed(transposed, ir.DataType.FLOAT, tuple(reversed(scales.shape)))
 
     def shrunk(self, scales: ir.Value, format: BlockFormat) -> ir.Value:
         """As small as codes in the upper bits of their field want them."""

@@ -29,7 +29,7 @@ class IntegerWeight(NamedTuple):
     scales: ir.Value
     """[out] float32, or [] for one scale."""
     zero_points: ir.Value
-    """Of the codes' type, in the scales' shape."""
+    """Zero points of the codes' type, in the scales' shape."""
 
 
 class IntegerBias(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Arrays, Doubles, Floats
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.graph.linear import Linear, read_rows
-from onnxpress.optimizers.fitting.blockwise import ERROR, Arrays, second_moments
+from onnxpress.optimizers.fitting.blockwise import ERROR, second_moments
 from onnxpress.optimizers.quantization.maths.block_format import BlockFormat, QuantizedBlocks
 from onnxpress.optimizers.quantization.maths.gptq import gptq, relative_error
 from onnxpress.optimizers.quantization.maths.least_squares import fit_least_squares

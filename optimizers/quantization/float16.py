@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxpress.arrays import Array
 from onnxpress.errors import UsageError
 from onnxpress.graph.edits import add_weight, drop_unused_weights
-from onnxpress.graph.floats import narrow
+from onnxpress.graph.floats import round_to_dtype
 from onnxpress.graph.report import Report
 from onnxpress.graph.tensors import apply_to_rows
 from onnxpress.optimizers.base import Context, Pass
@@ -234,4 +234,4 @@ def _half_weight(graph: ir.Graph, value: ir.Value) -> ir.Value:
 def _to_half(array: Array | np.float32, name: str, may_clip: bool = False) -> Array:
     """Round to float16. A finite number that becomes infinite is an error, unless `may_clip`."""
     values = np.asarray(array)
-    return narrow(np.clip(values, -LARGEST, LARGEST) if may_clip else values, np.float16, name)
+    return round_to_dtype(np.clip(values, -LARGEST, LARGEST) if may_clip else values, np.float16, name)

@@ -32,25 +32,25 @@ def through_codes(
     stem = str(scale.name).replace(".scale", "")  # numbered, where another pass has quantized the value before
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{stem}/quantize")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{stem}/dequantize")
-    codes, found = quantize.outputs[0], dequantize.outputs[0]
+    codes, decoded = quantize.outputs[0], dequantize.outputs[0]
     codes.name, codes.shape = stem, value.shape
     codes.type = ir.TensorType(ir.DataType.from_numpy(grid.zero_point.dtype))
-    found.name, found.shape, found.type = f"{stem}.float", value.shape, ir.TensorType(ir.DataType.FLOAT)
+    decoded.name, decoded.shape, decoded.type = f"{stem}.float", value.shape, ir.TensorType(ir.DataType.FLOAT)
     if readers is None:
         producer = value.producer()
         assert producer is not None
         if value.is_graph_output():  # the output keeps its name
-            value.name, found.name = f"{name}.exact", name
-        ir.convenience.replace_all_uses_with(value, found, replace_graph_outputs=True)
+            value.name, decoded.name = f"{name}.exact", name
+        ir.convenience.replace_all_uses_with(value, decoded, replace_graph_outputs=True)
         quantize.replace_input_with(0, value)
         graph.insert_after(producer, [quantize, dequantize])
-        return found
+        return decoded
     wanted = set(readers)
     graph.insert_before(next(node for node in graph if node in wanted), [quantize, dequantize])
     for node, index in list(value.uses()):
         if node in wanted:
-            node.replace_input_with(index, found)
-    return found
+            node.replace_input_with(index, decoded)
+    return decoded
 
 
 def put_weight(linear: Linear, weight: IntegerWeight, bias: IntegerBias | None) -> None:

@@ -16,7 +16,8 @@ from onnxpress.graph.edits import add_constant, drop_unused, replace
 from onnxpress.graph.linear import Linear, chosen_linears, group_by_activation
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.quantization.activation_error import TINY, ActivationError
+from onnxpress.optimizers.fitting.statistics import TINY
+from onnxpress.optimizers.quantization.activation_error import ActivationError
 from onnxpress.optimizers.quantization.channel_weights import integer_weight
 from onnxpress.optimizers.quantization.maths.channels import WeightType
 

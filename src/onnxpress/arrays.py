@@ -1,4 +1,4 @@
-"""What arrays are called in signatures, defined once. Shapes stand in the docstrings of what takes them."""
+"""Names of array types in signatures, defined once. Shapes stand in the docstrings of what takes them."""
 
 from __future__ import annotations
 
@@ -27,3 +27,5 @@ Booleans: TypeAlias = NDArray[np.bool_]
 """Masks of weights: what is kept."""
 Feeds: TypeAlias = Mapping[str, Array]
 """Inputs of a graph by name."""
+Arrays: TypeAlias = Mapping[str, Array]
+"""Arrays by name: what is fitted for a weight, what a run computes."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.manifest import Manifest
-from onnxpress.building.measuring import Data
 from onnxpress.building.outputs import artifact_name, checkpoint_folder, default_output, output_folders
 from onnxpress.building.packaging import package
 from onnxpress.building.resolving import resolve
@@ -93,13 +92,13 @@ def build(
     chosen = requested_recipe(recipe, target)
     check_search(chosen, judging)
     output, checkpoint = output_folders(output or default_output(source.model), checkpoint)
-    found = resolve(source, progress)
+    resolved = resolve(source, progress)
     with replacing(output) as stage, checkpoint_folder(checkpoint) as beside:
-        work = _start(stage.work, found, source, target, judging, progress)
+        work = _start(stage.work, resolved, source, target, judging, progress)
         judging = _in_amounts(judging, work)
         chosen, quality = _run(work, chosen or default_recipe(source.model, work.artifact, target, judging), judging)
         if beside is not None:
-            _write_checkpoint(work, beside, None if isinstance(found, Artifact) else found.tensors)
+            _write_checkpoint(work, beside, None if isinstance(resolved, Artifact) else resolved.tensors)
         if source.logits != "all":
             _cut_logits(work)
         record = package(artifact_name(source.model), work, stage.result, chosen, quality, judging)
@@ -124,9 +123,9 @@ def export(
     source, progress = ModelSource.of(source), progress or Progress(enabled=False)
     judging = Judging(benchmark=False, threads=threads)
     output, _ = output_folders(output or default_output(source.model))
-    found = resolve(source, progress)
+    resolved = resolve(source, progress)
     with replacing(output) as stage:
-        work = _start(stage.work, found, source, ANY_TARGET, judging, progress, dtype)
+        work = _start(stage.work, resolved, source, ANY_TARGET, judging, progress, dtype)
         if source.logits == "last":
             _cut_logits(work)
         record = package(artifact_name(source.model), work, stage.result, None, None, judging)
@@ -243,9 +242,9 @@ def _prepared(
         raise UsageError(
             f"recipe {chosen.name} has no formats to choose from, and no cuts", hint="see [[format]] in `budget`"
         )
-    found = resolve(source, progress)
+    resolved = resolve(source, progress)
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
-        work = _start(Path(folder), found, source, target, judging, progress)
+        work = _start(Path(folder), resolved, source, target, judging, progress)
         chosen = chosen or checked(recipes.load_recipe(default or budget(work.artifact)), target)
         _apply(work, chosen)
         yield work, chosen
@@ -253,7 +252,7 @@ def _prepared(
 
 def _start(
     folder: Path,
-    found: Artifact | Checkpoint,
+    resolved: Artifact | Checkpoint,
     source: ModelSource,
     target: Profile,
     judging: Judging,
@@ -262,19 +261,19 @@ def _start(
 ) -> Work:
     """Take the graphs to start from, those of a checkpoint exported and verified against it."""
     text, pairs = (None if path is None else Path(path) for path in (judging.text, judging.pairs))
-    data = Data(text, pairs, judging.calibration)
-    if isinstance(found, Artifact):
+    judging = replace(judging, text=text, pairs=pairs)
+    if isinstance(resolved, Artifact):
         if dtype != "float32":
             raise UsageError("--dtype is for checkpoints; this is ONNX already", hint="see: onnxpress list passes")
-        return Work(folder, found, target, data, judging.threads, progress)
+        return Work(folder, resolved, target, judging, progress)
     from onnxpress.exporter.export import export as export_checkpoint
 
     began = time.perf_counter()
     with progress.stage("exporting"):
-        artifact = export_checkpoint(found, task=source.task, context_length=source.context_length, dtype=dtype)
-    work = Work(folder, artifact, target, data, judging.threads, progress)
+        artifact = export_checkpoint(resolved, task=source.task, context_length=source.context_length, dtype=dtype)
+    work = Work(folder, artifact, target, judging, progress)
     options = {} if dtype == "float32" else {"dtype": dtype}
-    work.check_export(Step("export", options, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), found)
+    work.check_export(Step("export", options, time.perf_counter() - began, {"graphs": len(artifact.graphs)}), resolved)
     return work
 
 
@@ -292,8 +291,8 @@ def _run(work: Work, recipe: Recipe, judging: Judging) -> tuple[Recipe, Evaluati
 
 def _apply(work: Work, recipe: Recipe) -> None:
     """Run the passes of a recipe, those that come before anything is searched."""
-    for spec, one in zip(recipe.passes, recipe.build(), strict=True):
-        work.apply(spec, one)
+    for spec, graph_pass in zip(recipe.passes, recipe.build(), strict=True):
+        work.apply(spec, graph_pass)
 
 
 def _cut_logits(work: Work) -> None:
@@ -310,6 +309,6 @@ def _in_amounts(judging: Judging, work: Work) -> Judging:
 
 def _write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
     """Write the float model to an empty folder; originals: the weights that it came from."""
-    from onnxpress.building.checkpoint_output import write_checkpoint
+    from onnxpress.building.checkpoint_output import write_verified_checkpoint
 
-    write_checkpoint(work, folder, originals)
+    write_verified_checkpoint(work, folder, originals)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from onnxpress.errors import BadInputError, SourceNotFoundError
-from onnxpress.evaluation.texts import file_windows, pad, read_pairs, sentences, written_windows
+from onnxpress.evaluation.texts import file_windows, pad_rows, read_pairs, sentences, written_windows
 from onnxpress.runtime.decoder import DecoderSession
 
 
@@ -70,9 +70,9 @@ def test_samples_follow_the_distribution() -> None:
 
 
 def test_padding() -> None:
-    ids, mask = pad([[1, 2, 3], [4]], left=True, value=9)
+    ids, mask = pad_rows([[1, 2, 3], [4]], left=True, value=9)
     assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
-    assert pad([[1, 2], [4]])[0].tolist() == [[1, 2], [4, 0]]
+    assert pad_rows([[1, 2], [4]])[0].tolist() == [[1, 2], [4, 0]]
 
 
 def test_built_in_sentences() -> None:

@@ -81,7 +81,7 @@ def test_replicated_is_what_tracing_every_layer_gives(llama: Checkpoint, tmp_pat
 
     def wrap(model: object, fusion: fuse.Fusion, layers: tuple[int, ...]) -> traced.Traceable:
         wrapper = decoder.DecoderWrapper(model, fusion, layers).eval()  # type: ignore[arg-type]
-        return decoder.signature(wrapper, layers, [shapes[layer] for layer in layers])
+        return decoder.traceable_decoder(wrapper, layers, [shapes[layer] for layer in layers])
 
     plan = traced.Plan(all_layers=True)
     whole = traced._attempt(traced.on_meta(LlamaForCausalLM, config), wrap, plan, 64, "")

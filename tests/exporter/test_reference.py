@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from onnxpress.errors import BadInputError  # noqa: E402
 from onnxpress.evaluation.evaluate import evaluate  # noqa: E402
-from onnxpress.exporter.reference import TorchReference, open_checkpoint  # noqa: E402
+from onnxpress.exporter.reference import TorchReference, open_in_torch  # noqa: E402
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 
@@ -24,9 +24,9 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_a_decoder_against_itself_in_all_modes(llama: Path) -> None:
-    reference = open_checkpoint(llama)
+    reference = open_in_torch(llama)
     assert (reference.kind, reference.model.vocabulary) == ("decoder", 60)
-    found = evaluate(reference, open_checkpoint(llama), windows=2, window=24, decode_steps=4)
+    found = evaluate(reference, open_in_torch(llama), windows=2, window=24, decode_steps=4)
     assert found.kl is not None
     assert found.kl < 1e-9
     assert found.modes["padded"]["max_difference"] < 1e-4
@@ -43,7 +43,7 @@ def test_cached_steps_equal_the_prompt(llama: Path) -> None:
 def test_an_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path)
-    opened = open_checkpoint(tmp_path)
+    opened = open_in_torch(tmp_path)
     assert opened.kind == "encoder"
     reference = opened.model
     ids, mask = np.array([[5, 6, 7, 0]]), np.array([[1, 1, 1, 0]])
@@ -57,7 +57,7 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
         vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    found = evaluate(open_checkpoint(tmp_path), open_checkpoint(tmp_path))
+    found = evaluate(open_in_torch(tmp_path), open_in_torch(tmp_path))
     assert found.kind == "encoder-decoder"
     assert found.kl is not None
     assert found.kl < 1e-9

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress.errors import CorruptFileError, UnsupportedModelError
-from onnxpress.graph.floats import BLOCK, is_finite, narrow, require_finite_weight, widen
+from onnxpress.graph.floats import BLOCK, is_finite, require_finite_weight, round_to_dtype, widen
 
 FORMATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -62,8 +62,8 @@ def test_widening_keeps_every_bfloat16() -> None:
 def test_narrowing_rounds_as_numpy_does(values: list[float]) -> None:
     """65519 is the last number that rounds to 65504 rather than to infinity."""
     array = np.array(values, np.float32)
-    np.testing.assert_array_equal(narrow(array, np.float16, "w"), array.astype(np.float16))
-    np.testing.assert_array_equal(narrow(array, ml_dtypes.bfloat16, "w"), array.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(round_to_dtype(array, np.float16, "w"), array.astype(np.float16))
+    np.testing.assert_array_equal(round_to_dtype(array, ml_dtypes.bfloat16, "w"), array.astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_narrowing_rounds_as_numpy_does(values: list[float]) -> None:
 )
 def test_narrowing_never_makes_infinity(value: float, source: Any, target: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="Weight 'w' does not fit into"):
-        narrow(np.array([1.0, value]).astype(source), target, "w")
+        round_to_dtype(np.array([1.0, value]).astype(source), target, "w")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxpress.artifact.structure import AttentionSizes, LayerSizes, Structure, StructureChange
-from onnxpress.artifact.structure_changes import compare
+from onnxpress.artifact.structure_changes import list_changes
 from onnxpress.commands import printing
-from onnxpress.report.drawing import CELLS, Bar, draw
+from onnxpress.report.drawing import CELLS, Bar, draw_structure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -35,7 +35,7 @@ CHANGE = StructureChange(
 
 
 def test_bars_by_hand() -> None:
-    drawing = draw(CHANGE)
+    drawing = draw_structure(CHANGE)
     assert drawing.totals == {
         "parameters": Bar(100_000, 80_000),
         "vocabulary": Bar(120, 110),
@@ -54,13 +54,13 @@ def test_bars_by_hand() -> None:
 
 def test_sizes_of_heads_are_drawn_where_they_changed() -> None:
     smaller = LayerSizes(0, (AttentionSizes(4, 2, 8),), 96, 100)
-    (stack,) = draw(StructureChange(structure(layer(0)), structure(smaller))).stacks
+    (stack,) = draw_structure(StructureChange(structure(layer(0)), structure(smaller))).stacks
     assert stack.sizes["head size"] == 16
 
 
 def test_cross_attention_has_bars_of_its_own() -> None:
     one = LayerSizes(0, (AttentionSizes(4, 4, 16), AttentionSizes(8, 8, 8)), None, 100)
-    (stack,) = draw(StructureChange(structure(one), structure(one))).stacks
+    (stack,) = draw_structure(StructureChange(structure(one), structure(one))).stacks
     assert stack.sizes == {
         "query heads": 4,
         "kv heads": 4,
@@ -92,18 +92,18 @@ def test_records_without_parameters_of_layers_are_read() -> None:
     found = StructureChange.of({"structure": content})
     assert found is not None
     assert found.after.stacks["model.layers"][1] == LayerSizes(1, (AttentionSizes(2, 2, 16),), 96)
-    assert draw(found).stacks[0].layers[0].bars["parameters"].cells(0) == (0, 0)
+    assert draw_structure(found).stacks[0].layers[0].bars["parameters"].cells(0) == (0, 0)
 
 
 def test_changes_in_words() -> None:
-    assert compare(CHANGE.before, CHANGE.after) == [
+    assert list_changes(CHANGE.before, CHANGE.after) == [
         ("model.layers", "5 layers", "3 layers, without 2–3"),
         ("model.layers.1", "4/2 heads × 16, FFN 96", "2 heads × 16, FFN 96"),
         ("model.layers.4", "4/2 heads × 16, FFN 96", "4/2 heads × 16, FFN 48"),
         ("vocabulary", "120", "110"),
         ("parameters", "100,000", "80,000 (-20.0%)"),
     ]
-    assert compare(CHANGE.before, CHANGE.before) == []
+    assert list_changes(CHANGE.before, CHANGE.before) == []
 
 
 def test_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_the_picture_has_every_layer() -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("onnxpress.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    drawing = draw(CHANGE)
+    drawing = draw_structure(CHANGE)
     tree = ElementTree.fromstring(environment.get_template("structure.svg.j2").render(drawing=drawing))
     width, height = (float(tree.get(side, "0")) for side in ("width", "height"))
     bars = {}

@@ -17,9 +17,9 @@ from onnxpress.optimizers.base import Context
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import sensitivity
 from onnxpress.search.block_cuts import Cut, CutCandidate, check_cuts, find_candidates, linked, numbering
-from onnxpress.search.formats import Format, run
+from onnxpress.search.formats import Format, run_part
 from onnxpress.search.groups import find_groups, part_model
-from onnxpress.search.sensitivity import Measurement, TrialInputs, measure
+from onnxpress.search.sensitivity import Measurement, TrialInputs, measure_parts
 
 from .conftest import Exported, lost, samples_of
 
@@ -46,7 +46,7 @@ def by_cut(rows: list[Measurement], candidates: list[CutCandidate]) -> dict[tupl
 def test_losses_are_those_of_the_model_with_that_block_cut(exported: Exported, name: str, stem: str) -> None:
     model = exported(name, stem)
     samples, candidates = samples_of(model), find_candidates(model)
-    found = by_cut(measure(model, [], [], samples, others=candidates, cuts=CUTS, session_options={}), candidates)
+    found = by_cut(measure_parts(model, [], [], samples, others=candidates, cuts=CUTS, session_options={}), candidates)
     assert len(found) == 2 * len(candidates)
     for candidate in candidates:
         for cut in CUTS:
@@ -65,7 +65,7 @@ def test_heads_are_cut_as_channels_are(exported: Exported, name: str, width: int
     model = exported(name)
     samples, candidates = samples_of(model), find_candidates(model)[:2]
     cuts = [Cut("heads", (HEADS,)), Cut("both", (HEADS, NARROW))]
-    found = by_cut(measure(model, [], [], samples, others=candidates, cuts=cuts, session_options={}), candidates)
+    found = by_cut(measure_parts(model, [], [], samples, others=candidates, cuts=cuts, session_options={}), candidates)
     assert len(found) == 4
     for (name, cut), row in found.items():
         candidate = next(candidate for candidate in candidates if candidate.name == name)
@@ -99,7 +99,7 @@ def test_a_block_alone_computes_what_it_computes_in_the_model(exported: Exported
 def test_what_is_left_of_units_is_seen_in_the_block(exported: Exported) -> None:
     model = exported("llama")
     samples, candidates, groups = samples_of(model), find_candidates(model), find_groups(model.graph)
-    found = by_cut(measure(model, [], [], samples, others=candidates, cuts=CUTS, session_options={}), candidates)
+    found = by_cut(measure_parts(model, [], [], samples, others=candidates, cuts=CUTS, session_options={}), candidates)
     width = {group.name: group for group in groups}["model.layers.1.mlp.down_proj"].shapes[0][0]
     narrow, removed = (found["model.layers.1", name].left for name in ("narrow", "removed"))
     kept = width * 3 // 4
@@ -118,7 +118,9 @@ def test_a_unit_that_reaches_beyond_a_block_is_not_cut(exported: Exported) -> No
     """Keys and values of all layers read what the encoder made: one group."""
     model = exported("t5", "decoder_model")
     samples, candidates, groups = samples_of(model), find_candidates(model), find_groups(model.graph)
-    rows = by_cut(measure(model, [], [], samples, others=candidates, cuts=CUTS[1:], session_options={}), candidates)
+    rows = by_cut(
+        measure_parts(model, [], [], samples, others=candidates, cuts=CUTS[1:], session_options={}), candidates
+    )
     left = linked({candidate: row.left for (candidate, _), row in rows.items()}, groups)
     assert all(left.values())
     shared = [group for group in groups if len(group.weights) == 2 * len(candidates)]
@@ -131,7 +133,7 @@ def test_a_cut_that_finds_nothing_is_not_offered(exported: Exported) -> None:
     candidates = find_candidates(model)
     whole = Cut("whole", (PassSpec("prune-ffn", {"ratio": 1.0}),))
     masks = Cut("masks", (PassSpec("prune-weights", {"sparsity": 0.5, "method": "magnitude"}),))
-    found = measure(model, [], [], samples_of(model), others=candidates, cuts=[whole, masks], session_options={})
+    found = measure_parts(model, [], [], samples_of(model), others=candidates, cuts=[whole, masks], session_options={})
     assert by_cut(found, candidates) == {}, "no group gets smaller"
 
 
@@ -142,7 +144,7 @@ def test_a_cut_that_is_refused_leaves_the_others(exported: Exported, stem: str) 
     candidates = find_candidates(model)
     cuts = [Cut("heads", (HEADS,)), Cut("narrow", (NARROW,))]
     found = by_cut(
-        measure(model, [], [], samples_of(model), others=candidates, cuts=cuts, session_options={}), candidates
+        measure_parts(model, [], [], samples_of(model), others=candidates, cuts=cuts, session_options={}), candidates
     )
     assert set(found) == {(candidate.name, "narrow") for candidate in candidates}
 
@@ -161,7 +163,7 @@ def test_it_goes_on_where_it_was_killed(exported: Exported, tmp_path: Path, monk
 
     def measured(formats: list[Format] = []) -> list[Measurement]:  # noqa: B006
         groups = find_groups(model.graph) if formats else []
-        return measure(
+        return measure_parts(
             model, groups, formats, samples, others=candidates, cuts=CUTS, session_options={}, folder=tmp_path / "kept"
         )
 
@@ -210,5 +212,5 @@ def test_run_takes_of_samples_what_is_read(exported: Exported) -> None:
     (mask,) = alone.graph.inputs[1:] or [None]
     if mask is not None:
         given[str(mask.name)] = np.zeros((2, 1, 5, 5), np.bool_ if mask.dtype == ir.DataType.BOOL else np.float32)
-    (found,) = run(alone, [given | {"surplus": np.zeros(1)}], {}).outputs
+    (found,) = run_part(alone, [given | {"surplus": np.zeros(1)}], {}).outputs
     assert set(found) == set(candidate.outputs)

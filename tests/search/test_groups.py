@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph.tensors import ViewTensor
-from onnxpress.search.formats import constant_bytes, run
+from onnxpress.search.formats import constant_bytes, run_part
 from onnxpress.search.groups import find_groups, part_model
 
 
@@ -40,7 +40,7 @@ def test_a_unit_alone_computes_what_it_computes_in_the_graph(model: ir.Model) ->
     assert x.shape is not None
     assert [size if isinstance(size, int) else None for size in x.shape] == [None, None, 64], "passes need the rank"
     value = np.random.default_rng(0).standard_normal((2, 5, 64)).astype(np.float32)
-    (found,) = run(part, [{group.inputs[0]: value}], {}).outputs
+    (found,) = run_part(part, [{group.inputs[0]: value}], {}).outputs
     for output, name in zip(group.outputs, group.weights, strict=True):
         weight = model.graph.initializers[name].const_value
         assert weight is not None

@@ -8,7 +8,7 @@ import pytest
 from onnxpress.errors import UnsupportedModelError
 from onnxpress.graph.io import copy_graph
 from onnxpress.search.head_removal import AttentionOutput, find_attention_outputs, without_heads
-from onnxpress.search.sensitivity import Measurement, TrialInputs, measure
+from onnxpress.search.sensitivity import Measurement, TrialInputs, measure_parts
 
 from .conftest import Exported, language_model, lost, samples_of
 
@@ -18,7 +18,7 @@ HEADS, SIZE = 4, 16
 
 def measured(model: ir.Model, samples: TrialInputs) -> dict[tuple[str, str], Measurement]:
     found = find_attention_outputs(model)
-    rows = measure(model, [], [], samples, others=found, cuts=without_heads(found), session_options={})
+    rows = measure_parts(model, [], [], samples, others=found, cuts=without_heads(found), session_options={})
     return {(row.part, row.format): row for row in rows if row.format != "float32"}
 
 
@@ -64,7 +64,7 @@ def test_an_attention_with_fewer_heads_has_fewer_to_lose(exported: Exported) -> 
         AttentionOutput(one.name, one.weights, one.inputs, one.outputs, one.shape, heads)
         for one, heads in zip(find_attention_outputs(model)[:2], (2, 4), strict=True)
     )
-    rows = measure(
+    rows = measure_parts(
         model, [], [], samples_of(model), others=[few, many], cuts=without_heads([few, many]), session_options={}
     )
     assert [row.format for row in rows if row.part == few.name] == ["float32", "head 0", "head 1"]

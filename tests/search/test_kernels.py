@@ -13,7 +13,7 @@ from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search import kernels
 from onnxpress.search.formats import Format
 from onnxpress.search.groups import find_groups
-from onnxpress.search.kernels import KernelTable, complete, kernel_of, read_table, shape_key
+from onnxpress.search.kernels import KernelTable, complete, kernel_of, read_kernel_table, shape_key
 
 
 def test_kinds_are_measured_once_and_only_where_a_format_fits(model: ir.Model, formats: list[Format]) -> None:
@@ -49,7 +49,7 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     table = KernelTable("a phone", "1.31.1", 4, {"float32": {"64x96": {"1": 2.5, "128": 100.0}}})
     path = tmp_path / "phone.json"
     path.write_text(table.to_json())
-    assert read_table(path) == table
+    assert read_kernel_table(path) == table
     assert table.rows() == [{"kernel": "float32", "shape": "64x96", "1 tokens, µs": 2.5, "128 tokens, µs": 100.0}]
 
 
@@ -71,9 +71,9 @@ def test_a_broken_table_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
     with pytest.raises(BadInputError, match=r"broken\.json"):
-        read_table(path)
+        read_kernel_table(path)
 
 
 def test_a_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFoundError, match="no such kernel table"):
-        read_table(tmp_path / "none.json")
+        read_kernel_table(tmp_path / "none.json")

@@ -18,7 +18,7 @@ from onnxpress.search import sensitivity
 from onnxpress.search.formats import FLOAT, Format
 from onnxpress.search.groups import Group, find_groups
 from onnxpress.search.injection import inject
-from onnxpress.search.sensitivity import Measurement, TrialInputs, measure
+from onnxpress.search.sensitivity import Measurement, TrialInputs, measure_parts
 from onnxpress.search.trial_records import TrialRecord
 
 
@@ -49,7 +49,7 @@ def test_losses_are_those_of_the_model_with_that_unit_quantized(
     model: ir.Model, samples: TrialInputs, formats: list[Format]
 ) -> None:
     groups = find_groups(model.graph)
-    rows = by_name(measure(model, groups, formats, samples, session_options={}, every=True))
+    rows = by_name(measure_parts(model, groups, formats, samples, session_options={}, every=True))
     assert all(row.measured for row in rows.values())
     for group in groups[:-1]:  # a tied embedding also changes what its own head reads
         for format in formats[1:]:
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_model_with_that_unit_quantized(
 def test_a_format_is_offered_where_it_takes_all_weights_of_a_group(
     model: ir.Model, samples: TrialInputs, formats: list[Format]
 ) -> None:
-    rows = by_name(measure(model, find_groups(model.graph), formats, samples, session_options={}))
+    rows = by_name(measure_parts(model, find_groups(model.graph), formats, samples, session_options={}))
     assert ("layers.0.gate", "table") not in rows, "it is no table"
     assert ("embed", "int8") not in rows, "the table would stay in float beside its codes"
     group = ("layers.0.down", FLOAT)
@@ -78,8 +78,8 @@ def test_losses_of_formats_that_lose_alike_follow_from_the_coarsest(
     model: ir.Model, samples: TrialInputs, formats: list[Format]
 ) -> None:
     groups = find_groups(model.graph)
-    quick = by_name(measure(model, groups, formats, samples, session_options={}))
-    every = by_name(measure(model, groups, formats, samples, session_options={}, every=True))
+    quick = by_name(measure_parts(model, groups, formats, samples, session_options={}))
+    every = by_name(measure_parts(model, groups, formats, samples, session_options={}, every=True))
     inferred = [key for key, row in quick.items() if not row.measured]
     assert {format for _, format in inferred} == {"8 bits", "int8"}  # no token stands out in this model
     for key in inferred:
@@ -137,7 +137,7 @@ def test_it_goes_on_where_it_was_killed(
     monkeypatch.setattr(sensitivity, "try_format", counted)
     tried += ["", ""]
     with pytest.raises(KeyboardInterrupt):
-        measure(model, groups, formats, samples, session_options={}, folder=folder)
+        measure_parts(model, groups, formats, samples, session_options={}, folder=folder)
     (path,) = folder.iterdir()
     with path.open("a") as file:
         file.write('[{"unit": "layers.1')  # killed while writing
@@ -145,12 +145,12 @@ def test_it_goes_on_where_it_was_killed(
     monkeypatch.setattr(
         sensitivity, "try_format", lambda part, group, *rest: (tried.append(group.name), real(part, group, *rest))[1]
     )
-    rows = measure(model, groups, formats, samples, session_options={}, folder=folder)
+    rows = measure_parts(model, groups, formats, samples, session_options={}, folder=folder)
     assert groups[0].name not in tried
     assert set(tried) == {group.name for group in groups[1:]}
     tried.clear()
-    assert measure(model, groups, formats, samples, session_options={}, folder=folder) == rows
+    assert measure_parts(model, groups, formats, samples, session_options={}, folder=folder) == rows
     assert tried == [], "all is known"
     other = [*formats[:-1], Format("4 bits", (PassSpec("quantize-blocks", {"bits": 4, "block_size": 16}),))]
-    measure(model, groups[:1], other, samples, session_options={}, folder=folder)
+    measure_parts(model, groups[:1], other, samples, session_options={}, folder=folder)
     assert tried, "with other options nothing is known"

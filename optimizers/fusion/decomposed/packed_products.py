@@ -89,7 +89,7 @@ def _taken_apart(packed: ir.Value, count: int, size: int) -> tuple[list[ir.Node]
     for part in parts.outputs:
         together = ir.node("Reshape", [shaped(part, batch, length, count, size), flat])
         apart = ir.node("Reshape", [shaped(together.outputs[0], batch, length, count * size), split])
-        turned = ir.node("Transpose", [shaped(apart.outputs[0], batch, length, count, size)], {"perm": list(SPLIT)})
-        nodes += [together, apart, turned]
-        made.append(shaped(turned.outputs[0], batch, count, length, size))
+        transposed = ir.node("Transpose", [shaped(apart.outputs[0], batch, length, count, size)], {"perm": list(SPLIT)})
+        nodes += [together, apart, transposed]
+        made.append(shaped(transposed.outputs[0], batch, count, length, size))
     return nodes, made

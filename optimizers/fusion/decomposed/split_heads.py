@@ -18,7 +18,7 @@ from onnxpress.graph.sizes import size_of, sizes_in
 
 SPLIT = (0, 2, 1, 3)
 KEYS = (0, 2, 3, 1)
-TURNED = (0, 1, 3, 2)
+TRANSPOSED = (0, 1, 3, 2)
 
 
 class NotFused(Exception):
@@ -55,9 +55,9 @@ def heads_of(value: ir.Value | None, what: str) -> SplitHeads:
 def key_heads_of(value: ir.Value | None) -> SplitHeads:
     """Likewise for keys [batch, heads, head_size, length]."""
     value, scale = unscaled(value)
-    turned = producer(value, "Transpose")
-    if turned is not None and _order(turned) == TURNED:
-        inner, more = unscaled(turned.inputs[0])
+    transposed = producer(value, "Transpose")
+    if transposed is not None and _order(transposed) == TRANSPOSED:
+        inner, more = unscaled(transposed.inputs[0])
         return replace(_cached(inner, "keys"), scale=scale * more)
     return replace(_split(value, KEYS, "keys"), scale=scale)
 
@@ -82,17 +82,17 @@ def _cached(value: ir.Value | None, what: str) -> SplitHeads:
     once, repeats = _unrepeated(value)
     concat = producer(once, "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", 0) not in (2, -2):
-        found = _rotated(once, what)
-        return replace(found, repeats=repeats, views=(once, value) if once is not None and value is not None else ())
+        heads = _rotated(once, what)
+        return replace(heads, repeats=repeats, views=(once, value) if once is not None and value is not None else ())
     past, new = concat.inputs
     present = concat.outputs[0]
     if past is None or not past.is_graph_input() or not present.is_graph_output():
         raise NotFused(f"{what} are appended to what is no cache of the graph")
-    found = _rotated(new, what)
-    if past.shape is None or len(past.shape) != 4 or list(past.shape)[1::2] != [found.count, found.head_size]:
-        raise NotFused(f"{what}: the cache {past.name} is not [batch, {found.count}, length, {found.head_size}]")
+    heads = _rotated(new, what)
+    if past.shape is None or len(past.shape) != 4 or list(past.shape)[1::2] != [heads.count, heads.head_size]:
+        raise NotFused(f"{what}: the cache {past.name} is not [batch, {heads.count}, length, {heads.head_size}]")
     assert value is not None
-    return replace(found, past=past, present=present, repeats=repeats, views=(present, value))
+    return replace(heads, past=past, present=present, repeats=repeats, views=(present, value))
 
 
 def _unrepeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:

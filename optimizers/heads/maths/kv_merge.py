@@ -19,7 +19,7 @@ from onnxpress.optimizers.heads.maths.attention_weights import AttentionWeights
 from onnxpress.optimizers.heads.maths.rotary_planes import plane_dimensions
 
 ROUNDS = 8
-"""Of turning each head towards the mean of its cluster."""
+"""Rounds of turning each head towards the mean of its cluster."""
 
 
 def clusters(keys: Doubles, values: Doubles, size: int) -> list[list[int]]:
@@ -43,11 +43,11 @@ def turn_heads(moments: Doubles, cluster: list[int]) -> Doubles:
     maps = np.repeat(np.eye(moments.shape[1])[None], len(cluster), axis=0)
     part = moments[np.ix_(cluster, range(moments.shape[1]), cluster, range(moments.shape[3]))]
     for round_number in range(ROUNDS):
-        for one in range(1, len(cluster)):
-            others = range(1) if round_number == 0 else [other for other in range(len(cluster)) if other != one]
-            towards = sum(part[one, :, other] @ maps[other] for other in others)
+        for head in range(1, len(cluster)):
+            others = range(1) if round_number == 0 else [other for other in range(len(cluster)) if other != head]
+            towards = sum(part[head, :, other] @ maps[other] for other in others)
             left, _, right = np.linalg.svd(towards)
-            maps[one] = left @ right
+            maps[head] = left @ right
     return maps
 
 
@@ -118,9 +118,9 @@ def _plane_factors(moments: Doubles, cluster: list[int], first: int, second: int
     scale = np.clip(norms[0] / norms, 1e-3, 1e3)
     factors: NDArray[np.complex128] = scale.astype(np.complex128)
     for round_number in range(ROUNDS):
-        for one in range(1, len(cluster)):
-            others = [0] if round_number == 0 else [other for other in range(len(cluster)) if other != one]
-            towards = sum(factors[other] * np.conj(inner[one, other]) for other in others)
+        for head in range(1, len(cluster)):
+            others = [0] if round_number == 0 else [other for other in range(len(cluster)) if other != head]
+            towards = sum(factors[other] * np.conj(inner[head, other]) for other in others)
             size = abs(towards)
-            factors[one] = scale[one] * (towards / size if size > 0 else 1.0)
+            factors[head] = scale[head] * (towards / size if size > 0 else 1.0)
     return factors

@@ -22,7 +22,7 @@ from onnxpress.optimizers.heads.maths.value_regression import cluster_sums, regr
 
 Method = Literal["least-squares", "regress", "slice"]
 VALUE_RIDGE = 0.1
-"""Of the regression of values, which has hidden · heads unknowns for each output."""
+"""The penalty in the regression of values, which has hidden · heads unknowns for each output."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Observed:
     """Moments of one attention on the samples."""
 
     hidden: Moments
-    """Of x."""
+    """Moments of x."""
     states: Moments
-    """Of z, which the output product reads, [heads · head_dim]."""
+    """Moments of z, which the output product reads, [heads · head_dim]."""
     attended: Callable[[Indices], Attended]
     """Looks again, for method regress."""
 
@@ -58,7 +58,7 @@ class Reduction:
     rotary: bool = False
     interleaved: bool = False
     kept_dimensions: Indices | None = None
-    """Of queries and keys, where positions are rotary and heads become smaller."""
+    """Dimensions of queries and keys, where positions are rotary and heads become smaller."""
     sink_share: float = 0.0
     """The share of the moments that tokens have which attend to nothing but themselves, see `attention_sinks`."""
 
@@ -69,15 +69,15 @@ class Reduction:
             states = mixed_moments(states, weights, seen.hidden.augmented(), self.sink_share)
         second, mean = states[:-1, :-1], states[-1, :-1]
         gram = second - self.centred * np.outer(mean, mean)
-        found, kept = self._drop(weights, gram, np.diagonal(second))
+        reduced, kept = self._drop(weights, gram, np.diagonal(second))
         if self.method == "regress" and self.plan.drops:
-            return self._narrow_scores(self._regress(weights, found, kept, seen), seen)
+            return self._narrow_scores(self._regress(weights, reduced, kept, seen), seen)
         if self.plan.merges:
-            keys, values = (_moments(weight, seen.hidden.augmented()) for weight in (found.key, found.value))
-            found = merge(found, keys, values, self.plan.after[1], rotary=self.rotary, interleaved=self.interleaved)
+            keys, values = (_moments(weight, seen.hidden.augmented()) for weight in (reduced.key, reduced.value))
+            reduced = merge(reduced, keys, values, self.plan.after[1], rotary=self.rotary, interleaved=self.interleaved)
         if self.plan.narrows:
-            found = self._narrow_scores(self._narrow_values(found, gram, kept, seen), seen)
-        return found
+            reduced = self._narrow_scores(self._narrow_values(reduced, gram, kept, seen), seen)
+        return reduced
 
     def _drop(self, weights: AttentionWeights, gram: Doubles, raw: Doubles) -> tuple[AttentionWeights, Indices]:
         if not self.plan.drops:
@@ -100,36 +100,38 @@ class Reduction:
         padded = np.concatenate([value, np.zeros((1, *value.shape[1:]))])
         return replace(found, value=padded, output=output)
 
-    def _narrow_values(self, found: AttentionWeights, gram: Doubles, kept: Indices, seen: Observed) -> AttentionWeights:
+    def _narrow_values(
+        self, weights: AttentionWeights, gram: Doubles, kept: Indices, seen: Observed
+    ) -> AttentionWeights:
         blocks = head_blocks(gram, self.plan.before[0])[kept]
         if self.plan.merges:  # nothing was seen of them: their values before attention mixes them
             blocks = np.repeat(
-                _squares(found.value, seen.hidden.augmented(), centred=self.centred), found.group, axis=0
+                _squares(weights.value, seen.hidden.augmented(), centred=self.centred), weights.group, axis=0
             )
         size = self.plan.after[2]
         if self.method == "slice":
-            loudness = np.einsum("hdd,hdo->hd", blocks, found.output**2)
-            inward = chosen_dimensions(loudness.reshape(found.kv_heads, found.group, -1).sum(axis=1), size)
+            loudness = np.einsum("hdd,hdo->hd", blocks, weights.output**2)
+            inward = chosen_dimensions(loudness.reshape(weights.kv_heads, weights.group, -1).sum(axis=1), size)
             outward = inward.transpose(0, 2, 1)
         else:
-            inward, outward = value_bases(blocks, found.output, found.kv_heads, size)
-        return found.map_values(inward, outward)
+            inward, outward = value_bases(blocks, weights.output, weights.kv_heads, size)
+        return weights.map_values(inward, outward)
 
-    def _narrow_scores(self, found: AttentionWeights, seen: Observed) -> AttentionWeights:
+    def _narrow_scores(self, weights: AttentionWeights, seen: Observed) -> AttentionWeights:
         if not self.plan.narrows:
-            return found
+            return weights
         if self.kept_dimensions is not None:
             return replace(
-                found, query=found.query[..., self.kept_dimensions], key=found.key[..., self.kept_dimensions]
+                weights, query=weights.query[..., self.kept_dimensions], key=weights.key[..., self.kept_dimensions]
             )
-        queries = _squares(found.query, seen.hidden.augmented(), centred=False)
-        keys = _squares(found.key, seen.hidden.augmented(), centred=True)
+        queries = _squares(weights.query, seen.hidden.augmented(), centred=False)
+        keys = _squares(weights.key, seen.hidden.augmented(), centred=True)
         if self.method == "slice":
-            shared = queries.reshape(found.kv_heads, found.group, *queries.shape[1:]).sum(axis=1)
+            shared = queries.reshape(weights.kv_heads, weights.group, *queries.shape[1:]).sum(axis=1)
             energy = np.einsum("gdd->gd", shared) * np.einsum("gdd->gd", keys)
             maps = chosen_dimensions(energy, self.plan.after[2])
-            return found.map_scores(maps, maps)
-        return found.map_scores(*score_bases(queries, keys, found.kv_heads, self.plan.after[2]))
+            return weights.map_scores(maps, maps)
+        return weights.map_scores(*score_bases(queries, keys, weights.kv_heads, self.plan.after[2]))
 
 
 def _moments(weight: Doubles, hidden: Doubles) -> Doubles:

@@ -100,17 +100,17 @@ def matrices_for(plan: HeadPlan, matrix: str, seed: int) -> Resampling:
     """
     rng = np.random.default_rng(seed)
     given = {} if matrix in ("average", "random") else _read_matrices(Path(matrix))
-    found: dict[str, Doubles] = {}
+    matrices: dict[str, Doubles] = {}
     for name, size, new in zip(("heads", "kv_heads", "head_dim"), plan.before, plan.after, strict=True):
         if size == new and name not in given:
-            found[name] = np.eye(size)
+            matrices[name] = np.eye(size)
         elif name == "kv_heads" and plan.before[0] == plan.before[1] and plan.after[0] == plan.after[1]:
-            found[name] = _given(given, name, (size, new), matrix) if name in given else found["heads"]
+            matrices[name] = _given(given, name, (size, new), matrix) if name in given else matrices["heads"]
         elif given:
-            found[name] = _given(given, name, (size, new), matrix)
+            matrices[name] = _given(given, name, (size, new), matrix)
         else:
-            found[name] = random_matrix(size, new, rng) if matrix == "random" else average_matrix(size, new)
-    return Resampling(**found)
+            matrices[name] = random_matrix(size, new, rng) if matrix == "random" else average_matrix(size, new)
+    return Resampling(**matrices)
 
 
 def _read_matrices(path: Path) -> dict[str, Doubles]:
@@ -125,12 +125,12 @@ def _read_matrices(path: Path) -> dict[str, Doubles]:
 
 
 def _given(matrices: Mapping[str, Doubles], name: str, shape: tuple[int, int], path: str) -> Doubles:
-    found = matrices.get(name)
-    if found is None or found.shape != shape:
+    given = matrices.get(name)
+    if given is None or given.shape != shape:
         raise UsageError(
-            f"{path}: {name} must be a matrix {list(shape)}, not {None if found is None else list(found.shape)}"
+            f"{path}: {name} must be a matrix {list(shape)}, not {None if given is None else list(given.shape)}"
         )
     try:
-        return normalized(found)
+        return normalized(given)
     except ValueError as error:
         raise UsageError(f"{path}: {name}: {error}") from error

@@ -14,7 +14,7 @@ import numpy as np
 from onnxpress.arrays import AnyFloats, Doubles
 
 RIDGE = 1e-6
-"""Of the mean energy of an input: directions that no sample showed still count a little."""
+"""A share of the mean energy of an input: directions that no sample showed still count a little."""
 
 
 class Spectrum(NamedTuple):

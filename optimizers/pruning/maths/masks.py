@@ -52,13 +52,13 @@ def parse_pattern(text: str) -> Pattern:
     inputs. ValueError for anything else."""
     if text == "unstructured":
         return Pattern()
-    if found := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
-        kept, group = int(found[1]), int(found[2])
+    if match := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
+        kept, group = int(match[1]), int(match[2])
         if not 0 < kept < group:
             raise ValueError(f"pattern {text} must keep at least 1 weight and fewer than all {group}")
         return Pattern(kept, group)
-    if found := re.fullmatch(r"block:(\d{1,5})x(\d{1,5})", text):
-        rows, columns = int(found[1]), int(found[2])
+    if match := re.fullmatch(r"block:(\d{1,5})x(\d{1,5})", text):
+        rows, columns = int(match[1]), int(match[2])
         if not rows or not columns:
             raise ValueError(f"pattern {text} has empty blocks")
         return Pattern(rows=rows, columns=columns)
@@ -77,18 +77,18 @@ def scores(weight: Floats, score: Score, *, strength: float = 1.0, norms: Floats
     """
     magnitudes = np.abs(weight)
     if score == "magnitude":
-        found = magnitudes
+        values = magnitudes
     elif score == "l2":
-        found = np.square(magnitudes)
+        values = np.square(magnitudes)
     elif score == "ratio":
-        found = importance_ratio(weight, strength)
+        values = importance_ratio(weight, strength)
     elif score == "wanda":
         if norms is None or norms.shape != weight.shape[:1]:
             raise ValueError(f"wanda needs the norms of {len(weight)} inputs")
-        found = magnitudes * norms[:, None].astype(np.float32)
+        values = magnitudes * norms[:, None].astype(np.float32)
     else:
         raise ValueError(f"score must be one of {', '.join(get_args(Score))}, not {score!r}")
-    return np.where(magnitudes == 0, GONE, found).astype(np.float32)
+    return np.where(magnitudes == 0, GONE, values).astype(np.float32)
 
 
 def importance_ratio(weight: Floats, strength: float) -> Floats:
@@ -106,7 +106,7 @@ def importance_ratio(weight: Floats, strength: float) -> Floats:
     return ratio
 
 
-def choose_mask(found: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Booleans:
+def choose_mask(values: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> Booleans:
     """The mask that takes out the lowest scores [inputs, outputs].
 
     Args:
@@ -119,23 +119,23 @@ def choose_mask(found: Floats, sparsity: float, pattern: Pattern, *, per_output:
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must lie between 0 and 1, not {sparsity}")
-    if reason := pattern.obstacle(*found.shape):
+    if reason := pattern.obstacle(*values.shape):
         raise ValueError(reason)
-    inputs, outputs = found.shape
+    inputs, outputs = values.shape
     if pattern.group:
-        grouped = found.reshape(-1, pattern.group, outputs)
+        grouped = values.reshape(-1, pattern.group, outputs)
         grouped_mask: Booleans = _without_lowest(grouped, pattern.group - pattern.kept).reshape(inputs, outputs)
         return grouped_mask
     if pattern.rows * pattern.columns > 1:
         shape = (inputs // pattern.columns, pattern.columns, outputs // pattern.rows, pattern.rows)
-        blocks = np.maximum(found, 0).reshape(shape).sum(axis=(1, 3), dtype=np.float64)
+        blocks = np.maximum(values, 0).reshape(shape).sum(axis=(1, 3), dtype=np.float64)
         kept = _without_lowest(blocks.reshape(1, -1, 1), count_of(sparsity, blocks.size)).reshape(blocks.shape)
         whole: Booleans = np.repeat(np.repeat(kept, pattern.columns, axis=0), pattern.rows, axis=1)
         return whole
     if per_output:
-        rows: Booleans = _without_lowest(found[None], count_of(sparsity, inputs))[0]
+        rows: Booleans = _without_lowest(values[None], count_of(sparsity, inputs))[0]
         return rows
-    return _without_lowest(found.reshape(1, -1, 1), count_of(sparsity, found.size)).reshape(found.shape)
+    return _without_lowest(values.reshape(1, -1, 1), count_of(sparsity, values.size)).reshape(values.shape)
 
 
 def is_sparse(weight: Floats, sparsity: float, pattern: Pattern, *, per_output: bool = False) -> bool:
@@ -181,7 +181,7 @@ class Threshold:
         reached = before + np.cumsum(lower)
         place = int(np.searchsorted(reached, count)) if count else 0
         self.bits = top << 16 | place
-        """Of the highest number that goes."""
+        """The bits of the highest number that goes."""
         self.ties = count - int(reached[place] - lower[place])
         """How many numbers equal to it go; the first ones."""
 

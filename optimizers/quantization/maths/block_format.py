@@ -55,7 +55,7 @@ class BlockFormat:
     scale_type: ScaleType = "float32"
     """How scales and offsets are stored."""
     unit_size: int = 0
-    """Of int8 scales: weights that share a unit; 0: a whole output."""
+    """Weights that share the unit of int8 scales; 0: a whole output."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

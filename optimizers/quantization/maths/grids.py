@@ -73,17 +73,17 @@ def quantize(weight: Floats, format: BlockFormat, choose: Callable[[Floats], Gri
     for start in range(0, outputs, step):
         slab = slice(start, start + step)
         blocks = split_columns(weight[:, slab], format.block_size)
-        found = choose(blocks)
+        chosen = choose(blocks)
         if format.scale_type == "int8":
-            scales.append(multipliers(found.scales, format, up=format.bits == 8))
-            found = Grid(scales[-1].product(), found.zero_points)
+            scales.append(multipliers(chosen.scales, format, up=format.bits == 8))
+            chosen = Grid(scales[-1].product(), chosen.zero_points)
             if format.zero_points == "float":
-                minima.append(multipliers(-found.zero_points * found.scales, format))
+                minima.append(multipliers(-chosen.zero_points * chosen.scales, format))
                 low = minima[-1].product()
-                zero_points = np.divide(-low, found.scales, out=np.zeros_like(low), where=found.scales != 0)
-                found = Grid(found.scales, zero_points)
-        grid.scales[slab], grid.zero_points[slab] = found
-        codes[slab] = encode(blocks, found, format)
+                zero_points = np.divide(-low, chosen.scales, out=np.zeros_like(low), where=chosen.scales != 0)
+                chosen = Grid(chosen.scales, zero_points)
+        grid.scales[slab], grid.zero_points[slab] = chosen
+        codes[slab] = encode(blocks, chosen, format)
     if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zero_points).all()):
         raise ValueError(f"scales up to {np.abs(weight).max() / format.middle:g} do not fit in {format.scale_type}")
     return QuantizedBlocks(codes, grid.scales, grid.zero_points, format, features, joined(scales), joined(minima))
@@ -179,21 +179,21 @@ def gain(found: Sums, grid: Grid) -> Floats:
     return np.where(np.isfinite(value), value, np.float32(-np.inf))
 
 
-def best_grid(found: Sums, grid: Grid, format: BlockFormat) -> Grid:
-    """The grid with the least weighted squared error for the codes behind `found`; where none is best, `grid`'s."""
+def best_grid(sums: Sums, grid: Grid, format: BlockFormat) -> Grid:
+    """The grid with the least weighted squared error for the codes behind `sums`; where none is best, `grid`'s."""
     if format.zero_points == "none":
-        return _best_scales(found, grid, format)
-    a, b, c, d, e = found
+        return _best_scales(sums, grid, format)
+    a, b, c, d, e = sums
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         fitted = (a * d - b * c) / (a * e - b * d)
     exact: Floats = np.where(np.isfinite(fitted), fitted, grid.zero_points)
     if format.zero_points == "float":
-        return _best_scales(found, rounded(Grid(grid.scales, exact), format), format)
+        return _best_scales(sums, rounded(Grid(grid.scales, exact), format), format)
     # The gain rises towards the best zero point from either side, so one of the two codes next to it is best.
     below, above = (
-        _best_scales(found, rounded(Grid(grid.scales, side(exact)), format), format) for side in (np.floor, np.ceil)
+        _best_scales(sums, rounded(Grid(grid.scales, side(exact)), format), format) for side in (np.floor, np.ceil)
     )
-    return better(below, gain(found, below), above, gain(found, above))[0]
+    return better(below, gain(sums, below), above, gain(sums, above))[0]
 
 
 def better(one: Grid, one_gain: Floats, other: Grid, other_gain: Floats) -> tuple[Grid, Floats]:

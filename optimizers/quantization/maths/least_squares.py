@@ -26,7 +26,7 @@ from onnxpress.optimizers.quantization.maths.grids import (
 SHRINK = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 """Ranges tried beside the full one: clipping the largest weights a little rounds all others finer."""
 ROUNDS = 4
-"""Of rounding to the best grid so far and fitting it to the new codes."""
+"""Rounds of rounding to the best grid so far and fitting it to the new codes."""
 
 
 def round_to_nearest(weight: Floats, format: BlockFormat) -> QuantizedBlocks:

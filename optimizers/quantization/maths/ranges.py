@@ -26,7 +26,7 @@ from onnxpress.optimizers.quantization.maths.histogram import Counts, Histogram
 Range = tuple[float, float]
 
 ENTROPY_BINS = 2048
-"""Of the values' whole range; its candidates are every symmetric number of them."""
+"""Bins of the values' whole range; its candidates are every symmetric number of them."""
 SMOOTHING = 1e-4
 """The count that empty bins get, so that a divergence is finite."""
 

@@ -34,7 +34,7 @@ CHUNK = 1 << 20
 SPARE_BITS = 4
 """Below the lowest bit of any weight: d may be a fraction of it, where all codes of a super-block are even."""
 MOST_PARTS = 8
-"""Of the largest possible unit that are tried where minima must fit, too."""
+"""Parts of the largest possible unit that are tried where minima must fit, too."""
 EXACT_BITS = 52
 """Weights of one super-block that are further apart have no exact codes that are worth having."""
 
@@ -73,16 +73,16 @@ def find_exact_codes(weight: Floats, format: BlockFormat) -> QuantizedBlocks | N
         if part is None:
             return None
         parts.append(part)
-    found = _Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    encoding = _Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     shape = (outputs, features // format.block_size)
-    scales = _floats(found.steps, found.exponents).reshape(shape)
-    codes = found.codes.astype(np.uint8).reshape(*shape, format.block_size)
-    levels = _levels(found.steps, found.units, found.exponents, outputs) if format.unit_size else None
+    scales = _floats(encoding.steps, encoding.exponents).reshape(shape)
+    codes = encoding.codes.astype(np.uint8).reshape(*shape, format.block_size)
+    levels = _levels(encoding.steps, encoding.units, encoding.exponents, outputs) if format.unit_size else None
     if format.zero_points == "none":
         return QuantizedBlocks(codes, scales, np.full(shape, format.middle, np.float32), format, features, levels)
-    values = _floats(found.minima, found.exponents).reshape(shape)
+    values = _floats(encoding.minima, encoding.exponents).reshape(shape)
     zero_points = np.divide(-values, scales, out=np.zeros_like(values), where=scales != 0)
-    minima = _levels(found.minima, found.minimum_units, found.exponents, outputs)
+    minima = _levels(encoding.minima, encoding.minimum_units, encoding.exponents, outputs)
     return QuantizedBlocks(codes, scales, zero_points, format, features, levels, minima)
 
 

@@ -204,7 +204,7 @@ def _place(name: str | None, tensor: ir.TensorProtocol) -> object:
     return name, tensor.dtype, concrete_shape(tensor)
 
 
-def size_bytes(folder: Path) -> int:
+def graph_file_bytes(folder: Path) -> int:
     """Count the bytes of the graphs and their weights: what an app has to carry."""
     return sum(path.stat().st_size for path in (folder / GRAPHS).iterdir() if path.is_file())
 
@@ -223,12 +223,12 @@ def _transformers_js(folder: Path) -> dict[str, Any]:
     external = {name: 1 for name in graphs if (folder / GRAPHS / f"{name}_data").is_file()}
     endings = {ending for ending in _TRANSFORMERS_JS_DTYPES if all(Path(name).stem.endswith(ending) for name in graphs)}
     ending = max(endings, key=len, default="")
-    found: dict[str, Any] = {"dtype": _TRANSFORMERS_JS_DTYPES[ending]}
+    settings: dict[str, Any] = {"dtype": _TRANSFORMERS_JS_DTYPES[ending]}
     if external:
-        found["use_external_data_format"] = external
+        settings["use_external_data_format"] = external
     if ending.endswith("16"):
-        found["kv_cache_dtype"] = {"fp16": "float16", "q4f16": "float16"}
-    return found
+        settings["kv_cache_dtype"] = {"fp16": "float16", "q4f16": "float16"}
+    return settings
 
 
 def _inside(name: str) -> Path:

@@ -184,16 +184,16 @@ class _Sizes:
 
     def values(self, size: str, stacks: Sequence[str]) -> set[int]:
         """Collect the values of a size in the layers of these stacks."""
-        found: set[int | None] = set()
+        sizes: set[int | None] = set()
         for stack in stacks:
             layers = self.structure.stacks.get(stack, ())
             if size == "hidden":
-                found.add(self.structure.hidden.get(stack))
+                sizes.add(self.structure.hidden.get(stack))
             elif size == "width":
-                found |= {layer.width for layer in layers}
+                sizes |= {layer.width for layer in layers}
             else:
-                found |= {getattr(heads, size) for layer in layers for heads in layer.attentions}
-        return {one for one in found if one is not None}
+                sizes |= {getattr(heads, size) for layer in layers for heads in layer.attentions}
+        return {one for one in sizes if one is not None}
 
 
 def _names(config: Mapping[str, Any], size: str, stack: str, values: Collection[int]) -> tuple[str, ...]:

@@ -97,13 +97,13 @@ class Structure:
         stacks = {
             stack: tuple(
                 LayerSizes(
-                    one["origin"],
-                    tuple(AttentionSizes(**heads) for heads in one["attentions"]),
-                    one["width"],
-                    one.get("parameters", 0),
-                    tuple(one.get("merged", ())),
+                    layer["origin"],
+                    tuple(AttentionSizes(**heads) for heads in layer["attentions"]),
+                    layer["width"],
+                    layer.get("parameters", 0),
+                    tuple(layer.get("merged", ())),
                 )
-                for one in layers
+                for layer in layers
             )
             for stack, layers in record["stacks"].items()
         }
@@ -125,11 +125,11 @@ class StructureChange:
     @classmethod
     def of(cls, export: Mapping[str, Any]) -> StructureChange | None:
         """Read the change from the `export` of an artifact; None if nothing was cut."""
-        found = export.get(EXPORT_KEY)
-        if found is None:
+        record = export.get(EXPORT_KEY)
+        if record is None:
             return None
-        before, after = Structure.from_dict(found["before"]), Structure.from_dict(found["after"])
-        return cls(before, after, tuple(found["onnx_only"]))
+        before, after = Structure.from_dict(record["before"]), Structure.from_dict(record["after"])
+        return cls(before, after, tuple(record["onnx_only"]))
 
 
 def read_structure(graphs: Iterable[ir.Model]) -> Structure | None:

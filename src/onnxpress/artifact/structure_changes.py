@@ -12,17 +12,17 @@ BeforeAfter = tuple[str, str, str]
 """(what, before, after), as text."""
 
 
-def compare(before: Structure, after: Structure) -> list[BeforeAfter]:
+def list_changes(before: Structure, after: Structure) -> list[BeforeAfter]:
     """List (what, before, after) for everything that differs: a row for each run of layers that were cut alike."""
     rows: list[BeforeAfter] = []
     for stack, layers in after.stacks.items():
         old = before.stacks.get(stack, ())
         if len(old) != len(layers):
-            dropped = sorted({one.origin for one in old} - {one.origin for one in layers})
+            dropped = sorted({layer.origin for layer in old} - {layer.origin for layer in layers})
             rows.append((stack, f"{len(old)} layers", f"{len(layers)} layers, without {ranges(dropped)}"))
-        sizes = {one.origin: one.sizes for one in old}
-        changed = [one for one in layers if sizes.get(one.origin) not in (None, one.sizes)]
-        for (was, now), run in _runs(changed, lambda one, old=sizes: (old[one.origin], one.sizes)):
+        sizes = {layer.origin: layer.sizes for layer in old}
+        changed = [layer for layer in layers if sizes.get(layer.origin) not in (None, layer.sizes)]
+        for (was, now), run in _runs(changed, lambda layer, old=sizes: (old[layer.origin], layer.sizes)):
             title = stack if len(run) == len(layers) else f"{stack}.{ranges(run)}"
             rows.append((title, was, now))
     for stack, width in after.hidden.items():
@@ -39,7 +39,7 @@ def compare(before: Structure, after: Structure) -> list[BeforeAfter]:
 def _runs(layers: Sequence[LayerSizes], key: Any) -> Iterator[tuple[Any, list[int]]]:
     """Yield (key, original indices) for each run of neighbours with the same key."""
     for found, run in groupby(layers, key):
-        yield found, [one.origin for one in run]
+        yield found, [layer.origin for layer in run]
 
 
 def ranges(indices: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from onnxpress.graph.io import load_graph
 from onnxpress.graph.tensors import WeightTensor
 
 
-def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
+def write_verified_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:
     """Write the graphs as they were before weights were packed or quantized to an empty folder, and verify it.
 
     originals: tensors of the checkpoint that the model came from, for what no graph has: a pooler, another task's head.
@@ -26,7 +26,7 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
         VerificationError: transformers, given the folder, computes something else than the graph.
     """
     hint = "leave out --checkpoint: the artifact itself can be made"
-    if work.floats is None or not work.artifact.config:
+    if work.float_graphs is None or not work.artifact.config:
         reason = "has no config.json" if not work.artifact.config else "has no float layers that were recognised"
         raise UnsupportedModelError(f"no checkpoint can be written: {work.artifact.source.name} {reason}", hint=hint)
     record = StructureChange.of(work.artifact.export)
@@ -34,12 +34,12 @@ def write_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTen
         raise UnsupportedModelError(
             f"the reduced model is for ONNX only, no checkpoint can hold it: {'; '.join(record.onnx_only)}", hint=hint
         )
-    from onnxpress.exporter.writing.write_checkpoint import write_checkpoint as write
+    from onnxpress.exporter.writing.write_checkpoint import write_checkpoint
 
     with work.progress.stage("writing the checkpoint"):
-        graphs = [load_graph(path) for name, path in work.floats.items() if name != DECODER_MERGED]
+        graphs = [load_graph(path) for name, path in work.float_graphs.items() if name != DECODER_MERGED]
         artifact = work.artifact
-        written = write(
+        written = write_checkpoint(
             folder, place_weights(graphs), artifact.config, artifact.files, artifact.task, originals=originals
         )
     difference = _verify(work, folder, written.parameters)
@@ -57,9 +57,9 @@ def _verify(work: Work, folder: Path, parameters: int) -> float:
     if 4 * parameters > available_memory() / 2:
         work.notes.append(f"the checkpoint was not verified: it takes {4 * parameters / 1e9:.0f} GB of memory")
         return math.nan
-    assert work.floats is not None
+    assert work.float_graphs is not None
     with work.progress.stage("verifying the checkpoint"):
-        meter = Meter(work.floats, work.data, work.threads, dict(work.profile.session_options))
+        meter = Meter(work.float_graphs, work.judging, dict(work.profile.session_options))
         try:
             found = meter.check_export(folder, work.artifact.task)
         except VerificationError as error:

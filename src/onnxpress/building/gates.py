@@ -48,14 +48,14 @@ def costs(before: Mapping[str, float], steps: Sequence[Step]) -> list[str]:
 
 def _losses(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     """List (unit, what was lost since the reference) for each measure of quality that there is."""
-    found = []
+    losses = []
     if "kl" in metrics:
-        found.append(("KL", metrics["kl"]))
+        losses.append(("KL", metrics["kl"]))
     if "perplexity" in metrics:
-        found.append(("perplexity", metrics["perplexity"] / metrics["reference_perplexity"] - 1))
+        losses.append(("perplexity", metrics["perplexity"] / metrics["reference_perplexity"] - 1))
     if "cosine_mean" in metrics:
-        found.append(("1-cosine", 1 - metrics["cosine_mean"]))
-    return found
+        losses.append(("1-cosine", 1 - metrics["cosine_mean"]))
+    return losses
 
 
 def _amount(name: str, value: float) -> str:

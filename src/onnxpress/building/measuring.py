@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onnxpress.arrays import Ids
 from onnxpress.building.resolving import open_checkpoint
-from onnxpress.calibration.data import CalibrationData
 from onnxpress.errors import VerificationError
 from onnxpress.evaluation.benchmark import benchmark
 from onnxpress.evaluation.evaluate import Evaluation, evaluate
@@ -27,6 +26,7 @@ from onnxpress.evaluation.verification import (
 )
 from onnxpress.graph.conventions import ENCODER
 from onnxpress.progress import Update
+from onnxpress.requests import Judging
 from onnxpress.runtime.memory import trim_memory
 
 WINDOWS, WINDOW, SEED = 4, 512, 0
@@ -42,22 +42,12 @@ TIPPED, TIPPED_SHARE = 1e-3, 3.0
 by then. Where all tipped activations round another way, two equally good models are apart by twice their loss."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """What the user wants to be measured on, and calibrated with; by default the reference writes text itself."""
-
-    text: Path | None = None
-    pairs: Path | None = None
-    calibration: CalibrationData = field(default_factory=CalibrationData)
-
-
 @dataclass
 class Meter:
     """The reference graph, and what it computes for a few inputs."""
 
     reference: Mapping[str, Path]
-    data: Data
-    threads: int | None
+    judging: Judging
     session_options: Mapping[str, str]
     _expected: Reference | None = None
     _windows: tuple[list[Ids], str] | None = None
@@ -67,7 +57,7 @@ class Meter:
     _remembered: Opened | None = None
     """A decoder's reference, whose answers are kept for one evaluation after another."""
     _folder: Path | None = None
-    """Of the tokenizer in whose vocabulary the three above are."""
+    """The folder of the tokenizer in whose vocabulary the three above are."""
 
     def check_export(self, checkpoint: Any, task: str, *, exact: bool = True) -> dict[str, float]:
         """The exported graph against torch; not `exact` if its weights were rounded. Raises VerificationError."""
@@ -79,28 +69,28 @@ class Meter:
         expected = Reference.of(open_checkpoint(checkpoint, task), windows=windows, like=like)
         trim_memory()
         exported = like or self._open(self.reference)
-        found = verify_step(expected, exported, exact=exact, what="the exported graph")
-        found.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
-        return found
+        metrics = verify_step(expected, exported, exact=exact, what="the exported graph")
+        metrics.pop("perplexity", None)  # later steps are measured on longer text: side by side they would mislead
+        return metrics
 
     def check_step(
         self, what: str, after: Mapping[str, Path], before: Mapping[str, Path], *, exact: bool, lossy: bool
     ) -> dict[str, float]:
-        """What a pass changed: an exact one against the graph before it, a lossy one against the reference.
+        """Measure what a pass changed: an exact one against the graph before it, a lossy one against the reference.
 
         `lossy`: whether a pass before it was. Raises VerificationError.
         """
         folder = sidecar_folder(main_graph(after))
         if exact and lossy:
             expected = Reference.of(restricted(self._open(before), folder))
-            found = verify_step(expected, self._open(after), exact=False, what=what)
-            cost, limit = cost_of(found), max(TIPPED, TIPPED_SHARE * self._lost)
+            metrics = verify_step(expected, self._open(after), exact=False, what=what)
+            cost, limit = cost_of(metrics), max(TIPPED, TIPPED_SHARE * self._lost)
             if not cost <= limit:
                 raise VerificationError(
                     f"{what} should be exact but costs {cost:.3g}; the limit is {limit:.3g}, after passes that lost "
                     f"{self._lost:.3g}"
                 )
-            return {"max_difference": found["max_difference"]}  # the rest would not compare with the reference
+            return {"max_difference": metrics["max_difference"]}  # the rest would not compare with the reference
         self._reset_other_vocabulary(folder)
         if self._expected is None:
             reference = restricted(self._open(self.reference), folder)
@@ -108,9 +98,9 @@ class Meter:
             self._expected = Reference.of(reference, windows=text[0] if text else None, length=STEP_TOKENS)
             del reference
             trim_memory()
-        found = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
-        self._lost = cost_of(found)
-        return found
+        metrics = verify_step(self._expected, self._open(after), exact=exact, tolerance=EXACT_TOLERANCE, what=what)
+        self._lost = cost_of(metrics)
+        return metrics
 
     def check_last(self, after: Mapping[str, Path], before: Mapping[str, Path], *, lossy: bool) -> dict[str, float]:
         """A decoder with the last position's logits only against the one with all, on the very same prompts.
@@ -148,10 +138,10 @@ class Meter:
         found = evaluate(
             self._open(candidate),
             reference,
-            text=text[0] if text else self.data.text,
-            pairs=self.data.pairs,
+            text=text[0] if text else self.judging.text,
+            pairs=self.judging.pairs,
             windows=WINDOWS,
-            threads=self.threads,
+            threads=self.judging.threads,
             progress=update,
         )
         return replace(found, text=text[1]) if text else found
@@ -172,7 +162,7 @@ class Meter:
             return reference
         self._remembered = remembered
         seen = restricted(remembered, folder)
-        evaluate(seen, seen, text=text[0], windows=WINDOWS, threads=self.threads)
+        evaluate(seen, seen, text=text[0], windows=WINDOWS, threads=self.judging.threads)
         remembered.model.close()
         return remembered
 
@@ -186,44 +176,48 @@ class Meter:
         """Windows of token ids from the user's text or of the reference's own, made once; None where the kind of model
         is measured on other inputs."""
         if self._windows is None:
-            self._windows = reference.judged_windows(Options(self.data.text, windows=WINDOWS, window=WINDOW, seed=SEED))
+            self._windows = reference.judged_windows(
+                Options(self.judging.text, windows=WINDOWS, window=WINDOW, seed=SEED)
+            )
         return self._windows
 
     def _open_reference(self, graph: Path) -> Opened:
-        return open_model(graph, threads=self.threads, all_logits=True)
+        return open_model(graph, threads=self.judging.threads, all_logits=True)
 
     def _open(self, paths: Mapping[str, Path], all_logits: bool = True) -> Opened:
         graph = main_graph(paths)
-        return open_model(graph, threads=self.threads, session_options=self.session_options, all_logits=all_logits)
+        return open_model(
+            graph, threads=self.judging.threads, session_options=self.session_options, all_logits=all_logits
+        )
 
 
 def main_graph(paths: Mapping[str, Path]) -> Path:
     """The graph by which a model is opened."""
-    return next((path for stem, path in paths.items() if stem.startswith(ENCODER)), next(iter(paths.values())))
+    return next((path for name, path in paths.items() if name.startswith(ENCODER)), next(iter(paths.values())))
 
 
-def figures(found: Evaluation) -> dict[str, float]:
+def figures(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation as flat numbers: the headline figures, the loss, and each mode's as `kl_decode` and the like."""
     rows: dict[str, float] = {
         key: float(value)
         for key in ("perplexity", "kl", "top1_agreement", "cosine_mean", "cosine_min", "spearman", "more_tokens")
-        if (value := getattr(found, key)) is not None
+        if (value := getattr(evaluation, key)) is not None
     }
-    rows["loss"] = found.loss
-    for mode, values in found.modes.items():
+    rows["loss"] = evaluation.loss
+    for mode, values in evaluation.modes.items():
         rows |= {f"{key}_{mode}": values[key] for key in ("kl", "perplexity", "cosine_min") if key in values}
     return rows
 
 
 def speed(paths: Mapping[str, Path], threads: int | None, session_options: Mapping[str, str]) -> dict[str, float]:
     """Speed and memory of a graph on this machine, as flat numbers; decoding is at the context nearest to 256."""
-    found = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
+    measured = benchmark(main_graph(paths), threads=threads, session_options=session_options).to_dict()
     rows: dict[str, float] = {
-        key: float(found[key])
+        key: float(measured[key])
         for key in ("prefill_tokens_per_s", "latency_ms", "load_s", "peak_rss_bytes")
-        if key in found
+        if key in measured
     }
-    if decode := found.get("decode_ms_per_token"):
+    if decode := measured.get("decode_ms_per_token"):
         context = min(decode, key=lambda tokens: abs(int(tokens) - CONTEXT))
         rows["decode_ms_per_token"] = float(decode[context])
     return rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxpress.artifact import manifest
-from onnxpress.artifact.folder import size_bytes, write_graphs, write_sidecar_files
+from onnxpress.artifact.folder import graph_file_bytes, write_graphs, write_sidecar_files
 from onnxpress.artifact.genai_config import write_genai_config
 from onnxpress.artifact.golden import write_golden
 from onnxpress.artifact.manifest import Manifest, StepRecord
@@ -52,7 +52,7 @@ def package(
         work.notes += overview.objections(paths[name].name, model, work.profile)
 
     before = {"size_bytes": float(graph_bytes(work.reference))}
-    after = {"size_bytes": float(size_bytes(result))}
+    after = {"size_bytes": float(graph_file_bytes(result))}
     if work.structure is not None:
         after["parameters"] = float(work.structure.parameters)
     if quality is not None:
@@ -61,8 +61,8 @@ def package(
             before["perplexity"] = quality.reference_perplexity
     if recipe is not None and (judging.benchmark or judging.gates.need_benchmark):
         with progress.stage("measuring speed and memory"):
-            before |= measuring.speed(work.reference, work.threads, options)
-            after |= measuring.speed(paths, work.threads, options)
+            before |= measuring.speed(work.reference, work.judging.threads, options)
+            after |= measuring.speed(paths, work.judging.threads, options)
     checked = judging.gates.check(after)
     require(checked, before, work.steps)
 
@@ -86,7 +86,7 @@ def package(
     write_report(result, record, before_after(record.before, record.metrics))
     (result / MANIFEST).write_text(record.to_json(), encoding="utf-8")  # it says how to open the graph
     with progress.stage("recording golden outputs"):
-        write_golden(result, threads=work.threads)
+        write_golden(result, threads=work.judging.threads)
     with progress.stage("hashing"):
         record = record.model_copy(update={"files": manifest.hash_files(result)})
     (result / MANIFEST).write_text(record.to_json(), encoding="utf-8")

@@ -62,22 +62,24 @@ def open_checkpoint(checkpoint: str | Path | Checkpoint, task: str | None = None
             f"{checkpoint} is a checkpoint, and running one needs torch ({error})",
             hint="pip install 'onnxpress[export]'",
         ) from error
-    return reference.open_checkpoint(checkpoint, task=task)
+    return reference.open_in_torch(checkpoint, task=task)
 
 
-def _foreign(found: OnnxSource) -> Artifact:
+def _foreign(source: OnnxSource) -> Artifact:
     """Take a graph that someone else made, with the files beside it."""
-    merged_too = DECODER in found.graphs  # then it is made of the others when they are written
-    graphs = {name: load_graph(path) for name, path in found.graphs.items() if name != DECODER_MERGED or not merged_too}
+    merged_too = DECODER in source.graphs  # then it is made of the others when they are written
+    graphs = {
+        name: load_graph(path) for name, path in source.graphs.items() if name != DECODER_MERGED or not merged_too
+    }
     for graph in graphs.values():
-        _size_caches(graph, found.config.get("head_dim"))
+        _size_caches(graph, source.config.get("head_dim"))
     return Artifact(
-        task=_task(graphs, found.config),
+        task=_task(graphs, source.config),
         graphs=graphs,
-        config=found.config,
-        files=found.files,
-        source=found.source,
-        export={"method": "foreign", "layout": found.layout},
+        config=source.config,
+        files=source.files,
+        source=source.source,
+        export={"method": "foreign", "layout": source.layout},
     )
 
 

@@ -19,8 +19,8 @@ from onnxpress.artifact import folder as artifact_folder
 from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
-from onnxpress.artifact.structure_changes import compare
-from onnxpress.building.measuring import Data, Meter, available_memory, main_graph
+from onnxpress.artifact.structure_changes import list_changes
+from onnxpress.building.measuring import Meter, available_memory, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
 from onnxpress.calibration.known_results import KnownResults
@@ -33,6 +33,7 @@ from onnxpress.optimizers.base import Context, Pass
 from onnxpress.optimizers.fusion.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
+from onnxpress.requests import Judging
 from onnxpress.runtime.memory import trim_memory
 from onnxpress.runtime_profiles.profile import Profile
 
@@ -50,9 +51,9 @@ class Mark(NamedTuple):
     artifact: Artifact
     current: Mapping[str, Path]
     lossy: bool
-    home: Path
+    sidecar_folder: Path
     structure: Structure | None
-    floats: Mapping[str, Path] | None
+    float_graphs: Mapping[str, Path] | None
     notes: tuple[str, ...]
 
 
@@ -65,36 +66,35 @@ class Work:
     artifact: Artifact
     """As it came, plus a Step for everything that was done since."""
     profile: Profile
-    data: Data
-    threads: int | None
+    judging: Judging
     progress: Progress
     notes: list[str] = field(default_factory=list)
     """What the user should know: a fallback, something that the target minds."""
     reference: Mapping[str, Path] = field(init=False)
-    """The graphs that quality is measured against, by stem."""
+    """The graphs that quality is measured against, by name."""
     current: Mapping[str, Path] = field(init=False)
     meter: Meter = field(init=False)
-    home: Path = field(init=False)
-    """The folder of the current graphs' companions; a pass that changes these begins another."""
+    sidecar_folder: Path = field(init=False)
+    """The folder of the current graphs' sidecar files; a pass that changes these begins another."""
     lossy: bool = False
     """Whether a pass before was not exact."""
     structure: Structure | None = field(init=False)
-    """Of the float graphs; None where no layers are recognised."""
-    floats: Mapping[str, Path] | None = field(init=False)
+    """The structure of the float graphs; None where no layers are recognised."""
+    float_graphs: Mapping[str, Path] | None = field(init=False)
     """The graphs as they were last while every product was a float one under its own name."""
     samples: dict[tuple[int, int], Mapping[str, Sequence[Feeds]]] = field(default_factory=dict)
     """Inputs for passes that look at activations: for each graph, by rows and length that a pass asked for."""
 
     def __post_init__(self) -> None:
         """Write the graphs as they came."""
-        self.home = self.folder
-        artifact_folder.write_sidecar_files(self.artifact, self.home)
+        self.sidecar_folder = self.folder
+        artifact_folder.write_sidecar_files(self.artifact, self.sidecar_folder)
         not_fused = self.artifact.export.get("not_fused", {})
         self.notes += [f"{part} is not fused: {reason}" for part, reason in not_fused.items()]
         self.reference = self.current = self._save(self.artifact.graphs, "exporting")
-        self.meter = Meter(self.reference, self.data, self.threads, dict(self.profile.session_options))
+        self.meter = Meter(self.reference, self.judging, dict(self.profile.session_options))
         self.structure = read_structure(self.artifact.graphs.values()) if _is_float(self.artifact.graphs) else None
-        self.floats = self.current if self.structure is not None else None
+        self.float_graphs = self.current if self.structure is not None else None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -115,7 +115,7 @@ class Work:
             trim_memory()
         self.record(replace(step, metrics=metrics))
 
-    def apply(self, spec: PassSpec, optimizer: Pass, known: KnownResults | None = None) -> None:
+    def apply(self, spec: PassSpec, graph_pass: Pass, known: KnownResults | None = None) -> None:
         """Run one pass on every graph, write the result, verify it. Raises NothingMatchedError, VerificationError.
 
         Args:
@@ -123,33 +123,33 @@ class Work:
                 nothing is kept once the graphs are written.
         """
         began = time.perf_counter()
-        samples = self._samples_for(optimizer)
+        samples = self._samples_for(graph_pass)
         results = KnownResults() if known is None else known
         with self.progress.stage(spec.name) as update:
             calibrations = self._calibrations(samples, update)
-            graphs, report = self._run(optimizer, calibrations, results)
+            graphs, report = self._run(graph_pass, calibrations, results)
         step = Step(spec.name, dict(spec.options), 0.0, dict(report.matched), dict(report.skipped))
         if report.errors:
             step = replace(step, errors=dict(report.errors))
         if report.matched:
-            self._follow_beside(optimizer)
+            self._follow_beside(graph_pass)
             self.notes += report.notes
             before, self.current = self.current, self._save(graphs, spec.name)
-            if optimizer.gives_form and not self.lossy and _is_float(graphs):
+            if graph_pass.gives_form and not self.lossy and _is_float(graphs):
                 self.structure = read_structure(graphs.values())
-                self.floats = self.current if self.structure is not None else None
-            elif self.floats == before:
-                self._follow(optimizer, graphs)
+                self.float_graphs = self.current if self.structure is not None else None
+            elif self.float_graphs == before:
+                self._follow(graph_pass, graphs)
             results.keep_files(calibrations.values())
             if known is None:
                 results.discard()  # what was found is in the graphs' files
             with self.progress.stage(f"verifying {spec.name}"):
                 metrics = self.meter.check_step(
-                    spec.name, self.current, before, exact=optimizer.exact, lossy=self.lossy
+                    spec.name, self.current, before, exact=graph_pass.exact, lossy=self.lossy
                 )
             trim_memory()
             step = replace(step, metrics=metrics)
-            self.lossy |= not optimizer.exact
+            self.lossy |= not graph_pass.exact
         elif not spec.optional:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in report.skipped.most_common(3))
             raise NothingMatchedError(
@@ -159,65 +159,65 @@ class Work:
         self.record(replace(step, seconds=time.perf_counter() - began))
 
     def _run(
-        self, optimizer: Pass, calibrations: Mapping[str, Calibration], known: KnownResults
+        self, graph_pass: Pass, calibrations: Mapping[str, Calibration], known: KnownResults
     ) -> tuple[dict[str, ir.Model], Report]:
         """Every graph after the pass, and what was done to all of them."""
-        graphs = {stem: load_graph(path) for stem, path in self.current.items()}
+        graphs = {name: load_graph(path) for name, path in self.current.items()}
         total = Report()
-        for stem, model in graphs.items():
-            calibration = calibrations.get(stem, Calibration())
-            reference = load_graph(self.reference[stem]) if optimizer.needs_reference else None
+        for name, model in graphs.items():
+            calibration = calibrations.get(name, Calibration())
+            reference = load_graph(self.reference[name]) if graph_pass.needs_reference else None
             try:
-                report = optimizer.run(model, Context(calibration, reference, self.artifact, known)).report
+                report = graph_pass.run(model, Context(calibration, reference, self.artifact, known)).report
             except OnnxpressError:
                 raise
             except Exception as error:
-                raise VerificationError(f"pass {optimizer.name} failed: {type(error).__name__}: {error}") from error
+                raise VerificationError(f"pass {graph_pass.name} failed: {type(error).__name__}: {error}") from error
             total.add(report)
         return graphs, total
 
-    def _follow_beside(self, optimizer: Pass) -> None:
+    def _follow_beside(self, graph_pass: Pass) -> None:
         """Let what lies beside the graphs follow a pass, in a folder of its own if anything changes."""
-        folder = self.folder / f"companions-{len(self.steps)}"
-        artifact = optimizer.follow(self.artifact, folder)
+        folder = self.folder / f"sidecar-files-{len(self.steps)}"
+        artifact = graph_pass.follow(self.artifact, folder)
         if artifact is self.artifact:
             return
-        self.artifact, self.home = artifact, folder
-        artifact_folder.write_sidecar_files(self.artifact, self.home)
+        self.artifact, self.sidecar_folder = artifact, folder
+        artifact_folder.write_sidecar_files(self.artifact, self.sidecar_folder)
         self.samples.clear()
 
-    def _follow(self, optimizer: Pass, graphs: Mapping[str, ir.Model]) -> None:
+    def _follow(self, graph_pass: Pass, graphs: Mapping[str, ir.Model]) -> None:
         """Let config.json say what the structure of float graphs is by now.
 
         An exact pass that gives products other names packs them, and a pass that is not float quantizes: these change
         how the model is stored, not its structure, and what comes after them is not followed.
         """
         structure = read_structure(graphs.values()) if _is_float(graphs) else None
-        if structure is None or self.structure is None or (optimizer.exact and structure.names - self.structure.names):
+        if structure is None or self.structure is None or (graph_pass.exact and structure.names - self.structure.names):
             return
         export = self.artifact.export
         changed = reduced_config(self.artifact.config, self.structure, structure)
         earlier = StructureChange.of(export)
         before = earlier.before if earlier else self.structure
         reasons = renewed(earlier.onnx_only if earlier else (), changed.onnx_only)
-        if reasons or compare(before, structure):
+        if reasons or list_changes(before, structure):
             export = {**export, EXPORT_KEY: StructureChange(before, structure, tuple(reasons)).to_dict()}
         self.artifact = replace(self.artifact, config=changed.config, export=export)
         said = (note.removeprefix(ONNX_ONLY) for note in self.notes if note.startswith(ONNX_ONLY))
         others = [note for note in self.notes if not note.startswith(ONNX_ONLY)]
         self.notes = [*others, *(ONNX_ONLY + reason for reason in renewed(said, changed.onnx_only))]
-        self.structure, self.floats = structure, self.current
-        artifact_folder.write_sidecar_files(self.artifact, self.home)
+        self.structure, self.float_graphs = structure, self.current
+        artifact_folder.write_sidecar_files(self.artifact, self.sidecar_folder)
 
-    def _samples_for(self, optimizer: Pass) -> Mapping[str, Sequence[Feeds]] | None:
-        """Inputs of each graph, by its stem or "", for a pass that looks at activations."""
-        if not optimizer.needs_samples:
+    def _samples_for(self, graph_pass: Pass) -> Mapping[str, Sequence[Feeds]] | None:
+        """Inputs of each graph, by its name or "", for a pass that looks at activations."""
+        if not graph_pass.needs_samples:
             return None
-        wanted = (optimizer.wanted_rows, optimizer.wanted_length)
+        wanted = (graph_pass.wanted_rows, graph_pass.wanted_length)
         if wanted not in self.samples:
             with self.progress.stage("sampling inputs"):
-                self.samples[wanted] = self.data.calibration.feeds(
-                    main_graph(self.reference), *wanted, self.threads, self.home
+                self.samples[wanted] = self.judging.calibration.feeds(
+                    main_graph(self.reference), *wanted, self.judging.threads, self.sidecar_folder
                 )
             trim_memory()
         return self.samples[wanted]
@@ -225,22 +225,24 @@ class Work:
     def _calibrations(
         self, samples: Mapping[str, Sequence[Feeds]] | None, progress: Callable[[int, int], None]
     ) -> dict[str, Calibration]:
-        """Samples of each graph, by its stem, and what may be spent on them."""
+        """Samples of each graph, by its name, and what may be spent on them."""
         if samples is None:
             return {}
         folder = calibration_folder()
         return {
-            stem: Calibration(samples.get(stem, samples.get("", ())), folder, threads=self.threads, progress=progress)
-            for stem in self.current
+            name: Calibration(
+                samples.get(name, samples.get("", ())), folder, threads=self.judging.threads, progress=progress
+            )
+            for name in self.current
         }
 
     def mark(self) -> Mark:
         """Note where the work stands, to come back to; the files stay."""
-        state = (self.artifact, self.current, self.lossy, self.home, self.structure, self.floats)
+        state = (self.artifact, self.current, self.lossy, self.sidecar_folder, self.structure, self.float_graphs)
         return Mark(*state, tuple(self.notes))
 
     def restore(self, mark: Mark) -> None:
-        self.artifact, self.current, self.lossy, self.home, self.structure, self.floats, notes = mark
+        self.artifact, self.current, self.lossy, self.sidecar_folder, self.structure, self.float_graphs, notes = mark
         self.notes = list(notes)
 
     def evaluate(self) -> Evaluation:
@@ -268,14 +270,14 @@ class Work:
 
     def _save(self, graphs: Mapping[str, ir.Model], title: str) -> dict[str, Path]:
         """Write graphs to the work folder under a number of their own; weights that did not change are not copied."""
-        folder = self.home / artifact_folder.GRAPHS
+        folder = self.sidecar_folder / artifact_folder.GRAPHS
         folder.mkdir(exist_ok=True)
         number = len(list(folder.glob("*.onnx")))
         paths = {}
-        for stem, model in graphs.items():
-            paths[stem] = folder / f"{stem}_{number:02}.onnx"
+        for name, model in graphs.items():
+            paths[name] = folder / f"{name}_{number:02}.onnx"
             with self.progress.stage(f"{title}: writing") as update:
-                save_graph(model, paths[stem], external_data=f"{paths[stem].name}_data", progress=update, reuse=folder)
+                save_graph(model, paths[name], external_data=f"{paths[name].name}_data", progress=update, reuse=folder)
         return paths
 
     def record(self, step: Step) -> None:
@@ -292,6 +294,6 @@ def _is_float(graphs: Mapping[str, ir.Model]) -> bool:
 
 def graph_bytes(paths: Mapping[str, Path]) -> int:
     """Bytes of the weights that the graphs of a model refer to; two decoders of one model share theirs."""
-    models = {stem: load_graph(path) for stem, path in paths.items()}
-    decoders = [models.pop(stem) for stem in (DECODER, DECODER_WITH_PAST) if stem in models]
+    models = {name: load_graph(path) for name, path in paths.items()}
+    decoders = [models.pop(name) for name in (DECODER, DECODER_WITH_PAST) if name in models]
     return sum(map(artifact_folder.weight_bytes, models.values())) + artifact_folder.weight_bytes(*decoders)

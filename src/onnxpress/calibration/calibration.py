@@ -13,7 +13,7 @@ from onnxpress.arrays import Feeds
 from onnxpress.calibration.feeds import feeds_graph
 from onnxpress.calibration.walk import MEMORY_BYTES, Accumulator, FeedMode, Walk
 
-T = TypeVar("T")
+Computed = TypeVar("Computed")
 NO_SAMPLES = "no sample inputs for this graph"
 
 
@@ -47,13 +47,15 @@ class Calibration:
             self.walks.append(walk)
         return walk
 
-    def recall(self, key: Hashable, compute: Callable[[], T], still: Callable[[T], bool] = lambda _: True) -> T:
+    def recall(
+        self, key: Hashable, compute: Callable[[], Computed], still: Callable[[Computed], bool] = lambda _: True
+    ) -> Computed:
         """Take what was found under a key, if it will still do, or what `compute` finds; without a memory, that."""
         if self.memory is None:
             return compute()
         if key not in self.memory or not still(self.memory[key]):
             self.memory[key] = compute()
-        known: T = self.memory[key]
+        known: Computed = self.memory[key]
         return known
 
     def discard(self) -> None:

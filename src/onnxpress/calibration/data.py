@@ -22,7 +22,7 @@ from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.modes import continuation
 from onnxpress.evaluation.opening import open_model
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.texts import cut, load_tokenizer, pad, written_windows
+from onnxpress.evaluation.texts import cut, load_tokenizer, pad_rows, written_windows
 from onnxpress.files.cache import cache_folder
 from onnxpress.files.json_files import read_optional_json
 from onnxpress.files.staging import replacing_file
@@ -64,7 +64,7 @@ class CalibrationData:
     length: int | None = None
     """Tokens in a row."""
     seed: int = SEED
-    """Of the text that the model writes."""
+    """The seed of the text that the model writes."""
 
     def feeds(
         self,
@@ -72,20 +72,20 @@ class CalibrationData:
         rows: int = ROWS,
         length: int = LENGTH,
         threads: int | None = None,
-        companions: Path | None = None,
+        sidecar_folder: Path | None = None,
     ) -> dict[str, list[Feeds]]:
-        """Samples for each graph of a model, by its stem ("" for a model of one graph).
+        """Samples for each graph of a model, by its name ("" for a model of one graph).
 
         Args:
             graph: by which the model is opened.
             rows, length: what the pass wants, unless the user said something else.
-            companions: a folder whose tokenizer and vocabulary the samples are for, where they are not the graph's.
+            sidecar_folder: one whose tokenizer and vocabulary the samples are for, where they are not the graph's.
 
         Raises:
             BadInputError: there is too little data, or it is of a kind that the model does not take.
         """
         rows, length = self.samples or rows, self.length or length
-        opened = restricted(open_model(graph, threads=threads), companions)
+        opened = restricted(open_model(graph, threads=threads), sidecar_folder)
         if self.source is None:
             return _self_made(opened, graph, rows, length, self.seed)
         records = list(islice(read_records(self.source), 100_000))
@@ -108,11 +108,11 @@ def _self_made(opened: Opened, graph: Path, rows: int, length: int, seed: int) -
         written = _written(opened, graph, rows, length, seed)
         return {"": [_decoder_feeds(ids) for ids in _batches(written)]}
     if opened.kind in ("encoder", "encoder-decoder") and _takes_tokens(opened):
-        found, _ = encoder_rows((opened,), None, length, seed)
-        found = found[: max(rows, 32)]
+        token_rows, _ = encoder_rows((opened,), None, length, seed)
+        token_rows = token_rows[: max(rows, 32)]
         if opened.kind == "encoder":
-            return {"": [_encoder_feeds(found)]}
-        batches = [_encoder_feeds(found[i : i + BATCH]) for i in range(0, rows, BATCH)]
+            return {"": [_encoder_feeds(token_rows)]}
+        batches = [_encoder_feeds(token_rows[i : i + BATCH]) for i in range(0, rows, BATCH)]
         return _encoder_decoder_feeds(opened, batches, None)
     if opened.kind == "encoder-decoder":
         feeds = [random_feeds(opened.model.encoder, opened.config, seed + i) for i in range(min(rows, 4))]
@@ -146,16 +146,19 @@ def _written(opened: Opened, graph: Path, rows: int, length: int, seed: int) -> 
 def _from_records(
     opened: Opened, records: Sequence[CalibrationRecord], rows: int, length: int, source: str
 ) -> dict[str, list[Feeds]]:
-    kinds = {Texts if isinstance(one, Texts) else Recording if isinstance(one, Recording) else dict for one in records}
+    kinds = {
+        Texts if isinstance(record, Texts) else Recording if isinstance(record, Recording) else dict
+        for record in records
+    }
     if len(kinds) > 1:
         raise BadInputError(f"{source} mixes texts, recordings and inputs")
     (kind,) = kinds
     if kind is dict:
-        return {"": _input_feeds([one for one in records if isinstance(one, Mapping)][:rows])}
+        return {"": _input_feeds([record for record in records if isinstance(record, Mapping)][:rows])}
     if kind is Recording:
-        feeds = [_recording_feeds(opened, one) for one in records[:rows] if isinstance(one, Recording)]
+        feeds = [_recording_feeds(opened, record) for record in records[:rows] if isinstance(record, Recording)]
         return _encoder_decoder_feeds(opened, feeds, None) if opened.kind == "encoder-decoder" else {"": feeds}
-    texts = [one for one in records if isinstance(one, Texts)]
+    texts = [record for record in records if isinstance(record, Texts)]
     tokenizer = load_tokenizer(opened.folder)
     if tokenizer is None:
         raise BadInputError("the model has no tokenizer.json to read text with", hint="give token ids, as .npz")
@@ -172,9 +175,9 @@ def _from_records(
         together = "SequenceClassification" in str(opened.config.get("architectures"))
         return {"": [_text_feeds(tokenizer, batch, length, together) for batch in batches]}
     answers = [
-        [tokenizer.encode(one.second).ids[:length] if one.second else None for one in batch] for batch in batches
+        [tokenizer.encode(text.second).ids[:length] if text.second else None for text in batch] for batch in batches
     ]
-    feeds = [_text_feeds(tokenizer, [Texts(one.first) for one in batch], length, False) for batch in batches]
+    feeds = [_text_feeds(tokenizer, [Texts(text.first) for text in batch], length, False) for batch in batches]
     return _encoder_decoder_feeds(opened, feeds, answers)
 
 
@@ -205,18 +208,18 @@ def _decoder_feeds(ids: Ids) -> Feeds:
 
 
 def _encoder_feeds(rows: Sequence[Sequence[int]]) -> Feeds:
-    ids, mask = pad(rows)
+    ids, mask = pad_rows(rows)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
 def _text_feeds(tokenizer: Any, texts: Sequence[Texts], length: int, together: bool) -> Feeds:
     """A row a text; both texts of a pair in one row if `together`, as a cross-encoder reads them, else in two."""
     if together:
-        found = [tokenizer.encode(one.first, one.second) for one in texts]
+        encodings = [tokenizer.encode(text.first, text.second) for text in texts]
     else:
-        found = [tokenizer.encode(part) for one in texts for part in (one.first, one.second) if part]
-    feeds = _encoder_feeds([one.ids[:length] for one in found])
-    types, _ = pad([one.type_ids[:length] for one in found])
+        encodings = [tokenizer.encode(part) for text in texts for part in (text.first, text.second) if part]
+    feeds = _encoder_feeds([encoding.ids[:length] for encoding in encodings])
+    types, _ = pad_rows([encoding.type_ids[:length] for encoding in encodings])
     return {**feeds, "token_type_ids": types}
 
 
@@ -266,12 +269,12 @@ def _encoder_decoder_feeds(
     """
     model = opened.model
     start = int(opened.config.get("decoder_start_token_id") or 0)
-    found: dict[str, list[Feeds]] = {ENCODER: [], DECODER: [], DECODER_WITH_PAST: []}
+    samples: dict[str, list[Feeds]] = {ENCODER: [], DECODER: [], DECODER_WITH_PAST: []}
     for number, feeds in enumerate(batches):
         states = model.encode(feeds)
         known = answers[number] if answers is not None else []
         if known and all(known):
-            ids, mask = pad([[start, *(one or [])] for one in known])
+            ids, mask = pad_rows([[start, *(one or [])] for one in known])
         else:
             ids = continuation(model, np.full((len(states), 1), start, np.int64), ANSWER)
             mask = np.ones_like(ids)
@@ -282,12 +285,12 @@ def _encoder_decoder_feeds(
         }
         if context["encoder_attention_mask"].shape != states.shape[:2]:  # of samples of sound, not of states
             context["encoder_attention_mask"] = np.ones(states.shape[:2], np.int64)
-        found[ENCODER].append(feeds)
-        found[DECODER].append({"input_ids": ids, "decoder_attention_mask": mask, **context})
+        samples[ENCODER].append(feeds)
+        samples[DECODER].append({"input_ids": ids, "decoder_attention_mask": mask, **context})
         half = max(1, ids.shape[1] // 2)
         model.prefill(ids[:, :half])
         cached = {name: array.copy() for name, array in model.cache.items()}
         later = {"input_ids": ids[:, half : half + 1], "decoder_attention_mask": mask[:, : half + 1]}
         if later["input_ids"].shape[1]:
-            found[DECODER_WITH_PAST].append({**later, **context, **cached})
-    return found
+            samples[DECODER_WITH_PAST].append({**later, **context, **cached})
+    return samples

@@ -25,7 +25,7 @@ class States:
         self._memory: dict[tuple[str, int], Array] = {}
         self._used = 0
         self._numbers: dict[str, int] = {}
-        """Of each value that is held, a number for its files."""
+        """A number for the files of each value that is held."""
         self._next = 0
 
     @property

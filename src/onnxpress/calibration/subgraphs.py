@@ -61,18 +61,18 @@ def session_of(
     for weight in weights:
         if isinstance(weight, FileTensor):
             folders[weight.path.parent] += weight.nbytes
-    home = max(folders, key=lambda folder: folders[folder], default=None)
-    if home is None or not os.access(home, os.W_OK):
+    place = max(folders, key=lambda folder: folders[folder], default=None)
+    if place is None or not os.access(place, os.W_OK):
         with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
             path = Path(folder) / "part.onnx"
             save_graph(part, path, external_data="part.onnx_data")
             yield open_session(path, session_options, threads)
         return
-    handle, name = tempfile.mkstemp(".onnx", "part_", home)
+    handle, name = tempfile.mkstemp(".onnx", "part_", place)
     os.close(handle)
     path, data = Path(name), Path(f"{name}_data")
     try:
-        save_graph(part, path, external_data=data.name, reuse=home)
+        save_graph(part, path, external_data=data.name, reuse=place)
         session = open_session(path, session_options, threads)
         path.unlink()  # it is open; a process that is killed from here on leaves nothing behind
         data.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ class Walk:
     feed: FeedMode = "modified"
     """What the next block reads: the outputs of this one after it was edited, or those of the untouched graph."""
     memory_bytes: int = MEMORY_BYTES
-    """Of hidden states kept in memory, and of activations looked at in one run."""
+    """Bytes of hidden states kept in memory, and of activations looked at in one run."""
     folder: Path | None = None
     """Where progress is kept, in a folder of its own for each graph, samples and method: a walk goes on from where
     another was killed. Results are kept in memory without it."""

@@ -43,12 +43,12 @@ def run(folder: Path, prompts: tuple[str, ...], as_json: bool, **options: Any) -
     """Run the artifact in FOLDER: stream the answer to PROMPT, or compare the embeddings of several texts."""
     from onnxpress.building.resolving import open_any
     from onnxpress.commands import printing
-    from onnxpress.generation.run import run as run_model
+    from onnxpress.generation.run import run_prompts
 
     if as_json:
-        printing.print_json(run_model(folder, prompts, open_folder=open_any, on_text=lambda text: None, **options))
+        printing.print_json(run_prompts(folder, prompts, open_folder=open_any, on_text=lambda text: None, **options))
     else:
-        printing.print_run(run_model(folder, prompts, open_folder=open_any, on_text=_stream, **options))
+        printing.print_run(run_prompts(folder, prompts, open_folder=open_any, on_text=_stream, **options))
 
 
 @click.command(short_help="Check the hashes of an artifact's files and replay its golden outputs.")
@@ -84,13 +84,13 @@ def list_(what: str, name: str | None, architectures: bool, as_json: bool) -> No
     if architectures and (what != "models" or name):
         raise click.UsageError("--architectures goes with: list models")
     if name:
-        found = listing.details(what, name)
+        item = listing.details(what, name)
         if as_json:
-            printing.print_json(found)
+            printing.print_json(item)
         elif what == "passes":
-            printing.print_pass(found)
+            printing.print_pass(item)
         else:
-            printing.print_details(found)
+            printing.print_details(item)
         return
     rows = listing.rows("architectures" if architectures else what)
     if as_json:

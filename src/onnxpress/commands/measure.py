@@ -92,13 +92,13 @@ def sensitivity(model: str, as_json: bool, plot: Path | None, **options: Any) ->
 
     source, wanted = model_source(model, options), judging(options)
     with Progress() as progress:
-        found = pipeline.sensitivity(source, judging=wanted, progress=progress, **options)
+        profile = pipeline.sensitivity(source, judging=wanted, progress=progress, **options)
     if plot is not None:
-        picture.draw(found, plot, model)
+        picture.plot_profile(profile, plot, model)
     if as_json:
-        printing.print_json(found.to_dict())
+        printing.print_json(profile.to_dict())
     else:
-        printing.print_sensitivity(found)
+        printing.print_sensitivity(profile)
 
 
 @click.command(short_help="Time the kernels that a model would use here, for a search on another machine.")

@@ -37,7 +37,7 @@ def print_json(value: Any) -> None:
 def print_build(result: BuildResult) -> None:
     """Print the steps, the before/after table, the gates, and where the artifact is."""
     from onnxpress.artifact.structure import StructureChange
-    from onnxpress.artifact.structure_changes import compare
+    from onnxpress.artifact.structure_changes import list_changes
 
     console = _console()
     record = result.manifest
@@ -59,7 +59,7 @@ def print_build(result: BuildResult) -> None:
         console.print(table)
     if structure is not None:
         table = _table("what was cut", "before", "after")
-        for row in compare(structure.before, structure.after):
+        for row in list_changes(structure.before, structure.after):
             table.add_row(*map(escape, row))
         console.print(table)
     spent = costs(record.before, result.steps)
@@ -94,12 +94,12 @@ def print_benchmark(title: str, measured: Mapping[str, Any]) -> None:
             print_metrics(label(name), rows)
 
 
-def print_overview(found: Overview) -> None:
+def print_overview(overview: Overview) -> None:
     """Print each graph's parameters, memory, operators, inputs and outputs; weights by layer and format; warnings."""
     from onnxpress.report.overview import CONTEXTS
 
     console = _console()
-    for name, graph in found.graphs.items():
+    for name, graph in overview.graphs.items():
         head = _table(name, "")
         head.add_row("parameters", f"{graph.total.parameters:,}")
         head.add_row("weights", _megabytes(graph.total.bytes))
@@ -117,23 +117,23 @@ def print_overview(found: Overview) -> None:
             formats = ", ".join(f"{form} {_megabytes(size.bytes)}" for form, size in layer.formats.items())
             layers.add_row(layer.name, f"{layer.total.parameters:,}", f"{layer.total.bytes:,}", formats)
         console.print(layers)
-    if found.structure is not None:
-        print_structure(found.structure)
-    for warning in found.warnings:
+    if overview.structure is not None:
+        print_structure(overview.structure)
+    for warning in overview.warnings:
         console.print(f"[yellow]warning[/]  {escape(warning)}")
 
 
 def print_structure(record: StructureChange) -> None:
     """Print a row for each layer of the model before, with bars of what is left of it and of what was cut."""
-    from onnxpress.report.drawing import draw
+    from onnxpress.report.drawing import draw_structure
 
-    console, found = _console(), draw(record)
+    console, drawing = _console(), draw_structure(record)
     totals = _table("what was cut", "before → after")
-    for title, bar in found.totals.items():
+    for title, bar in drawing.totals.items():
         change = f" ({bar.after / bar.before - 1:+.1%})" if bar.before and bar.after != bar.before else ""
         totals.add_row(escape(title), f"{bar}{change}")
     console.print(totals)
-    for stack in found.stacks:
+    for stack in drawing.stacks:
         layers = _table(stack.name, *(f"{title}\n{stack.summary(title)}" for title in stack.sizes))
         for layer in stack.layers:
             cells = [
@@ -141,7 +141,7 @@ def print_structure(record: StructureChange) -> None:
             ]
             layers.add_row(f"{layer.index} {layer.fate}".strip(), *cells)
         console.print(layers)
-    for reason in found.onnx_only:
+    for reason in drawing.onnx_only:
         console.print(f"[yellow]ONNX only[/]  {escape(reason)}")
 
 
@@ -150,39 +150,41 @@ def _bar(bar: Bar, most: int) -> str:
     return f"[cyan]{'█' * left}[/][dim]{'░' * cut}[/] {f'{bar.after:,}' if bar.after else ''}".strip()
 
 
-def print_sensitivity(found: SensitivityProfile) -> None:
+def print_sensitivity(profile: SensitivityProfile) -> None:
     """Print a row for each group of products, a column for each format: what the model loses.
 
     And a row for each block, a column for each cut: what the model loses, and how much of the block is gone. And a row
     for each attention, with the order of its heads.
     """
     console = _console()
-    if found.formats:
-        names = [one.name for one in found.formats]
-        rows = {(row.part, row.format): row for row in found.rows}
+    if profile.formats:
+        names = [one.name for one in profile.formats]
+        rows = {(row.part, row.format): row for row in profile.rows}
         table = _table("loss with only this in", "float32", *names)
-        for group in found.groups:
+        for group in profile.groups:
             losses = (_loss(rows.get((group.name, name))) for name in names)
             table.add_row(escape(group.name), _megabytes(group.parameters * 4), *losses)
         console.print(table)
         console.print(
             "[dim]~ inferred from the error of the part and a loss that was measured (--every measures all)[/]"
         )
-    if found.cuts:
-        names = [one.name for one in found.cuts]
-        rows = {(row.part, row.format): row for row in found.cut_rows}
+    if profile.cuts:
+        names = [one.name for one in profile.cuts]
+        rows = {(row.part, row.format): row for row in profile.cut_rows}
         table = _table("loss with only this cut", "parameters", *names)
-        for candidate in found.candidates:
+        for candidate in profile.candidates:
             cells = []
             for name in names:
                 row = rows.get((candidate.name, name))
-                cells.append(_loss(row) + (f" [dim]−{found.removed(row) / candidate.parameters:.0%}[/]" if row else ""))
+                cells.append(
+                    _loss(row) + (f" [dim]−{profile.removed(row) / candidate.parameters:.0%}[/]" if row else "")
+                )
             table.add_row(escape(candidate.name), f"{candidate.parameters:,}", *cells)
         console.print(table)
-    if found.attentions:
+    if profile.attentions:
         table = _table("loss without one head", "least", "most", "heads, from the least loss to the most")
-        for attention in found.attentions:
-            ranked = sorted((row.loss, head) for head, row in enumerate(found.rows_of_heads(attention)))
+        for attention in profile.attentions:
+            ranked = sorted((row.loss, head) for head, row in enumerate(profile.rows_of_heads(attention)))
             ends = (f"[{_heat(loss)}]{loss:.1e}[/]" for loss, _ in (ranked[0], ranked[-1]))
             order = " ".join(f"[{_heat(loss)}]{head}[/]" for loss, head in ranked)
             table.add_row(escape(attention.name), *ends, order)
@@ -198,13 +200,13 @@ def _heat(loss: float) -> str:
     return ("blue", "cyan", "green", "yellow", "red")[max(0, min(4, int(math.log10(max(loss, 1e-9)) + 7)))]
 
 
-def print_run(found: Mapping[str, Any]) -> None:
+def print_run(answer: Mapping[str, Any]) -> None:
     """Add to the text that `run` streamed: speed, or the similarity of texts."""
-    if "texts" in found:
-        print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in found["texts"]])
+    if "texts" in answer:
+        print_rows([{"text": row["text"], "cosine to the first": row["cosine"]} for row in answer["texts"]])
         return
     print(flush=True)
-    speed = f"{found['pieces']} pieces of text, {found['pieces_per_s']:.1f} per second with the prompt"
+    speed = f"{answer['pieces']} pieces of text, {answer['pieces_per_s']:.1f} per second with the prompt"
     Console(stderr=True, highlight=False).print(f"[dim]{speed}[/]")
 
 
@@ -228,14 +230,14 @@ def print_pass(found: Mapping[str, Any]) -> None:
         console.print(Padding(escape(option["explanation"]), (0, 0, 0, 4)))
 
 
-def print_details(found: Mapping[str, Any]) -> None:
+def print_details(details: Mapping[str, Any]) -> None:
     """Print the fields of one recipe, profile or model; then a table for each that is a list of tables."""
-    table = _table(found["name"], "")
-    for key, value in found.items():
+    table = _table(details["name"], "")
+    for key, value in details.items():
         if key != "name" and value not in ({}, []) and not _is_rows(value):
             table.add_row(label(key), escape(_cell(value)))
     _console().print(table)
-    for key, value in found.items():
+    for key, value in details.items():
         if _is_rows(value):
             first = next(iter(value[0]))
             rest = [{name: item for name, item in row.items() if name != first} for row in value]

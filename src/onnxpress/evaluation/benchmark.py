@@ -26,11 +26,11 @@ from onnxpress.runtime.sessions import EncoderDecoderSession
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a model needs to run on this machine; a figure is None where it does not apply."""
+    """The time and memory that a model takes on this machine; a figure is None where it does not apply."""
 
     kind: str
     size_bytes: int
-    """Of the graph's files, external data included."""
+    """Bytes of the graph's files, external data included."""
     load_s: float
     peak_rss_bytes: int
     threads: int | None
@@ -116,7 +116,7 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(request: Mapping[str, Any]) -> dict[str, Any]:
+def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     """The child's work: everything in `Benchmark` for one request."""
     path = Path(request["path"])
     options = {"threads": request["threads"], "session_options": request["session_options"]}
@@ -140,13 +140,13 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def _main() -> None:
     try:
-        answer = measure(json.loads(sys.argv[1]))
+        answer = run_request(json.loads(sys.argv[1]))
     except OnnxpressError as error:
         answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -66,7 +66,7 @@ class CachedDecoder:
         return result
 
     def _digests(self) -> list[str]:
-        """Of the sequence after each call."""
+        """Digest the sequence after each call."""
         digest, found = hashlib.blake2b(digest_size=16), []
         for arrays in self._requested:
             for array in arrays:

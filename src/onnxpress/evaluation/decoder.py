@@ -26,9 +26,9 @@ ALONE, UNCACHED, UNPADDED, CHUNK = "alone", "uncached", "unpadded", "chunk"
 PADDING_KL = 0.1
 """Nats per token that padding may cost a graph, quantized ones included; where it is not supported it costs several."""
 LENGTH, STEPS = 40, 8
-"""Of a verification: tokens in each window, and how many of the last ones are fed to the cache."""
+"""Tokens in each window of a verification, and how many of the last ones are fed to the cache."""
 MAXIMUM_BYTES = 256 * 2**20
-"""Of the logits that a verification keeps."""
+"""The most that the logits of a verification may take."""
 RECORDED_PROMPT = 12
 PARITY_PROMPT, PARITY_STEPS, PARITY_PADDING = 12, 3, 5
 BENCHMARK_STEPS = 32

@@ -15,7 +15,7 @@ from onnxpress.evaluation.inputs import encoder_rows
 from onnxpress.evaluation.kind import PADDED, PREFILL, Case, GraphFile, Opened, Options
 from onnxpress.evaluation.metrics import Deviation, Similarity, cosine, require_finite_output, spearman
 from onnxpress.evaluation.restriction import restricted
-from onnxpress.evaluation.texts import load_tokenizer, pad, read_pairs
+from onnxpress.evaluation.texts import load_tokenizer, pad_rows, read_pairs
 from onnxpress.evaluation.vector_model import VectorModel, common_output
 from onnxpress.runtime.sessions import EncoderSession, pool
 from onnxpress.runtime.timing import median_ms, seconds
@@ -23,14 +23,14 @@ from onnxpress.runtime.timing import median_ms, seconds
 BATCH = 4
 """Rows that are padded to the longest of them."""
 PAIRS = 16
-"""Of sentences, in one run."""
+"""Pairs of sentences in one run."""
 RECORDED_TOKENS = 12
 BENCHMARK_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Row:
-    """What an encoder makes of one row of tokens."""
+class EncodedRow:
+    """The outputs of an encoder for one row of tokens."""
 
     outputs: Mapping[str, Array]
     """By name, [1, ...] each."""
@@ -54,7 +54,7 @@ class Row:
 class StateDeviation(Deviation):
     """`Deviation` of all states of a row."""
 
-    def compare(self, expected: Row, found: Row) -> None:
+    def compare(self, expected: EncodedRow, found: EncodedRow) -> None:
         name = common_output(expected.outputs, found.outputs)
         states = found.states(name)
         require_finite_output(states, f"{name} {found.where}")
@@ -65,9 +65,9 @@ class VectorSimilarity(Similarity):
     """`Similarity` of the pooled vectors of rows."""
 
     name = ""
-    """Of the output that is compared."""
+    """The name of the output that is compared."""
 
-    def compare(self, expected: Row, found: Row) -> None:
+    def compare(self, expected: EncodedRow, found: EncodedRow) -> None:
         self.name = self.name or common_output(expected.outputs, found.outputs)
         vector = found.vector(self.name)
         checked = found.outputs[self.name] if found.mask is None else vector
@@ -123,11 +123,11 @@ class Encoder(VectorModel):
         if isinstance(inputs, Mapping):
             return [self.outputs_of(inputs)]
         if mode == PREFILL:
-            return [Row(self.model.encode(np.array([row], np.int64))) for row in inputs]
-        ids, mask = pad(inputs)
+            return [EncodedRow(self.model.encode(np.array([row], np.int64))) for row in inputs]
+        ids, mask = pad_rows(inputs)
         together = self.model.encode(ids, mask)
         places = [slice(i, i + 1) for i in range(len(inputs))]
-        return [Row({name: array[place] for name, array in together.items()}, mask[place]) for place in places]
+        return [EncodedRow({name: array[place] for name, array in together.items()}, mask[place]) for place in places]
 
     def seen_by(self, candidate: Opened, restricted: Self, options: Options) -> Self:
         """Where both can read the text, each reads it with its own tokenizer, and all tokens count."""
@@ -141,14 +141,14 @@ class Encoder(VectorModel):
         self, candidate: Opened, reference: Opened, cases: Sequence[Case], modes: Any, options: Options
     ) -> dict[str, Any]:
         """Rank correlation with scores that people gave to pairs; how many more tokens the candidate reads."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if cases[0].own is not None:
             own, theirs = (_tokens(rows) for rows in ((one.own for one in cases), (one.inputs for one in cases)))
-            found["more_tokens"] = own / theirs - 1
+            figures["more_tokens"] = own / theirs - 1
         if options.pairs is not None:
             ranks = _rank_pairs(candidate, reference, modes[PREFILL].name, options)
-            found |= dict(zip(("spearman", "reference_spearman"), ranks, strict=True))
-        return found
+            figures |= dict(zip(("spearman", "reference_spearman"), ranks, strict=True))
+        return figures
 
     def recorded_inputs(self, seed: int) -> tuple[dict[str, Any], dict[str, Array]]:
         """Random tokens."""
@@ -201,7 +201,7 @@ def _rank_pairs(candidate: Opened, reference: Opened, name: str, options: Option
         scores = np.zeros(len(rows))
         for i in range(0, len(rows), PAIRS):
             group = order[i : i + PAIRS]
-            ids, mask = pad([sentence for row in group for sentence in tokens[row]])
+            ids, mask = pad_rows([sentence for row in group for sentence in tokens[row]])
             vectors = pool({name: opened.model.encode(ids, mask)[name]}, mask)
             scores[group] = cosine(vectors[0::2], vectors[1::2])
             if options.progress is not None:

@@ -47,13 +47,13 @@ class Evaluation:
     spearman: float | None = None
     reference_spearman: float | None = None
     more_tokens: float | None = None
-    """Of a candidate with fewer tokens: how many more it takes for the same text, as a share."""
+    """How many more tokens a candidate with a smaller vocabulary takes for the same text, as a share."""
     modes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The same by mode: `prefill`, `decode`, `padded`."""
 
     @property
     def loss(self) -> float:
-        """What was lost, as a share: growth of perplexity in the worst mode, or 1 - mean cosine.
+        """The share that was lost: growth of perplexity in the worst mode, or 1 - mean cosine.
 
         Growth is taken on the prompt; what a mode adds to the KL counts as exp(KL), its average effect on perplexity
         (growth over 128 decoded tokens would have an error of 1.2% at a KL of 0.01).

@@ -100,7 +100,7 @@ class Graph(VectorModel):
 
 
 def _session(first: Opened, second: Opened) -> EncoderSession | None:
-    """What knows the shapes of its inputs."""
+    """Return what knows the shapes of its inputs."""
     return next((one.model for one in (first, second) if isinstance(one.model, EncoderSession)), None)
 
 

@@ -16,7 +16,7 @@ from onnxpress.evaluation.texts import (
     Tokenizer,
     file_windows,
     load_tokenizer,
-    pad,
+    pad_rows,
     read_text,
     sentences,
     written_windows,
@@ -25,7 +25,7 @@ from onnxpress.progress import Update
 from onnxpress.runtime.sessions import NUMPY_TYPES, EncoderSession
 
 FEWEST_TOKENS = 16
-"""Of a text to measure on: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
+"""The fewest that a text has: the shortest row of a padded batch is a quarter of it, and needs a prompt and a step."""
 
 
 def decoder_windows(
@@ -107,7 +107,7 @@ def encoder_feeds(
     else:
         rows, source = [ids[0].tolist() for ids in text], "token ids"
     rows = rows[:windows]
-    ids, mask = pad(rows)
+    ids, mask = pad_rows(rows)
     single = [{"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)} for row in rows]
     return single, {"input_ids": ids, "attention_mask": mask}, source
 

@@ -42,7 +42,7 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class Options:
-    """What two models are compared on; see `onnxpress.evaluation.evaluate.evaluate`."""
+    """The inputs that two models are compared on; see `onnxpress.evaluation.evaluate.evaluate`."""
 
     text: str | Path | Sequence[Ids] | None = None
     pairs: Path | None = None

@@ -13,7 +13,7 @@ from onnxpress.evaluation.metrics import Divergence, log_softmax, require_finite
 from onnxpress.evaluation.modes import Predictions
 
 RECORDED_STEPS, RECORDED_WORDS = 8, 5
-"""Of a recorded run: tokens that are fed to the cache; likeliest words after each whose probabilities are kept."""
+"""Tokens of a recorded run that are fed to the cache; likeliest words after each whose probabilities are kept."""
 
 
 class TokenDivergence(Divergence):
@@ -29,7 +29,7 @@ class TokenDivergence(Divergence):
 
 
 class LanguageModel(Opened):
-    """What decoders and encoder-decoders have in common."""
+    """The common part of decoders and encoder-decoders."""
 
     writes_text = True
     verified_by = judged_by = parity_by = TokenDivergence

@@ -1,4 +1,4 @@
-"""What a graph loses, computed as cheaply as can be: for many small changes of one graph, one after the other.
+"""The loss of a graph, computed as cheaply as can be: for many small changes of one graph, one after the other.
 
 A graph with logits gets nodes that compute the divergence itself, so that nothing large leaves the runtime; any other
 graph is compared by its vectors. The figures are those of `metrics`: KL in nats per token, or 1 - mean cosine.
@@ -28,7 +28,7 @@ class Loss(ABC):
     """A loss of one graph, made by `loss_of` before the graph is opened."""
 
     inputs: tuple[str, ...] = ()
-    """Of the graph, that only the loss feeds."""
+    """Inputs of the graph that only the loss feeds."""
 
     @abstractmethod
     def expected(self, run: Run) -> Array:
@@ -88,12 +88,12 @@ def _add_divergence(model: ir.Model) -> None:
     assert axes.const_value is not None
     axes.const_value.name = axes.name
     graph.register_initializer(axes)
-    found = ir.node("LogSoftmax", [logits], {"axis": -1})
-    difference = ir.node("Sub", [reference, found.outputs[0]])
+    log_probabilities = ir.node("LogSoftmax", [logits], {"axis": -1})
+    difference = ir.node("Sub", [reference, log_probabilities.outputs[0]])
     probabilities = ir.node("Exp", [reference])
     weighted = ir.node("Mul", [probabilities.outputs[0], difference.outputs[0]])
     total = ir.node("ReduceSum", [weighted.outputs[0], axes], {"keepdims": 0})
-    graph.extend([found, difference, probabilities, weighted, total])
-    for output, name in ((found.outputs[0], LOG_PROBABILITIES), (total.outputs[0], DIVERGENCE)):
+    graph.extend([log_probabilities, difference, probabilities, weighted, total])
+    for output, name in ((log_probabilities.outputs[0], LOG_PROBABILITIES), (total.outputs[0], DIVERGENCE)):
         output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs[:] = [found.outputs[0], total.outputs[0]]
+    graph.outputs[:] = [log_probabilities.outputs[0], total.outputs[0]]

@@ -16,10 +16,10 @@ import numpy as np
 from onnxpress.arrays import Floats, Ids
 from onnxpress.errors import BadInputError
 from onnxpress.evaluation.metrics import require_finite_output
-from onnxpress.evaluation.texts import pad
+from onnxpress.evaluation.texts import pad_rows
 
 
-class LanguageModel(Protocol):
+class DecoderLike(Protocol):
     """A decoder: see `onnxpress.runtime.decoder.DecoderSession` for shapes."""
 
     @property
@@ -30,12 +30,12 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of the next token, after some tokens of a text."""
+    """Logits of a model for the next token, after some tokens of a text."""
 
     logits: Floats
     """[positions, vocabulary]"""
     positions: Ids
-    """Of the tokens that the logits come after, ascending."""
+    """Places of the tokens that the logits come after, ascending."""
     followed: Ids | None = None
     """The tokens that really came next."""
 
@@ -76,7 +76,7 @@ def positions_of(length: int, last_only: bool, sample: int = 8) -> Ids:
     return every if not last_only else np.unique(np.linspace(0, length - 2, sample).round().astype(np.int64))
 
 
-def prompt(model: LanguageModel, ids: Ids, positions: Ids) -> Predictions:
+def prompt(model: DecoderLike, ids: Ids, positions: Ids) -> Predictions:
     """Logits after the tokens at `positions` of `ids` [1, length], from prompts without a cache."""
     if not model.last_only:
         logits: Floats = model.prefill(ids[:, : int(positions[-1]) + 1])[0]
@@ -87,7 +87,7 @@ def prompt(model: LanguageModel, ids: Ids, positions: Ids) -> Predictions:
     return Predictions(logits, positions, ids[0, positions + 1])
 
 
-def cached(model: LanguageModel, ids: Ids, start: int, steps: int) -> Predictions:
+def cached(model: DecoderLike, ids: Ids, start: int, steps: int) -> Predictions:
     """Logits after the tokens at `start`, `start + 1`, ..., each fed alone to the cache."""
     model.prefill(ids[:, :start])
     logits = np.concatenate([model.decode(ids[:, i : i + 1])[0] for i in range(start, start + steps)])
@@ -96,13 +96,13 @@ def cached(model: LanguageModel, ids: Ids, start: int, steps: int) -> Prediction
     return Predictions(logits, positions, ids[0, positions + 1])
 
 
-def padded(model: LanguageModel, batch: Rows) -> list[Predictions]:
+def padded(model: DecoderLike, batch: Rows) -> list[Predictions]:
     """Logits of rows that are run as one batch: of all positions, or the last `1 + steps` where the model returns the
     last logits only (and then of the steps alone where a row is padded on the right)."""
     rows, steps = batch.rows, batch.steps
     if min(len(row) for row in rows) <= steps:
         raise BadInputError(f"a row of the padded batch has no more than {steps} tokens")
-    ids, mask = pad([row[: len(row) - steps].tolist() for row in rows], left=batch.left)
+    ids, mask = pad_rows([row[: len(row) - steps].tolist() for row in rows], left=batch.left)
     parts = [model.prefill(ids, mask)]
     for step in range(steps):
         parts.append(model.decode(np.array([[row[len(row) - steps + step]] for row in rows], np.int64)))
@@ -117,12 +117,12 @@ def padded(model: LanguageModel, batch: Rows) -> list[Predictions]:
     return found
 
 
-def alone(model: LanguageModel, batch: Rows) -> list[Predictions]:
-    """What `padded` should return: each row by itself, without padding."""
+def alone(model: DecoderLike, batch: Rows) -> list[Predictions]:
+    """Run each row by itself, without padding: what `padded` should return."""
     return [padded(model, Rows([row], batch.steps))[0] for row in batch.rows]
 
 
-def chunk(model: LanguageModel, batch: Chunk) -> list[Predictions]:
+def chunk(model: DecoderLike, batch: Chunk) -> list[Predictions]:
     """Logits of each row of a batch, and of what comes after it at once."""
     parts = [model.prefill(batch.ids, batch.mask), model.decode(batch.next)]
     logits = np.concatenate([part[:, -1:] for part in parts] if batch.last_only else parts, axis=1)
@@ -130,8 +130,8 @@ def chunk(model: LanguageModel, batch: Chunk) -> list[Predictions]:
     return [Predictions(row, np.arange(len(row))) for row in logits]
 
 
-def continuation(model: LanguageModel, starts: Ids, length: int) -> Ids:
-    """What `model` finds most likely: `starts` [rows, 1] followed by `length` tokens, greedily."""
+def continuation(model: DecoderLike, starts: Ids, length: int) -> Ids:
+    """Continue `starts` [rows, 1] by the `length` tokens that `model` finds most likely, greedily."""
     ids, logits = starts, model.prefill(starts)
     for step in range(length):
         best = logits[:, -1].argmax(-1)[:, None].astype(np.int64)

@@ -1,6 +1,6 @@
 """Open what runs in onnxruntime: an ONNX file, an artifact folder, a folder of graphs.
 
-A checkpoint is opened by `onnxpress.exporter.reference.open_checkpoint`, which needs torch, into the same classes.
+A checkpoint is opened by `onnxpress.exporter.reference.open_in_torch`, which needs torch, into the same classes.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Restricted:
         return self._logits(self.model.decode(self.kept[ids]))
 
     def encode(self, ids: Any, mask: Ids | None = None) -> Any:
-        """Of token ids, or of the inputs by name."""
+        """Encode token ids, or inputs by name."""
         if isinstance(ids, Mapping):
             return self._outputs(self.model.encode(self._feeds(ids)))
         return self._outputs(self.model.encode(self.kept[ids], mask))

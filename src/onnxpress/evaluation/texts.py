@@ -29,7 +29,7 @@ class Encoding(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
+    """The part of `tokenizers.Tokenizer` that is used."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
 
@@ -135,7 +135,7 @@ def sentences() -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def pad(rows: Sequence[Sequence[int]], *, left: bool | Sequence[bool] = False, value: int = 0) -> tuple[Ids, Ids]:
+def pad_rows(rows: Sequence[Sequence[int]], *, left: bool | Sequence[bool] = False, value: int = 0) -> tuple[Ids, Ids]:
     """Write rows of different lengths into one array: (ids, mask), both [rows, longest].
 
     left: whether padding stands on the left of all rows, or of each.

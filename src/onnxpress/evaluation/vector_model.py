@@ -13,7 +13,7 @@ from onnxpress.evaluation.kind import PADDED, PREFILL, Case, Figures, Opened
 from onnxpress.evaluation.metrics import Deviation, RelativeDifference, Similarity, cosine, require_finite_output
 
 Outputs = Mapping[str, Array]
-"""Of one run, by name."""
+"""Outputs of one run, by name."""
 
 
 class OutputDifference(RelativeDifference):
@@ -30,7 +30,7 @@ class OutputDifference(RelativeDifference):
 
 
 class VectorModel(Opened):
-    """What encoders and other graphs have in common."""
+    """The common part of encoders and other graphs."""
 
     parity_by = OutputDifference
 

@@ -109,7 +109,7 @@ def verify_step(
 
 
 def cost_of(metrics: Mapping[str, float]) -> float:
-    """What a verification says was lost: KL in nats per token, or 1 - mean cosine."""
+    """Read off a verification what was lost: KL in nats per token, or 1 - mean cosine."""
     return metrics["kl"] if "kl" in metrics else 1 - metrics["cosine_mean"]
 
 

@@ -63,7 +63,7 @@ def replacing(target: Path, option: str = "--output") -> Iterator[Staging]:
         _remove_leftovers(target)
         folder, lock = _locked_folder(target)
     except OSError as error:
-        raise output_error(error, target) from error
+        raise as_output_error(error, target) from error
     try:
         staging = Staging(folder / "result", folder / "work")
         staging.result.mkdir()
@@ -74,7 +74,7 @@ def replacing(target: Path, option: str = "--output") -> Iterator[Staging]:
         _swap_in(staging.result, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise output_error(error, target) from error
+            raise as_output_error(error, target) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -94,10 +94,10 @@ def replacing_file(target: Path) -> Iterator[Path]:
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise output_error(error, target) from error
+        raise as_output_error(error, target) from error
 
 
-def output_error(error: OSError, target: Path) -> OutputError:
+def as_output_error(error: OSError, target: Path) -> OutputError:
     hint = {
         errno.ENOSPC: "free some space, or choose another disk with --output",
         errno.EDQUOT: "your quota is used up: choose another disk with --output",

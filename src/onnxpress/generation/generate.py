@@ -14,7 +14,7 @@ from onnxpress.errors import BadInputError
 from onnxpress.evaluation.kind import Opened
 from onnxpress.evaluation.metrics import cosine, log_softmax, require_finite_output
 from onnxpress.evaluation.opening import open_model
-from onnxpress.evaluation.texts import load_tokenizer, pad
+from onnxpress.evaluation.texts import load_tokenizer, pad_rows
 from onnxpress.files.json_files import read_optional_json
 from onnxpress.generation import chat
 
@@ -124,7 +124,7 @@ def embed(folder: str | Path | Opened, texts: Sequence[str], *, threads: int | N
         raise BadInputError(f"{opened.name} is not a text encoder with a tokenizer.json")
     limit = int(opened.config.get("max_position_embeddings") or 512) - 2  # some count positions from 2
     ids: Ids
-    ids, mask = pad([tokenizer.encode(text).ids[:limit] for text in texts])
+    ids, mask = pad_rows([tokenizer.encode(text).ids[:limit] for text in texts])
     vectors = opened.model.embed(ids, mask)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)

@@ -13,7 +13,7 @@ from onnxpress.evaluation.metrics import cosine
 from onnxpress.generation.generate import TextGenerator, embed
 
 
-def run(
+def run_prompts(
     folder: Path,
     prompts: Sequence[str],
     *,

@@ -31,11 +31,11 @@ _LAYER = re.compile(r"(?:^|.*?[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
 
 def layer_of(name: str | None) -> tuple[str, int] | None:
     """(`model.layers`, 3) for anything named after a layer."""
-    found = _LAYER.match(name or "")
-    if found is None:
+    match = _LAYER.match(name or "")
+    if match is None:
         return None
-    stack = found[0][: found.start(1) - 1].strip("/").replace("/", ".")
-    return stack, int(found[1])
+    stack = match[0][: match.start(1) - 1].strip("/").replace("/", ".")
+    return stack, int(match[1])
 
 
 def layer_index(name: str | None) -> int | None:

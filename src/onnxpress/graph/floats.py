@@ -79,7 +79,7 @@ def copy_blocks(target: Array, source: Array) -> None:
         target[:, start : start + BLOCK] = source[:, start : start + BLOCK]
 
 
-def narrow(values: Array, dtype: Any, name: str | None) -> Array:
+def round_to_dtype(values: Array, dtype: Any, name: str | None) -> Array:
     """Floats rounded to a narrower format; what is too small becomes zero.
 
     Raises UnsupportedModelError, naming the weight, where a finite number would become infinite.

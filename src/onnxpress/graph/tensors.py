@@ -282,7 +282,7 @@ def apply_to_rows(
     return WeightTensor(lambda: function(tensor.numpy()), dtype, shape, name=name)
 
 
-def concatenate(tensors: Sequence[ir.TensorProtocol], axis: int) -> WeightTensor:
+def concatenate_tensors(tensors: Sequence[ir.TensorProtocol], axis: int) -> WeightTensor:
     """Weights side by side along `axis` (not the leading one, or vectors), read when they are written.
 
     They agree in dtype and in all other dimensions. Slab by slab where all of them can be read so.

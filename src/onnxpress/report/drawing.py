@@ -1,6 +1,7 @@
 """Drawings of what was cut where, as bars: for each layer its heads, its width and its parameters, before and after.
 
-`draw` says what there is to see; the terminal (`onnxpress.commands.printing`) and `templates/structure.svg.j2` show it.
+`draw_structure` says what there is to see; the terminal (`onnxpress.commands.printing`) and
+`templates/structure.svg.j2` show it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class DrawnStack:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What there is to see of a structure that was cut."""
+    """The picture of a structure that was cut."""
 
     totals: Mapping[str, Bar]
     """Bars of the whole model: parameters, vocabulary, hidden size of each stack."""
@@ -95,7 +96,7 @@ class Drawing:
     """Why no configuration can say all of it."""
 
 
-def draw(record: StructureChange) -> Drawing:
+def draw_structure(record: StructureChange) -> Drawing:
     """Draw all layers of the model before, in order, beside what became of them."""
     before, after = record.before, record.after
     totals = {"parameters": Bar(before.parameters, after.parameters)}
@@ -123,11 +124,11 @@ def _layers(before: Sequence[LayerSizes], after: Sequence[LayerSizes]) -> list[D
 
 def _sizes(layer: LayerSizes) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for prefix, one in zip(("", "cross "), layer.attentions, strict=False):
+    for prefix, attention in zip(("", "cross "), layer.attentions, strict=False):
         sizes |= {
-            f"{prefix}query heads": one.heads,
-            f"{prefix}kv heads": one.kv_heads,
-            f"{prefix}{HEAD_SIZE}": one.head_dim,
+            f"{prefix}query heads": attention.heads,
+            f"{prefix}kv heads": attention.kv_heads,
+            f"{prefix}{HEAD_SIZE}": attention.head_dim,
         }
     if layer.width is not None:
         sizes["feed-forward"] = layer.width

@@ -66,15 +66,15 @@ def inspect(model: str, profile: Profile) -> Overview:
 
 def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:
     """List what the target would refuse, get wrong or be slow with, each with the reason."""
-    found = []
+    reasons = []
     opset = model.opset_imports.get("", 0)
     if opset > profile.opset:
-        found.append(f"{name}: opset {opset} is newer than {profile.opset}, the newest that {profile.name} takes")
+        reasons.append(f"{name}: opset {opset} is newer than {profile.opset}, the newest that {profile.name} takes")
     if (model.ir_version or 0) > profile.ir_version:
-        found.append(f"{name}: IR version {model.ir_version} is newer than {profile.ir_version} of {profile.name}")
+        reasons.append(f"{name}: IR version {model.ir_version} is newer than {profile.ir_version} of {profile.name}")
     signed = sum(map(_multiplies_signed_bytes, model.graph.all_nodes()))
     if signed and profile.saturates:
-        found.append(
+        reasons.append(
             f"{name}: {signed} products with signed 8-bit weights saturate on x86 without VNNI: "
             "use unsigned weights, or the session option session.x64quantprecision"
         )
@@ -82,8 +82,8 @@ def objections(name: str, model: ir.Model, profile: Profile) -> list[str]:
     if "float16" not in profile.dtypes and any(
         item is not None and item.dtype == ir.DataType.FLOAT16 for item in weights
     ):
-        found.append(f"{name}: float16 weights, for which {profile.name} has no fast kernels")
-    return found
+        reasons.append(f"{name}: float16 weights, for which {profile.name} has no fast kernels")
+    return reasons
 
 
 def _multiplies_signed_bytes(node: ir.Node) -> bool:

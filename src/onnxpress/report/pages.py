@@ -10,8 +10,8 @@ import jinja2
 from onnxpress.artifact.folder import CARD, GRAPHS, REPORT
 from onnxpress.artifact.manifest import Manifest
 from onnxpress.artifact.structure import StructureChange
-from onnxpress.artifact.structure_changes import BeforeAfter, compare
-from onnxpress.report.drawing import draw
+from onnxpress.artifact.structure_changes import BeforeAfter, list_changes
+from onnxpress.report.drawing import draw_structure
 
 
 def write_report(folder: Path, record: Manifest, rows: Sequence[BeforeAfter]) -> None:
@@ -22,8 +22,8 @@ def write_report(folder: Path, record: Manifest, rows: Sequence[BeforeAfter]) ->
         "rows": rows,
         "timed": "peak_rss_bytes" in record.metrics,
         "graphs": sorted(path.name for path in (folder / GRAPHS).glob("*.onnx")),
-        "changes": compare(structure.before, structure.after) if structure is not None else (),
-        "drawing": draw(structure) if structure is not None else None,
+        "changes": list_changes(structure.before, structure.after) if structure is not None else (),
+        "drawing": draw_structure(structure) if structure is not None else None,
     }
     for name, template in ((CARD, "model_card.md.j2"), (REPORT, "report.html.j2")):
         environment = jinja2.Environment(

@@ -18,7 +18,7 @@ class OperatorTime:
     calls: int
     milliseconds: float
     share: float
-    """Of the time spent in all operators, 0 to 1."""
+    """Share of the time spent in all operators, 0 to 1."""
 
 
 def operator_times(*paths: Path) -> list[OperatorTime]:

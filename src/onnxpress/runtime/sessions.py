@@ -171,12 +171,12 @@ class EncoderDecoderSession:
 
     @property
     def sessions(self) -> list[onnxruntime.InferenceSession]:
-        """Of the encoder and of the decoder or decoders."""
+        """The sessions of the encoder and of the decoder or decoders."""
         return list(dict.fromkeys(part.session for part in (self.encoder, self.first, self.later)))
 
     @property
     def cache(self) -> Feeds:
-        """What the later decoder is fed next to the new token, by the names of its inputs."""
+        """The arrays that the later decoder is fed next to the new token, by the names of its inputs."""
         return self._cache
 
     def reset(self) -> None:

@@ -110,25 +110,25 @@ class Program:
 
     def totals(self, assignment: Assignment) -> dict[str, float]:
         """Sum the costs of an assignment."""
-        changed = {one.group: one.cut for one in self.choices if one.cut in assignment.cuts}
+        changed = {choice.group: choice.cut for choice in self.choices if choice.cut in assignment.cuts}
         taken: list[Choice | CutChoice] = [
-            one
-            for one in self.choices
-            if assignment.formats[one.group] == one.format and changed.get(one.group) == one.cut
+            choice
+            for choice in self.choices
+            if assignment.formats[choice.group] == choice.format and changed.get(choice.group) == choice.cut
         ]
         taken += [cut for cut in self.cuts if cut.name in assignment.cuts]
-        return {name: sum(one.costs.get(name, 0.0) for one in taken) for name in self.names}
+        return {name: sum(choice.costs.get(name, 0.0) for choice in taken) for name in self.names}
 
     @cached_property
     def _structure(self) -> LinearConstraint:
         """One format for each group, and each group as the cuts leave it."""
-        groups = {one.group: number for number, one in enumerate(self.choices)}
+        groups = {choice.group: number for number, choice in enumerate(self.choices)}
         rows: dict[tuple[str, str | None], int] = {(group, None): number for number, group in enumerate(groups)}
         entries: list[tuple[int, int, float]] = []
-        for column, one in enumerate(self.choices):
-            entries.append((rows[one.group, None], column, 1.0))
-            if one.cut is not None:
-                entries.append((rows.setdefault((one.group, one.cut), len(rows)), column, 1.0))
+        for column, choice in enumerate(self.choices):
+            entries.append((rows[choice.group, None], column, 1.0))
+            if choice.cut is not None:
+                entries.append((rows.setdefault((choice.group, choice.cut), len(rows)), column, 1.0))
         for number, cut in enumerate(self.cuts):
             entries += [(row, len(self.choices) + number, -1.0) for (_, name), row in rows.items() if name == cut.name]
         sums = [1.0 if cut is None else 0.0 for _, cut in rows]

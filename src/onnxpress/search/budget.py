@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from onnxpress.artifact.artifact import Step
-from onnxpress.artifact.folder import size_bytes, write_graphs
+from onnxpress.artifact.folder import graph_file_bytes, write_graphs
 from onnxpress.building.measuring import speed
 from onnxpress.building.work import Mark, Work
 from onnxpress.calibration.known_results import KnownResults
@@ -61,7 +61,7 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
     Raises GateFailedError, with what would be possible, where no assignment meets the limits.
     """
     began = time.perf_counter()
-    if recipe.cuts and work.floats != work.current:
+    if recipe.cuts and work.float_graphs != work.current:
         raise UsageError(
             f"recipe {recipe.name} packs or quantizes weights before anything is cut",
             hint="leave pack-projections and the like out of its [[pass]] tables, or leave out [[cut]]",
@@ -93,16 +93,16 @@ def search(work: Work, recipe: Recipe, gates: Gates, options: SearchOptions) -> 
                 prediction.distrust(bool(assignment.cuts))
                 continue
             quality, sums = work.evaluate(), program.totals(assignment)
-            found = _measured(work, quality, gates)
-            prediction.learn(sums, found | {"spent_on_cuts": found["spent"] if on_cuts is None else on_cuts})
-            if all(gate.passed for gate in gates.check(found)):
-                score = found["spent"] if objective == "loss" else sums[objective]
+            measured = _measured(work, quality, gates)
+            prediction.learn(sums, measured | {"spent_on_cuts": measured["spent"] if on_cuts is None else on_cuts})
+            if all(gate.passed for gate in gates.check(measured)):
+                score = measured["spent"] if objective == "loss" else sums[objective]
                 if best is None or score < best[0]:
                     best = (score, work.mark(), assignment, quality, chosen)
                 if objective == "loss":
                     if choose is most_alike or not assignment.cuts:
                         break
-                elif gates.max_loss is None or found["spent"] >= CLOSE * math.log1p(gates.max_loss):
+                elif gates.max_loss is None or measured["spent"] >= CLOSE * math.log1p(gates.max_loss):
                     break
     remarks = prediction.remarks() if destroyed is None else []
     expected = prediction.expected(program)
@@ -169,8 +169,8 @@ class _Builder:
             changed = [self.known.cut_groups[cut_name(block.name, cut.name)] for block in blocks]
             groups = [group for by_name in changed for group in by_name.values()]
             weights = [weight if cut.removes else name_of(weight) for group in groups for weight in group.weights]
-            for spec, optimizer in cut.passes_at(blocks, weights):
-                self.work.apply(spec, optimizer)
+            for spec, graph_pass in cut.passes_at(blocks, weights):
+                self.work.apply(spec, graph_pass)
                 specs.append(spec)
         return self.work.mark(), specs
 
@@ -194,12 +194,12 @@ class _Builder:
             if not weights:
                 continue
             results = self.results.setdefault(format.name, KnownResults())
-            steps = [(spec, optimizer, results) for spec, optimizer in format.passes_for(weights)]
+            steps = [(spec, graph_pass, results) for spec, graph_pass in format.passes_for(weights)]
             exact = list(takewhile(lambda step: step[1].exact, steps))
             first += exact
             rest += steps[len(exact) :]
-        for spec, optimizer, results in (*first, *rest):
-            self.work.apply(spec, optimizer, results)
+        for spec, graph_pass, results in (*first, *rest):
+            self.work.apply(spec, graph_pass, results)
             specs.append(spec)
         return specs
 
@@ -241,12 +241,12 @@ def _file_bytes(work: Work) -> float:
     graphs = {name: load_graph(path) for name, path in work.current.items()}
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         write_graphs(graphs, Path(folder))
-        return float(size_bytes(Path(folder)) + LAST_NODES)
+        return float(graph_file_bytes(Path(folder)) + LAST_NODES)
 
 
 def _speed(work: Work) -> dict[str, float]:
     with work.progress.stage("measuring speed and memory"):
-        return speed(work.current, work.threads, dict(work.profile.session_options))
+        return speed(work.current, work.judging.threads, dict(work.profile.session_options))
 
 
 def _failure(program: Program, prediction: Prediction, gates: Gates) -> GateFailedError:

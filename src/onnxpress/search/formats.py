@@ -10,12 +10,12 @@ import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Array, Arrays, Doubles
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.subgraphs import session_of
 from onnxpress.errors import UnsupportedModelError
@@ -23,11 +23,10 @@ from onnxpress.graph.io import copy_graph
 from onnxpress.graph.storage import stored
 from onnxpress.graph.tensors import ViewTensor
 from onnxpress.optimizers.base import Context, Pass
-from onnxpress.optimizers.quantization.activation_error import TINY
+from onnxpress.optimizers.fitting.statistics import TINY
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.search.groups import Part
 
-Arrays = Mapping[str, NDArray[Any]]
 Shapes = Mapping[str, Sequence[Sequence[int]]]
 """(inputs, outputs) of each product of a group, by the group's name."""
 
@@ -66,8 +65,8 @@ class Format:
         """Run all passes on a copy of the part; None where one of them finds nothing to do, or cannot do it."""
         model = copy_graph(part)
         try:
-            for _, optimizer in self.passes_for(of.weights):
-                if not optimizer.run(model, Context(calibration, part)).report.matched:
+            for _, graph_pass in self.passes_for(of.weights):
+                if not graph_pass.run(model, Context(calibration, part)).report.matched:
                     return None
         except UnsupportedModelError:
             return None
@@ -88,7 +87,7 @@ class Trial:
 
     nbytes: int
     """The bytes of all its constants."""
-    outputs: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    outputs: list[dict[str, Array]] = field(default_factory=list)
     """What it makes of each sample."""
     left: Shapes = field(default_factory=dict)
     """See `Format.left`."""
@@ -108,10 +107,10 @@ def try_format(
     left = format.left(part, model) if model is not None else None
     if model is None or left is None:
         return None
-    return replace(run(model, samples, session_options, threads), left=left)
+    return replace(run_part(model, samples, session_options, threads), left=left)
 
 
-def run(
+def run_part(
     model: ir.Model, samples: Sequence[Arrays], session_options: Mapping[str, str], threads: int | None = None
 ) -> Trial:
     """Run a part on samples; what it does not read of them is left out."""
@@ -122,7 +121,7 @@ def run(
     return Trial(constant_bytes(model), outputs)
 
 
-def _fitting(array: NDArray[Any], shape: Sequence[int | str | None]) -> NDArray[Any]:
+def _fitting(array: Array, shape: Sequence[int | str | None]) -> Array:
     """Return an input as it is; an empty cache has as many heads as a part that was cut expects."""
     if array.size:
         return array
@@ -137,7 +136,7 @@ def constant_bytes(model: ir.Model) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 
-def relative_errors(expected: Sequence[Arrays], found: Sequence[Arrays]) -> NDArray[np.float64]:
+def relative_errors(expected: Sequence[Arrays], found: Sequence[Arrays]) -> Doubles:
     """Compute |found − expected|² / |expected|² of each token of each output."""
     ratios = []
     for before, after in zip(expected, found, strict=True):

@@ -86,7 +86,7 @@ def shape_key(group: Group) -> str:
     return products + (f"@{group.table[0]}x{group.table[1]}" if group.table else "")
 
 
-def read_table(path: str | Path) -> KernelTable:
+def read_kernel_table(path: str | Path) -> KernelTable:
     """Read a table that was given. Raises SourceNotFoundError, BadInputError."""
     path = Path(path)
     if not path.is_file():
@@ -107,7 +107,7 @@ def host_table(folder: Path, threads: int | None) -> tuple[KernelTable, Path]:
     table = KernelTable(machine(), onnxruntime.__version__, threads or 0)
     name = f"{table.machine} onnxruntime {table.onnxruntime} threads {table.threads}"
     path = folder / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
-    return (read_table(path) if path.is_file() else table), path
+    return (read_kernel_table(path) if path.is_file() else table), path
 
 
 def complete(
@@ -137,10 +137,10 @@ def _measure(
     names = list(model.graph.initializers)
     if format is not None:
         with contextlib.suppress(UnsupportedModelError):
-            for optimizer in [_without_fit(spec).build() for spec in format.specs]:
-                samples = [_inputs(group, TOKENS[-1])] if optimizer.needs_samples else []
-                optimizer.prepare_example(model)
-                optimizer.run(model, Context(Calibration(samples, threads=threads)))
+            for graph_pass in [_without_fit(spec).build() for spec in format.specs]:
+                samples = [_inputs(group, TOKENS[-1])] if graph_pass.needs_samples else []
+                graph_pass.prepare_example(model)
+                graph_pass.run(model, Context(Calibration(samples, threads=threads)))
         if any(name in model.graph.initializers for name in names):
             return {}
     scratch = np.zeros(CACHE_BYTES // 8)
@@ -151,13 +151,13 @@ def _measure(
 def _seconds(call: Callable[[], Any], scratch: NDArray[np.float64]) -> float:
     """Time the quickest of a few runs, each with the caches full of something else."""
     call()
-    found: list[float] = []
-    while len(found) < 5 or (sum(found) < 0.1 and len(found) < 15):
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 0.1 and len(times) < 15):
         scratch += 1
         start = time.perf_counter()
         call()
-        found.append(time.perf_counter() - start)
-    return min(found)  # others disturb, none helps
+        times.append(time.perf_counter() - start)
+    return min(times)  # others disturb, none helps
 
 
 def _stand_in(group: Group) -> ir.Model:

@@ -18,7 +18,7 @@ LEAST, MOST = 1e-7, 1.0
 """Losses at the ends of the scale."""
 
 
-def draw(profile: SensitivityProfile, path: Path, title: str) -> None:
+def plot_profile(profile: SensitivityProfile, path: Path, title: str) -> None:
     """Write an SVG; the colour of a cell is the logarithm of its loss. Raises OutputError."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("onnxpress.report"), autoescape=True)
     cells = [(*place(row.part), row) for row in (*profile.rows, *profile.head_rows) if row.format != FLOAT]

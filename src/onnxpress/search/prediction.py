@@ -50,42 +50,42 @@ class Prediction:
 
     def limits(self, gates: Gates) -> dict[str, float]:
         """Return upper bounds of the sums of expected costs, so that the gates hold."""
-        found = {}
+        limits = {}
         if gates.max_loss is not None:
-            found["loss"] = MARGIN * math.log1p(gates.max_loss)
+            limits["loss"] = MARGIN * math.log1p(gates.max_loss)
         sizes = []
         if gates.max_size is not None:
             sizes.append(gates.max_size - self.size_rest)
         if gates.max_memory is not None:
             sizes.append(gates.max_memory - self.memory_rest - self.size_rest)
         if sizes:
-            found["size"] = min(sizes)
+            limits["size"] = min(sizes)
         if gates.max_parameters is not None:
-            found["parameters"] = gates.max_parameters - self.parameters_rest
+            limits["parameters"] = gates.max_parameters - self.parameters_rest
         if gates.max_latency is not None:
-            found["latency"] = MARGIN * 1e3 * gates.max_latency - self.latency_rest
-        return found
+            limits["latency"] = MARGIN * 1e3 * gates.max_latency - self.latency_rest
+        return limits
 
-    def learn(self, sums: Mapping[str, float], found: Mapping[str, float]) -> None:
+    def learn(self, sums: Mapping[str, float], measured: Mapping[str, float]) -> None:
         """Mend every part by what was measured of an assignment.
 
         Args:
             sums: of its costs as they were before anything was expected; of cuts, `cut_loss`.
-            found: of the whole model; `spent_on_cuts` of the model that was cut and nothing else.
+            measured: of the whole model; `spent_on_cuts` of the model that was cut and nothing else.
         """
-        cuts = found.get("spent_on_cuts", 0.0)
+        cuts = measured.get("spent_on_cuts", 0.0)
         if sums.get("cut_loss", 0.0) > 0 and cuts > 0:
             self.cut_factor = cuts / sums["cut_loss"]
-        if sums["loss"] > 0 and found["spent"] > cuts:
-            self.loss_factor = (found["spent"] - cuts) / sums["loss"]
-        self.size_rest = found["size_bytes"] - sums["size"]
-        if "parameters" in found:
-            self.parameters_rest = found["parameters"] - sums["parameters"]
-        latency = found.get("decode_ms_per_token", found.get("latency_ms"))
+        if sums["loss"] > 0 and measured["spent"] > cuts:
+            self.loss_factor = (measured["spent"] - cuts) / sums["loss"]
+        self.size_rest = measured["size_bytes"] - sums["size"]
+        if "parameters" in measured:
+            self.parameters_rest = measured["parameters"] - sums["parameters"]
+        latency = measured.get("decode_ms_per_token", measured.get("latency_ms"))
         if latency is not None:
             self.latency_rest = 1e3 * latency - sums["latency"]
-        if found.get("peak_rss_bytes"):
-            self.memory_rest = found["peak_rss_bytes"] - found["size_bytes"]
+        if measured.get("peak_rss_bytes"):
+            self.memory_rest = measured["peak_rss_bytes"] - measured["size_bytes"]
 
     def distrust(self, cuts: bool) -> None:
         """Take in that a mix, of cuts where it has any, destroyed the model: losses this large do not add up."""

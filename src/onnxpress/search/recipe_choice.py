@@ -13,7 +13,7 @@ from onnxpress.optimizers import recipe as recipes
 from onnxpress.optimizers.recipe import PassSpec, Recipe
 from onnxpress.requests import Gates, Judging, SearchOptions
 from onnxpress.runtime_profiles.profile import Profile
-from onnxpress.search.kernels import read_table
+from onnxpress.search.kernels import read_kernel_table
 
 BUDGET, BUDGET_STORED, STRUCTURE = "budget", "budget-stored", "budget-structure"
 """The recipes that are searched where limits are given and no recipe: for weights in general, and for those that were
@@ -48,10 +48,10 @@ def checked(recipe: Recipe, target: Profile) -> Recipe:
 def check_search(recipe: Recipe | None, judging: Judging) -> None:
     """Raise UsageError for a search without limits, and for a search's options without a search.
 
-    A kernel table that cannot be read shows here, too, see `read_table`.
+    A kernel table that cannot be read shows here, too, see `read_kernel_table`.
     """
     if judging.search.kernel_table is not None:
-        read_table(judging.search.kernel_table)
+        read_kernel_table(judging.search.kernel_table)
     limited = judging.gates != Gates()
     if recipe is not None and recipe.searched and not limited:
         raise UsageError(

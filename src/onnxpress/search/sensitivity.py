@@ -15,24 +15,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Feeds
+from onnxpress.arrays import Arrays, Feeds
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.feeds import feed_of
 from onnxpress.calibration.fingerprint import fingerprint
 from onnxpress.calibration.walk import Walk, WalkStep
-from onnxpress.optimizers.quantization.activation_error import TINY
-from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run, try_format
+from onnxpress.optimizers.fitting.statistics import TINY
+from onnxpress.search.formats import FLOAT, Format, Shapes, Trial, relative_errors, run_part, try_format
 from onnxpress.search.groups import Group, Part, part_model
 from onnxpress.search.injection import Errors, inject
 from onnxpress.search.trial_records import TrialRecord, TrialRecords
 
 Lost = Callable[[int, Errors], float]
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class TrialInputs:
     """What they are judged by: none of those above."""
 
 
-def measure(
+def measure_parts(
     model: ir.Model,
     groups: Sequence[Group],
     formats: Sequence[Format],
@@ -126,12 +123,14 @@ def _is_known(part: Part, formats: Sequence[Format], records: TrialRecords, ever
 
 def _unmeasured(part: Part, formats: Sequence[Format], records: TrialRecords, every: bool) -> list[Format]:
     """List the formats whose losses are still to be measured: the coarsest of those that lose alike, or every one."""
-    known = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
+    known = [
+        (format, record) for format in formats if (record := records.get(part.name, format)) is not None and record.fits
+    ]
     chosen: list[tuple[Format, TrialRecord]] = []
-    for one, record in sorted(known, key=lambda pair: -pair[1].error):
-        if every or not one.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
-            chosen.append((one, record))
-    return [one for one, record in chosen if record.loss is None]
+    for format, record in sorted(known, key=lambda pair: -pair[1].error):
+        if every or not format.losses_follow or not any(record.alike(coarser) for _, coarser in chosen):
+            chosen.append((format, record))
+    return [format for format, record in chosen if record.loss is None]
 
 
 @dataclass
@@ -151,27 +150,27 @@ class _PartTrials:
         """Find out and record what is not known yet."""
         fit, judge = self.inputs[: self.fit_count], self.inputs[self.fit_count :]
         calibration = Calibration(fit, threads=self.threads, memory={})
-        before = run(self.alone, judge, self.session_options, self.threads)
+        before = run_part(self.alone, judge, self.session_options, self.threads)
         trials: dict[str, Trial | None] = {}
 
-        def trial(one: Format) -> Trial | None:
-            if one.name not in trials:
-                trials[one.name] = try_format(
-                    self.alone, self.part, one, calibration, judge, self.session_options, self.threads
+        def trial(format: Format) -> Trial | None:
+            if format.name not in trials:
+                trials[format.name] = try_format(
+                    self.alone, self.part, format, calibration, judge, self.session_options, self.threads
                 )
-            return trials[one.name]
+            return trials[format.name]
 
-        for one in formats:
-            if records.get(self.part.name, one) is None:
-                after = trial(one)
+        for format in formats:
+            if records.get(self.part.name, format) is None:
+                after = trial(format)
                 if after is None:
-                    records.add(TrialRecord(self.part.name, one.key, -1))
+                    records.add(TrialRecord(self.part.name, format.key, -1))
                 else:
                     errors = relative_errors(before.outputs, after.outputs)
                     mean, peak = float(errors.mean()), float(errors.max())
-                    records.add(TrialRecord(self.part.name, one.key, after.nbytes, mean, peak, left=after.left))
-        for one in _unmeasured(self.part, formats, records, every):
-            after, record = trial(one), records.get(self.part.name, one)
+                    records.add(TrialRecord(self.part.name, format.key, after.nbytes, mean, peak, left=after.left))
+        for format in _unmeasured(self.part, formats, records, every):
+            after, record = trial(format), records.get(self.part.name, format)
             assert after is not None
             assert record is not None
             records.add(replace(record, loss=self._loss(before, after)))

@@ -22,7 +22,7 @@ from onnxpress.search.block_cuts import Cut, CutCandidate, check_cuts, find_cand
 from onnxpress.search.formats import FLOAT, Format
 from onnxpress.search.groups import Group, find_groups
 from onnxpress.search.head_removal import AttentionOutput, find_attention_outputs, without_heads
-from onnxpress.search.sensitivity import Measurement, measure
+from onnxpress.search.sensitivity import Measurement, measure_parts
 from onnxpress.search.trial_inputs import sample_inputs
 
 WHOLE = FLOAT
@@ -51,12 +51,12 @@ class SensitivityProfile:
     def program(self, importance: Mapping[str, float], tokens: int) -> Program:
         """List every group in every format, whole and after every cut, with its costs: loss in nats (or 1 − cosine),
         bytes, parameters, microseconds."""
-        found = []
+        choices = []
         for row in self.rows:
-            found += self._choices(row, None, importance, tokens)
+            choices += self._choices(row, None, importance, tokens)
             for cut, groups in self.cut_groups.items():
                 if row.part in groups:
-                    found += self._choices(row, cut, importance, tokens)
+                    choices += self._choices(row, cut, importance, tokens)
         cuts = []
         for row in self.cut_rows:
             groups = self.cut_groups.get(cut_name(row.part, row.format), {})
@@ -64,7 +64,7 @@ class SensitivityProfile:
             if groups:
                 costs = {"cut_loss": _factor(importance, weights) * row.loss}
                 cuts.append(CutChoice(cut_name(row.part, row.format), costs))
-        return Program(found, cuts, self._removals())
+        return Program(choices, cuts, self._removals())
 
     def _removals(self) -> list[tuple[list[str], int]]:
         """List the cuts that remove blocks, by stack: one block of each must stay."""
@@ -109,18 +109,18 @@ class SensitivityProfile:
         for row in self.rows:
             times = {n: self.table.get(groups[row.part], formats.get(row.format), n) for n in kernels.TOKENS}
             rows.append({**_plain(row), "microseconds": {str(n): time for n, time in times.items()}})
-        found: dict[str, Any] = {"machine": self.table.machine, "formats": list(formats), "units": rows}
+        content: dict[str, Any] = {"machine": self.table.machine, "formats": list(formats), "units": rows}
         if self.cuts:
             blocks = [
                 {**_plain(row), "parameters_removed": self.removed(row), "left": dict(row.left)}
                 for row in self.cut_rows
             ]
-            found |= {"cuts": [one.name for one in self.cuts], "blocks": blocks}
+            content |= {"cuts": [one.name for one in self.cuts], "blocks": blocks}
         if self.attentions:
-            found["heads"] = [
+            content["heads"] = [
                 {"unit": one.name, "losses": [row.loss for row in self.rows_of_heads(one)]} for one in self.attentions
             ]
-        return found
+        return content
 
     def rows_of_heads(self, attention: AttentionOutput) -> list[Measurement]:
         """Select the measurements of an attention, by head."""
@@ -148,8 +148,8 @@ def measure_profile(
     """Measure what a recipe's formats and cuts do to the graphs as they are, and how long they take.
 
     Args:
-        kernel_table: a file, see `kernels.read_table`; None: this machine is timed.
-        every: measure every loss, see `measure`.
+        kernel_table: a file, see `kernels.read_kernel_table`; None: this machine is timed.
+        every: measure every loss, see `measure_parts`.
         heads: measure what it does to take single heads out, too.
 
     Of an encoder-decoder, the two decoders share their weights: the first stands for both.
@@ -165,26 +165,26 @@ def measure_profile(
     for_heads: list[Measurement] = []
     for name, path in work.current.items():
         model = load_graph(path)
-        found = [group for group in find_groups(model.graph) if group.name not in groups]
+        new_groups = [group for group in find_groups(model.graph) if group.name not in groups]
         blocks = [candidate for candidate in find_candidates(model) if candidate.name not in candidates] if cuts else []
-        if not found or not samples.get(name):
+        if not new_groups or not samples.get(name):
             continue
         common = partial(
-            measure,
+            measure_parts,
             model,
             samples=samples[name],
             session_options=options,
             folder=cache_folder() / "sensitivity",
-            threads=work.threads,
+            threads=work.judging.threads,
         )
         with work.progress.stage("measuring what each part loses in each format") as update:
-            rows += common(found, formats, others=blocks, cuts=cuts, every=every, progress=update)
+            rows += common(new_groups, formats, others=blocks, cuts=cuts, every=every, progress=update)
         if heads:
             outputs = [one for one in find_attention_outputs(model) if one.name not in attentions]
             with work.progress.stage("measuring what is lost without each head") as update:
                 for_heads += common([], [], others=outputs, cuts=without_heads(outputs), progress=update)
             attentions |= {one.name: one for one in outputs}
-        groups |= {group.name: group for group in found}
+        groups |= {group.name: group for group in new_groups}
         candidates |= {candidate.name: candidate for candidate in blocks}
     if not rows:
         raise UnsupportedModelError("nothing to choose formats for: the model has no product with constant weights")
@@ -198,7 +198,7 @@ def measure_profile(
     return SensitivityProfile(
         list(groups.values()),
         [row for row in rows if row.part not in candidates],
-        kernels.read_table(kernel_table)
+        kernels.read_kernel_table(kernel_table)
         if kernel_table
         else time_kernels(work, recipe, [group for cut in left.values() for group in cut.values()]),
         formats,
@@ -216,10 +216,10 @@ def time_kernels(work: Work, recipe: Recipe, more: Sequence[Group] = ()) -> kern
     groups; it is kept."""
     groups = {group.name: group for path in work.current.values() for group in find_groups(load_graph(path).graph)}
     wanted = [*groups.values(), *(group for group in more if group.parameters)]
-    table, path = kernels.host_table(cache_folder() / "kernels", work.threads)
+    table, path = kernels.host_table(cache_folder() / "kernels", work.judging.threads)
     options = dict(work.profile.session_options)
     with work.progress.stage("timing kernels") as update:
-        if kernels.complete(table, wanted, _formats(recipe), options, work.threads, update):
+        if kernels.complete(table, wanted, _formats(recipe), options, work.judging.threads, update):
             with replacing_file(path) as aside:
                 aside.write_text(table.to_json(), encoding="utf-8")
     return table

@@ -26,41 +26,41 @@ def sample_inputs(work: Work, recipe: Recipe) -> dict[str, TrialInputs]:
     right."""
     kinds = (*recipe.formats.values(), *recipe.cuts.values())
     passes = [spec.build() for specs in kinds for spec in specs]
-    calibrated = [one for one in passes if one.needs_samples]
-    rows = max([one.wanted_rows for one in calibrated], default=0)
-    length = max([one.wanted_length for one in calibrated], default=LENGTH)
-    data, graph = work.data.calibration, main_graph(work.reference)
-    fit = data.feeds(graph, rows, length, work.threads, work.home) if rows else {}
+    calibrated = [graph_pass for graph_pass in passes if graph_pass.needs_samples]
+    rows = max([graph_pass.wanted_rows for graph_pass in calibrated], default=0)
+    length = max([graph_pass.wanted_length for graph_pass in calibrated], default=LENGTH)
+    data, graph = work.judging.calibration, main_graph(work.reference)
+    fit = data.feeds(graph, rows, length, work.judging.threads, work.sidecar_folder) if rows else {}
     judge: Mapping[str, Sequence[Feeds]]
     if data.source is None:
-        other = replace(data, seed=data.seed + 1, samples=None, length=None)
-        judge = other.feeds(graph, ROWS, LENGTH, work.threads, work.home)
+        judging_data = replace(data, seed=data.seed + 1, samples=None, length=None)
+        judge = judging_data.feeds(graph, ROWS, LENGTH, work.judging.threads, work.sidecar_folder)
     else:
         # Text is cut into rows of a length: what judges begins behind all that was fitted to, and is as short as above.
         longer, shorter = data.length or length, min(data.length or length, LENGTH)
         parts = -(-longer // shorter) if work.artifact.task.startswith("text-generation") else 1
         wanted = parts * (data.samples or rows or ROWS) + SENTENCES
-        other = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
-        every = other.feeds(graph, wanted, length, work.threads, work.home)
+        judging_data = replace(data, samples=wanted, length=shorter if parts > 1 else data.length)
+        every = judging_data.feeds(graph, wanted, length, work.judging.threads, work.sidecar_folder)
         judge = {name: _last(list(_single(feeds))) for name, feeds in every.items()}
     found = {}
     for name in work.current:
         key = name if name in judge else ""
         if key in judge:
-            fitted = [one for batch in fit.get(key, ()) for one in _together(_single([batch]))]
+            fitted = [feeds for batch in fit.get(key, ()) for feeds in _together(_single([batch]))]
             found[name] = TrialInputs(fitted, list(_together(_single(judge[key]))))
     return found
 
 
 def _last(rows: Sequence[Feeds]) -> list[Feeds]:
     """Keep the last few rows: as many as hold the tokens of `ROWS` long ones, where they are text."""
-    found: list[Feeds] = []
+    kept: list[Feeds] = []
     for row in reversed(rows):
-        full = token_count(found) >= ROWS * LENGTH or token_count([row]) == 0
-        if len(found) >= ROWS and (full or len(found) >= SENTENCES):
+        full = token_count(kept) >= ROWS * LENGTH or token_count([row]) == 0
+        if len(kept) >= ROWS and (full or len(kept) >= SENTENCES):
             break
-        found.append(row)
-    return found[::-1]
+        kept.append(row)
+    return kept[::-1]
 
 
 def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:
@@ -68,12 +68,12 @@ def _single(batches: Iterable[Feeds]) -> Iterator[Feeds]:
     for batch in batches:
         count = len(next(iter(batch.values())))
         for row in range(count):
-            one = {name: array[row : row + 1] for name, array in batch.items()}
-            if MASK in one and one[MASK].ndim == 2:
-                padded = one[MASK].shape
-                kept = int(one[MASK].sum())
-                one = {name: a[:, :kept] if a.shape == padded else a for name, a in one.items()}
-            yield one
+            feeds = {name: array[row : row + 1] for name, array in batch.items()}
+            if MASK in feeds and feeds[MASK].ndim == 2:
+                padded = feeds[MASK].shape
+                kept = int(feeds[MASK].sum())
+                feeds = {name: a[:, :kept] if a.shape == padded else a for name, a in feeds.items()}
+            yield feeds
 
 
 def _together(rows: Iterable[Feeds]) -> Iterator[Feeds]:

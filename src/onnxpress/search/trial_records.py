@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from onnxpress.optimizers.quantization.activation_error import TINY
+from onnxpress.optimizers.fitting.statistics import TINY
 from onnxpress.search.formats import Format
 
 ALIKE = 3.0

@@ -11,7 +11,7 @@ from onnxpress.errors import unknown_name
 
 ASCII, COMMON = "ascii", "common"
 UNNAMED = "unnamed"
-"""Of control characters, which are common, and of letters whose names this Python does not know."""
+"""The script of control characters, which are common, and of letters whose names this Python does not know."""
 _WIDTHS = {"HALFWIDTH", "FULLWIDTH"}
 _NO_SCRIPT = frozenset(
     "MODIFIER COMBINING FEMININE MASCULINE MICRO ANGSTROM KELVIN OHM DOUBLE SCRIPT BLACK EULER PLANCK INFORMATION "
@@ -51,17 +51,17 @@ def characters_of(scripts: Iterable[str]) -> frozenset[str]:
 
 @cache
 def _characters_of(scripts: frozenset[str]) -> frozenset[str]:
-    found: set[str] = set()
+    characters: set[str] = set()
     known = characters_by_script()
     for script in sorted(scripts):
         name = script.lower()
         if name == ASCII:
-            found.update(map(chr, range(128)))
+            characters.update(map(chr, range(128)))
         elif name in known:
-            found |= known[name] | known[COMMON]
+            characters |= known[name] | known[COMMON]
         else:
             raise unknown_name("script", script, [ASCII, *known])
-    return frozenset(found)
+    return frozenset(characters)
 
 
 def scripts_in(text: str) -> frozenset[str]:

@@ -56,11 +56,11 @@ def _possible(merge: tuple[str, str], vocabulary: Mapping[str, int]) -> bool:
 def _renumber_templates(part: Any, new: Renumber) -> None:
     if not isinstance(part, dict):
         return
-    for one in part.get("processors") or ():
-        _renumber_templates(one, new)
+    for processor in part.get("processors") or ():
+        _renumber_templates(processor, new)
     if isinstance(part.get("special_tokens"), dict):
-        for name, one in part["special_tokens"].items():
-            one["ids"] = [_surely(new, number, f"{name} of the template") for number in one["ids"]]
+        for name, token in part["special_tokens"].items():
+            token["ids"] = [_surely(new, number, f"{name} of the template") for number in token["ids"]]
     for name in ("sep", "cls"):
         if isinstance(part.get(name), list):
             part[name] = [part[name][0], _surely(new, part[name][1], f"{part[name][0]} of the template")]
@@ -75,14 +75,14 @@ def _surely(new: Renumber, old: int, what: str) -> int:
 
 def config_ids(config: Any) -> set[int]:
     """Token ids that a config.json or generation_config.json names, and that a model needs to work."""
-    found: set[int] = set()
+    ids: set[int] = set()
     if isinstance(config, Mapping):
         for key, value in config.items():
             if _ID.fullmatch(str(key)):
-                found.update(_numbers(value))
+                ids.update(_numbers(value))
             elif isinstance(value, Mapping):
-                found |= config_ids(value)
-    return found
+                ids |= config_ids(value)
+    return ids
 
 
 def _numbers(value: Any) -> Iterable[int]:

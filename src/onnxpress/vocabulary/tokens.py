@@ -38,19 +38,19 @@ class Vocabulary:
     kind: str
     """BPE, WordPiece or Unigram."""
     ids: Mapping[str, int]
-    """Of the model's own tokens."""
+    """Ids of the model's own tokens."""
     added: Mapping[str, int]
-    """Of those that are found in text before the model sees it, special ones among them."""
+    """Ids of those that are found in text before the model sees it, special ones among them."""
     named: frozenset[int]
     """Ids that the rest of the file refers to: the unknown token, those of templates, padding."""
     byte_level: bool = False
     byte_fallback: bool = False
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Of a BPE's merges."""
+    """Ranks of a BPE's merges."""
     prefix: str = ""
-    """Of a WordPiece that continues a word."""
+    """The prefix of a WordPiece that continues a word."""
     suffix: str = ""
-    """Of a BPE's token that ends a word."""
+    """The suffix of a BPE's token that ends a word."""
     scores: Mapping[int, float] = field(default_factory=dict)
     """Log-probabilities of a Unigram's pieces."""
 
@@ -96,9 +96,9 @@ class Vocabulary:
 
     def fundamental(self, characters: frozenset[str]) -> set[int]:
         """The tokens that any text of these characters may fall back on: bytes, if there are any, or characters."""
-        found = set(self.added.values()) | set(self.named)
+        numbers = set(self.added.values()) | set(self.named)
         if self.byte_fallback:
-            found |= {number for token, number in self.ids.items() if _BYTE.fullmatch(token)}
+            numbers |= {number for token, number in self.ids.items() if _BYTE.fullmatch(token)}
         for token, number in self.ids.items():
             body = self._body(token)
             if self.byte_level:
@@ -106,11 +106,11 @@ class Vocabulary:
             else:  # decoders look for the mark of a space before they put bytes together
                 falls_back = body == SPACE or (not self.byte_fallback and len(body) == 1 and body in characters)
             if falls_back:
-                found.add(number)
+                numbers.add(number)
         if self.scores:
             # An unknown character counts as a piece a little less likely than the least likely one, which has to stay.
-            found.add(min(self.scores, key=lambda number: (self.scores[number], number)))
-        return found
+            numbers.add(min(self.scores, key=lambda number: (self.scores[number], number)))
+        return numbers
 
     def within(self, characters: frozenset[str]) -> Iterator[int]:
         """Tokens that text of these characters may lead to, parts of their UTF-8 among them.
@@ -193,10 +193,12 @@ def template_ids(tokenizer: Mapping[str, Any]) -> set[int]:
     def look(part: Any) -> None:
         if not isinstance(part, Mapping):
             return
-        for one in part.get("processors") or ():
-            look(one)
-        for one in (part.get("special_tokens") or {}).values() if isinstance(part.get("special_tokens"), dict) else ():
-            found.update(map(int, one["ids"]))
+        for processor in part.get("processors") or ():
+            look(processor)
+        for token in (
+            (part.get("special_tokens") or {}).values() if isinstance(part.get("special_tokens"), dict) else ()
+        ):
+            found.update(map(int, token["ids"]))
         for name in ("sep", "cls"):
             if isinstance(part.get(name), list):
                 found.add(int(part[name][1]))

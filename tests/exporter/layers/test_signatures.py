@@ -34,7 +34,7 @@ def test_the_first_layer_of_t5_owns_the_position_bias() -> None:
 
 
 def test_traced_layers_have_the_edges_and_every_signature() -> None:
-    assert signatures.choose_layers((0, 0, 0, 0)) == (0, 1)
-    assert signatures.choose_layers((0, 1, 1, 1)) == (0, 1)
-    assert signatures.choose_layers((0, 1, 1, 1), extra=1) == (0, 1, 2)
-    assert signatures.choose_layers((0, 0, 0, 3, 0)) == (0, 1, 3)
+    assert signatures.choose_traced_layers((0, 0, 0, 0)) == (0, 1)
+    assert signatures.choose_traced_layers((0, 1, 1, 1)) == (0, 1)
+    assert signatures.choose_traced_layers((0, 1, 1, 1), extra=1) == (0, 1, 2)
+    assert signatures.choose_traced_layers((0, 0, 0, 3, 0)) == (0, 1, 3)

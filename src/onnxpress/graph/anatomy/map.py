@@ -34,7 +34,7 @@ class Block:
     inputs: tuple[ir.Value, ...]
     """The values that it reads from outside: hidden states, masks, positions, rotary tables, the cache."""
     hidden: tuple[ir.Value, ...]
-    """Of these, the hidden states that the layer before made, or the embeddings for the first; one value, or two where
+    """The inputs that are hidden states of the layer before, or the embeddings for the first; one value, or two where
     the first norm also adds the residual."""
     outputs: tuple[ir.Value, ...]
     """The hidden states that it hands on."""
