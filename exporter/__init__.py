@@ -2,5 +2,5 @@
 
 A module for each family of models (decoder, encoder, encoder-decoder) and what is common to them stands here; the rooms
 below read sources, write graphs down, fuse, and replicate layers.
-Imports `artifact`, `evaluation`, `graph` and the catalog.
+Imports `exporter.layers`, `artifact`, and what lies below them.
 """

@@ -1,4 +1,4 @@
 """The catalog of known models: one TOML a model, and their loader.
 
-Imports the errors alone.
+Imports nothing but the errors.
 """

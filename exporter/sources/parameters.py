@@ -133,7 +133,7 @@ class ConvertedTensor(WeightTensor):
         return self._read(self._pieces.part(start, stop)) if self.reads_rows else super().rows(start, stop)
 
     def _read(self, pieces: _Pieces) -> Array:
-        return to_numpy(pieces.convert(self._model, lambda source: to_torch(source.numpy()))[str(self.name)])
+        return to_numpy(pieces.convert(self._model, lambda source: to_torch(source.mapped()))[str(self.name)])
 
 
 def _match_names(

@@ -1,4 +1,4 @@
 """Graphs back to a checkpoint in the format of transformers.
 
-Imports the rest of the exporter and `graph`.
+Imports `exporter`, `exporter.layers`, `exporter.sources`, `graph` and `graph.anatomy`.
 """

@@ -85,7 +85,7 @@ def write_checkpoint(
         source = (originals or {}).get(name)
         shape = tuple(state[name].shape)
         if source is not None and concrete_shape(source) == shape and source.dtype.is_floating_point():
-            entries.append(Entry(name, shape, lambda source=source: source.numpy().astype(np.float32)))  # type: ignore[misc]
+            entries.append(Entry(name, shape, lambda source=source: source.mapped().astype(np.float32)))  # type: ignore[misc]
             left_out.remove(name)
     entries = as_saved(model, entries)
     write_safetensors(folder, entries, shard_bytes)

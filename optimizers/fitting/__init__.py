@@ -1,4 +1,4 @@
 """Parts of fitted passes: their loop, sums over tokens, regressions, where a product joins the residual stream.
 
-Imports `optimizers.base`, `graph` and `calibration`.
+Imports `optimizers`, `calibration`, `graph` and `graph.anatomy`.
 """

@@ -1,4 +1,5 @@
 """The pass that gives attention fewer, or smaller, heads: which can be reduced, samples of them, the weights written.
 
-Imports `optimizers.fitting`, `graph` and `calibration`; the formulas are in `maths`.
+Imports `optimizers.heads.maths`, which has the formulas, `optimizers`, `optimizers.fitting`, `calibration`, `graph` and
+`graph.anatomy`.
 """

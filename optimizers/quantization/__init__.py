@@ -1,4 +1,5 @@
 """Passes that store weights or compute products in fewer bits, and what they share.
 
-Imports `optimizers.fitting`, `graph` and `calibration`; the formulas are in `maths`.
+Imports `optimizers.quantization.maths`, which has the formulas, `optimizers.quantization.folding`, `optimizers`,
+`optimizers.fitting`, `calibration` and `graph`.
 """

@@ -13,7 +13,7 @@ import pytest
 
 import onnxpress
 
-from .test_imports import FLOORS
+from .test_imports import FLOORS, imports, module_of, room_of, sources
 
 ROOT = Path(onnxpress.__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -21,6 +21,7 @@ GENERATED = ROOT / "docs" / "reference"
 WIDEST = 119
 ARCHITECTURE = ROOT / "docs" / "internals" / "architecture.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+STOP = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 
 
 def titled(page: Path) -> str:
@@ -93,11 +94,30 @@ def test_the_architecture_has_the_floors_that_hold() -> None:
 def test_the_stops_of_the_walks_exist() -> None:
     """`room/file.py:name` is a function, a class, or `Class.method`."""
     missing = []
-    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", ARCHITECTURE.read_text(encoding="utf-8")):
+    for file, name in STOP.findall(ARCHITECTURE.read_text(encoding="utf-8")):
         path = ROOT / "src" / "onnxpress" / file
         if not path.is_file() or name not in defined(ast.parse(path.read_text(encoding="utf-8"))):
             missing.append(f"{file}:{name}")
     assert missing == []
+
+
+def test_the_stops_of_the_walks_are_counted() -> None:
+    walks = re.findall(
+        r"^## The walk of (.*?)^(\d+) stops in (\d+) files\.$",
+        ARCHITECTURE.read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert len(walks) == 4
+    for walk, stops, files in walks:
+        found = set(STOP.findall(walk))
+        assert (int(stops), int(files)) == (len(found), len({file for file, _ in found})), walk.splitlines()[0]
+
+
+def test_a_glossary_has_each_word_once_and_in_order() -> None:
+    _, _, glossary = ARCHITECTURE.read_text(encoding="utf-8").partition("## Glossary")
+    words = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", glossary, re.MULTILINE)[1:]
+    assert len(words) > 50
+    assert words == sorted(set(words), key=str.lower)
 
 
 def defined(tree: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
@@ -115,3 +135,23 @@ def test_the_files_that_contributing_names_exist() -> None:
     named = re.findall(r"`((?:exporter|optimizers|runtime_profiles|models|src|tests|docs)/[\w./-]*)`", text)
     assert len(named) > 30
     assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_each_room_says_what_it_imports() -> None:
+    """The sentence "Imports `a`, `b`." of a folder's docstring names what may be imported; "and what lies below" stands
+    for the floors below the highest that is named, and the ground floor need not be named."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    arrows: dict[str, set[str]] = {}
+    for room, path in sources():
+        found = {room_of(module) for name in imports(path) if (module := module_of(name)) is not None}
+        arrows[room] = arrows.get(room, set()) | {other for other in found if other != room and floor[other] > 0}
+    for room, imported in arrows.items():
+        text = ROOT / "src" / "onnxpress" / Path(*room.split(".")) / "__init__.py"
+        if not text.is_file():
+            continue
+        docstring = ast.get_docstring(ast.parse(text.read_text(encoding="utf-8"))) or ""
+        sentence = re.split(r"[.;:](?:\s|$)", docstring[docstring.rindex("Imports") :], maxsplit=1)[0]
+        named = set(re.findall(r"`([\w.]+)`", sentence))
+        assert all(floor[other] < floor[room] for other in named), f"{room} names what it may not import"
+        below = max(floor[other] for other in named) if "what lies below" in sentence else 0
+        assert {other for other in imported - named if floor[other] >= below} == set(), f"{room} does not name it"

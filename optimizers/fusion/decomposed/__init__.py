@@ -1,4 +1,4 @@
 """Attention that exporters decompose into small operators, recognised part by part.
 
-Imports `graph`, and `calibration` for evaluating small parts of a graph.
+Imports `graph`, `graph.anatomy`, and `calibration` for evaluating small parts of a graph.
 """

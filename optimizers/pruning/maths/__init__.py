@@ -1,4 +1,4 @@
 """Pruning as pure numpy: widths, ranks, masks, a rotation of the residual stream, budgets.
 
-Imports numpy, `optimizers.fitting` and the solver of `optimizers.quantization.maths`: no graph.
+Imports numpy, `optimizers.fitting` and `optimizers.quantization.maths`, whose solver it shares: no graph.
 """

@@ -1,4 +1,4 @@
 """The artifact: graphs on their way through a build, the folder that they become, and the files that describe it.
 
-Imports `evaluation` and what lies below it; how an artifact is built is elsewhere (`building`).
+Imports `evaluation` and what lies below it. How an artifact is built is told elsewhere (`building`).
 """

@@ -1,4 +1,4 @@
 """Files and folders that are whole at any moment: written aside and renamed, held in the cache.
 
-Imports the errors alone.
+Imports nothing but the errors.
 """

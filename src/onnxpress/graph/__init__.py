@@ -1,4 +1,4 @@
 """ONNX graphs: lazy tensors, reading and writing, checks, small questions and edits.
 
-Imports the errors and `files`; knows nothing of passes, of sessions or of where a model comes from.
+Imports `files`; knows nothing of passes, of sessions or of where a model comes from.
 """

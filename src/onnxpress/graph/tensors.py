@@ -3,7 +3,7 @@
 WeightTensor    computed whole, each time that it is asked for.
 RowTensor       computed a slab of rows at a time: a cast, a transpose, a concatenation. Memory: one slab.
 FileTensor      bytes in a file: read with `pread` on each access, so that they never count as resident memory;
-                `columns` maps them for as long as its result lives.
+                `mapped` and `columns` map them for as long as their result lives.
 ArrayTensor     values that are in memory already.
 ViewTensor      the bytes of another tensor in another shape: a file holds them once.
 LazyGroup       one computation that yields several tensors, such as quantized weights, their scales and zero points.
@@ -66,6 +66,10 @@ class WeightTensor(ir.LazyTensor):
     def rows(self, start: int, stop: int) -> Array:
         """Rows `[start, stop)` of the leading axis."""
         return np.asarray(self.numpy()[start:stop])
+
+    def mapped(self) -> Array:
+        """The values, for whoever copies them at once: possibly a read-only view of a mapped file."""
+        return self.numpy()
 
     def checked(self, name: str) -> WeightTensor:
         """The same weight under another name; reading it raises CorruptFileError where it holds NaN or infinity."""
@@ -131,9 +135,12 @@ class FileTensor(WeightTensor):
 
     def columns(self, start: int, stop: int) -> Array:
         """Columns `[start, stop)` of a matrix, as a read-only view of the mapped file."""
-        raw = map_file(self.path, self.offset, self.nbytes)
-        part = raw.view(self.dtype.numpy()).reshape(concrete_shape(self))[:, start:stop]
+        part = self.mapped()[:, start:stop]
         return require_finite_weight(part, self.name) if self.finite else part
+
+    def mapped(self) -> Array:
+        raw = map_file(self.path, self.offset, self.nbytes)
+        return raw.view(self.dtype.numpy()).reshape(concrete_shape(self))
 
     def read(self, start: int, length: int) -> NDArray[np.uint8]:
         """Bytes `[start, start + length)` of the tensor, both multiples of its elements' size.

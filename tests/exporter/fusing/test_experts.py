@@ -140,8 +140,8 @@ def test_experts_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(source, ConvertedTensor)
     whole = source.numpy()
     read: list[str] = []
-    original = FileTensor.numpy
-    monkeypatch.setattr(FileTensor, "numpy", lambda self: (read.append(self.name), original(self))[1])
+    original = FileTensor.mapped
+    monkeypatch.setattr(FileTensor, "mapped", lambda self: (read.append(self.name), original(self))[1])
     assert source.reads_rows
     np.testing.assert_array_equal(source.rows(2, 3), whole[2:3])
     prefix = "model.layers.1.block_sparse_moe.experts.2."

@@ -25,7 +25,7 @@ def test_layers_without_rotation_are_other_signatures() -> None:
     assert stack_of("smollm3").signatures == (0, 1, 0, 1)
 
 
-def test_a_scalar_that_differs_by_layer_makes_kinds() -> None:
+def test_a_scalar_that_differs_by_layer_makes_signatures() -> None:
     assert stack_of("gpt2", scale_attn_by_inverse_layer_idx=True).signatures == (0, 1, 2, 3)
 
 
