@@ -128,7 +128,7 @@ class ReduceDepth(Pass):
             report.skip(NO_SAMPLES, count)
             return
         untouched = copy_graph(model)
-        kinds = {layer_signature(block) for block in blocks}
+        signatures = {layer_signature(block) for block in blocks}
         gaps = _gaps(plan.dropped)
         if self.method in ("merge", "average"):
             _merge(model, stack, blocks, gaps, "merge" if self.method == "merge" else "average")
@@ -140,7 +140,7 @@ class ReduceDepth(Pass):
                 apply(model, stack, plan.patches)
         for index in plan.dropped:
             report.match(f"{stack}.{index} removed")
-        if len(kinds) > 1:
+        if len(signatures) > 1:
             report.skip("layers of several kinds: per-layer lists of config.json (layer_types) need the same cut")
 
     def _count(self, stack: str, depth: int) -> int:

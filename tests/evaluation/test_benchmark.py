@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from onnxpress.errors import CorruptFileError, SourceNotFoundError, UsageError
-from onnxpress.evaluation.benchmark import benchmark, peak_rss_bytes, size_bytes
+from onnxpress.evaluation.benchmark import benchmark, size_bytes
+from onnxpress.runtime.memory import peak_rss_bytes
 from onnxpress.runtime.operator_profile import operator_times
 
 Make = Callable[..., Path]

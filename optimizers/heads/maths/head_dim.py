@@ -41,13 +41,13 @@ def value_bases(grams: Doubles, output: Doubles, kv_heads: int, size: int) -> tu
     heads, head_dim, out = output.shape
     inward, outward = np.empty((kv_heads, head_dim, size)), np.empty((kv_heads, size, head_dim))
     group = heads // kv_heads
-    for one in range(kv_heads):
-        members = slice(one * group, (one + 1) * group)
+    for kv_head in range(kv_heads):
+        members = slice(kv_head * group, (kv_head + 1) * group)
         root, inverse = roots(grams[members].sum(axis=0))
         joint = output[members].transpose(1, 0, 2).reshape(head_dim, group * out)
         left = np.linalg.svd(root @ joint, full_matrices=False)[0]
         left = np.pad(left, ((0, 0), (0, max(0, size - left.shape[1]))))[:, :size]
-        inward[one], outward[one] = inverse @ left, left.T @ root
+        inward[kv_head], outward[kv_head] = inverse @ left, left.T @ root
     return inward, outward
 
 

@@ -87,10 +87,10 @@ def merge(
         value_maps = turn_heads(values, cluster)
         merged_keys.append(np.einsum("ihd,hde->ie", weights.key[:, cluster], key_maps) / size)
         merged_values.append(np.einsum("ihd,hde->ie", weights.value[:, cluster], value_maps) / size)
-        for one, head in enumerate(cluster):
+        for place, head in enumerate(cluster):
             members = slice(head * weights.group, (head + 1) * weights.group)
-            queries.append(weights.query[:, members] @ query_maps[one])
-            outputs.append(value_maps[one].T @ weights.output[members])
+            queries.append(weights.query[:, members] @ query_maps[place])
+            outputs.append(value_maps[place].T @ weights.output[members])
     return replace(
         weights,
         query=np.concatenate(queries, axis=1),

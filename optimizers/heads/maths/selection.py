@@ -73,11 +73,11 @@ def eliminate_heads(
     elimination = Elimination(gram, output.reshape(-1, out), penalty)
     groups = list(range(kv_heads))
     while len(groups) > keep[1]:
-        blocks = {one: rows[one * group : (one + 1) * group].reshape(-1) for one in groups}
-        cheapest = min(groups, key=lambda one: elimination.cost(blocks[one]))
+        blocks = {kv_head: rows[kv_head * group : (kv_head + 1) * group].reshape(-1) for kv_head in groups}
+        cheapest = min(groups, key=lambda kv_head: elimination.cost(blocks[kv_head]))
         elimination.remove(blocks[cheapest])
         groups.remove(cheapest)
-    members = {one: list(range(one * group, (one + 1) * group)) for one in groups}
+    members = {kv_head: list(range(kv_head * group, (kv_head + 1) * group)) for kv_head in groups}
     quota = keep[0] // keep[1]
     while candidates := [head for heads in members.values() if len(heads) > quota for head in heads]:
         cheapest = min(candidates, key=lambda head: elimination.cost(rows[head]))

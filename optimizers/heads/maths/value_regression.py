@@ -62,13 +62,13 @@ def regress_values(sums: OutputSums, prior: Doubles, kv_heads: int, size: int, r
     group = kept // kv_heads
     full = sums.solve(prior.reshape(-1, out), ridge).reshape(kept, hidden, out)
     value, output = np.zeros((hidden, kv_heads, size)), np.zeros((kept, size, out))
-    for one in range(kv_heads):
-        members = range(one * group, (one + 1) * group)
+    for kv_head in range(kv_heads):
+        members = range(kv_head * group, (kv_head + 1) * group)
         rows = [slice(head * hidden, (head + 1) * hidden) for head in members]
         root, inverse = roots(sum(sums.gram[part, part] for part in rows) / group)
         left, values, right = np.linalg.svd(root @ np.concatenate(full[members], axis=1), full_matrices=False)
         rank = min(size, len(values))
         weight = np.sqrt(values[:rank])
-        value[:, one, :rank] = inverse @ left[:, :rank] * weight
+        value[:, kv_head, :rank] = inverse @ left[:, :rank] * weight
         output[members, :rank] = (weight[:, None] * right[:rank]).reshape(rank, group, out).transpose(1, 0, 2)
     return value, output

@@ -163,9 +163,9 @@ def read_structure(graphs: Iterable[ir.Model]) -> Structure | None:
             hidden.setdefault(stack, widths.pop() if len(widths) == 1 else None)
             for block in blocks:
                 norms |= {"RMS norm" if _is_rms(node) else "LayerNorm" for node in block.norms}
-                for one in block.attentions:
-                    frequencies |= set(_frequencies(one))
-                    scales |= set(_scale(one))
+                for attention in block.attentions:
+                    frequencies |= set(_frequencies(attention))
+                    scales |= set(_scale(attention))
         vocabulary = _vocabulary(anatomy) if vocabulary is None else vocabulary
         weights |= _weights(model.graph.initializers.values())
         tied |= anatomy.tied
@@ -187,9 +187,9 @@ def _stacks(anatomy: Anatomy) -> dict[str, list[Block]]:
 
 def _layer(origin: int, block: Block, merged: Iterable[int]) -> LayerSizes:
     attentions = tuple(
-        AttentionSizes(one.heads, one.kv_heads or one.heads, one.head_dim)
-        for one in block.attentions
-        if one.heads is not None and one.head_dim is not None
+        AttentionSizes(attention.heads, attention.kv_heads or attention.heads, attention.head_dim)
+        for attention in block.attentions
+        if attention.heads is not None and attention.head_dim is not None
     )
     width = block.feed_forward.down.features[0] if block.feed_forward else None
     return LayerSizes(origin, attentions, width, sum(_weights(_read_by(block)).values()), tuple(merged))
@@ -212,9 +212,9 @@ def _is_rms(norm: ir.Node) -> bool:
 
 
 def _hidden_widths(block: Block) -> Iterator[int]:
-    for one in block.attentions:
-        if one.output is not None:
-            yield one.output.features[1]
+    for attention in block.attentions:
+        if attention.output is not None:
+            yield attention.output.features[1]
     if block.feed_forward is not None:
         yield block.feed_forward.down.features[1]
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxpress.artifact.structure import StructureChange
-from onnxpress.building.measuring import Meter, available_memory
+from onnxpress.building.measuring import Meter
 from onnxpress.building.work import Work
 from onnxpress.errors import UnsupportedModelError, VerificationError
 from onnxpress.exporter.writing.placing import place_weights
 from onnxpress.graph.conventions import DECODER_MERGED
 from onnxpress.graph.io import load_graph
 from onnxpress.graph.tensors import WeightTensor
+from onnxpress.runtime.memory import available_memory
 
 
 def write_verified_checkpoint(work: Work, folder: Path, originals: Mapping[str, WeightTensor] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -221,14 +220,3 @@ def speed(paths: Mapping[str, Path], threads: int | None, session_options: Mappi
         context = min(decode, key=lambda tokens: abs(int(tokens) - CONTEXT))
         rows["decode_ms_per_token"] = float(decode[context])
     return rows
-
-
-def available_memory() -> int:
-    """Bytes that the system can hand out without swapping, as Linux says; elsewhere the physical memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

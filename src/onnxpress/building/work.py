@@ -20,7 +20,7 @@ from onnxpress.artifact.artifact import Artifact, Step
 from onnxpress.artifact.reduced_config import reduced_config, renewed
 from onnxpress.artifact.structure import EXPORT_KEY, Structure, StructureChange, read_structure
 from onnxpress.artifact.structure_changes import list_changes
-from onnxpress.building.measuring import Meter, available_memory, main_graph
+from onnxpress.building.measuring import Meter, main_graph
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.data import calibration_folder
 from onnxpress.calibration.known_results import KnownResults
@@ -34,7 +34,7 @@ from onnxpress.optimizers.fusion.last_logits import LastLogits
 from onnxpress.optimizers.recipe import PassSpec
 from onnxpress.progress import Progress
 from onnxpress.requests import Judging
-from onnxpress.runtime.memory import trim_memory
+from onnxpress.runtime.memory import available_memory, trim_memory
 from onnxpress.runtime_profiles.profile import Profile
 
 if TYPE_CHECKING:

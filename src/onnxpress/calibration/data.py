@@ -58,7 +58,7 @@ class CalibrationData:
     """The data to calibrate with; anything left out is decided by the pass that asks."""
 
     source: str | None = None
-    """A file, a folder or the name of a data set, see `calibration_files`; none: what the model writes itself."""
+    """A file, a folder or the name of a data set, see `read_records`; none: what the model writes itself."""
     samples: int | None = None
     """Rows: windows of text, sentences, recordings."""
     length: int | None = None

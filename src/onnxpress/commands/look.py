@@ -22,11 +22,11 @@ def inspect(model: str, profile: str, as_json: bool) -> None:
     from onnxpress import api
     from onnxpress.commands import printing
 
-    found = api.inspect(model, profile=profile)
+    overview = api.inspect(model, profile=profile)
     if as_json:
-        printing.print_json(found.to_dict())
+        printing.print_json(overview.to_dict())
     else:
-        printing.print_overview(found)
+        printing.print_overview(overview)
 
 
 @click.command(short_help="Text from a prompt (decoders) or the similarity of texts (encoders).")
@@ -61,11 +61,11 @@ def verify(folder: Path, as_json: bool) -> None:
     from onnxpress.progress import Progress
 
     with Progress() as progress:
-        found = api.verify(folder, progress=progress).to_dict()
+        figures = api.verify(folder, progress=progress).to_dict()
     if as_json:
-        printing.print_json(found)
+        printing.print_json(figures)
     else:
-        printing.print_metrics(f"{folder} is what was built", found)
+        printing.print_metrics(f"{folder} is what was built", figures)
 
 
 @click.command("list", short_help="Passes, recipes, profiles, models.")
@@ -108,11 +108,11 @@ def masks(model: str, output: Path, as_json: bool) -> None:
     from onnxpress.building.masks import extract
     from onnxpress.commands import printing
 
-    found = extract(model, output)
+    figures = extract(model, output)
     if as_json:
-        printing.print_json(found)
+        printing.print_json(figures)
     else:
-        printing.print_metrics(str(output), found)
+        printing.print_metrics(str(output), figures)
 
 
 def _stream(text: str) -> None:

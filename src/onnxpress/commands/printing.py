@@ -221,11 +221,13 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     _console().print(table)
 
 
-def print_pass(found: Mapping[str, Any]) -> None:
+def print_pass(details: Mapping[str, Any]) -> None:
     """Print what a pass does, then its options, each with its explanation."""
     console = _console()
-    console.print(f"[bold]{found['name']}[/]  {escape(found['does'])} {'Exact.' if found['exact'] else 'Not exact.'}")
-    for option in found["options"]:
+    console.print(
+        f"[bold]{details['name']}[/]  {escape(details['does'])} {'Exact.' if details['exact'] else 'Not exact.'}"
+    )
+    for option in details["options"]:
         console.print(f"\n[bold]{option['name']}[/]: {escape(signature(option))}")
         console.print(Padding(escape(option["explanation"]), (0, 0, 0, 4)))
 

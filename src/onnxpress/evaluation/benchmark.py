@@ -19,6 +19,7 @@ from typing import Any
 
 from onnxpress.errors import OnnxpressError, SourceNotFoundError
 from onnxpress.evaluation.opening import find_graphs, only_graph, open_model
+from onnxpress.runtime.memory import peak_rss_bytes
 from onnxpress.runtime.operator_profile import OperatorTime, operator_times
 from onnxpress.runtime.session_options import check_session_options
 from onnxpress.runtime.sessions import EncoderDecoderSession
@@ -101,19 +102,6 @@ def size_bytes(path: Path) -> int:
     graphs = find_graphs(path) if path.is_dir() else [path]
     files = {file for graph in graphs for file in (graph, *graph.parent.glob(f"{graph.name}[._]data*"))}
     return sum(file.stat().st_size for file in files)
-
-
-def peak_rss_bytes() -> int:
-    """High-water mark of this process's resident memory, from /proc (or getrusage where there is none)."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_request(request: Mapping[str, Any]) -> dict[str, Any]:

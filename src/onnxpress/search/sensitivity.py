@@ -186,15 +186,17 @@ class _PartTrials:
 def _rows(part: Part, formats: Sequence[Format], records: TrialRecords) -> Iterator[Measurement]:
     """Losses that were not measured follow from the one that was with the nearest error, of formats that lose alike."""
     yield Measurement(part.name, FLOAT, 4 * part.parameters, 0.0, 0.0, measured=True)
-    found = [(one, record) for one in formats if (record := records.get(part.name, one)) is not None and record.fits]
+    found = [
+        (format, record) for format in formats if (record := records.get(part.name, format)) is not None and record.fits
+    ]
     known = [(record, record.loss) for _, record in found if record.loss is not None]
-    for one, record in found:
+    for format, record in found:
         loss = record.loss
         if loss is None:
             nearest, its_loss = min(known, key=lambda pair: (not pair[0].alike(record), _distance(pair[0], record)))
             loss = its_loss / max(nearest.error, TINY) * record.error
         measured = record.loss is not None
-        yield Measurement(part.name, one.name, record.nbytes, record.error, loss, measured, record.left)
+        yield Measurement(part.name, format.name, record.nbytes, record.error, loss, measured, record.left)
 
 
 def _distance(one: TrialRecord, other: TrialRecord) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx_ir.passes import common
 
 from onnxpress.errors import UsageError
-from onnxpress.graph.tensors import RowTensor, concatenate
+from onnxpress.graph.tensors import RowTensor, concatenate_tensors
 from onnxpress.optimizers.fusion.pack_projections import PackProjections
 
 LAYER = "model__layers__0__"
@@ -179,7 +179,7 @@ def test_concatenate(rng: np.random.Generator, rowwise: bool) -> None:
     tensors = [
         RowTensor(lambda a, b, x=x: x[a:b], ir.DataType.FLOAT, x.shape) if rowwise else ir.tensor(x) for x in arrays
     ]
-    whole = concatenate(tensors, axis=1)
+    whole = concatenate_tensors(tensors, axis=1)
     assert isinstance(whole, RowTensor) == rowwise
     np.testing.assert_array_equal(whole.numpy(), np.concatenate(arrays, 1))
 
