@@ -21,7 +21,7 @@ room, where another way is taken and the reason is noted:
 
     Refused        exporter.fusing                 an operator cannot be fused: it is traced as the model writes it
     CannotRecord   exporter.tracing                the model cannot be traced: torch's own exporter takes it
-    CannotStamp    exporter.layers                 layers cannot be copied from one another: each is traced
+    CannotReplicate    exporter.layers                 layers cannot be copied from one another: each is traced
     NotFused       optimizers.fusion               a graph's attention is not what it looks like: it stays as it is
     Blocked        optimizers.quantization.folding  factors cannot pass a node: the channels are not rescaled
 """
