@@ -284,9 +284,9 @@ def _run(work: Work, recipe: Recipe, judging: Judging) -> tuple[Recipe, Evaluati
         return recipe, work.evaluate()
     from onnxpress.search.budget import search
 
-    found = search(work, recipe, judging.gates, judging.search)
-    work.notes += found.notes
-    return found.recipe, found.quality
+    chosen = search(work, recipe, judging.gates, judging.search)
+    work.notes += chosen.notes
+    return chosen.recipe, chosen.quality
 
 
 def _apply(work: Work, recipe: Recipe) -> None:

@@ -92,13 +92,13 @@ class Reduction:
         return (replace(found, output=output) if self.refit else found), kept
 
     def _regress(
-        self, weights: AttentionWeights, found: AttentionWeights, kept: Indices, seen: Observed
+        self, weights: AttentionWeights, reduced: AttentionWeights, kept: Indices, seen: Observed
     ) -> AttentionWeights:
         attended = seen.attended(kept)
         prior = cluster_sums(weights, kept, successors(attended.products, kept))
-        value, output = regress_values(attended.sums, prior, found.kv_heads, self.plan.after[2], VALUE_RIDGE)
+        value, output = regress_values(attended.sums, prior, reduced.kv_heads, self.plan.after[2], VALUE_RIDGE)
         padded = np.concatenate([value, np.zeros((1, *value.shape[1:]))])
-        return replace(found, value=padded, output=output)
+        return replace(reduced, value=padded, output=output)
 
     def _narrow_values(
         self, weights: AttentionWeights, gram: Doubles, kept: Indices, seen: Observed

@@ -149,11 +149,11 @@ def count_of(sparsity: float, size: int) -> int:
     return min(round(sparsity * size), size)
 
 
-def _without_lowest(found: NDArray[np.floating], count: int) -> Booleans:
+def _without_lowest(values: NDArray[np.floating], count: int) -> Booleans:
     """[groups, members, columns]: True but for the `count` lowest members of each group and column."""
-    mask = np.ones(found.shape, np.bool_)
+    mask = np.ones(values.shape, np.bool_)
     if count:
-        lowest = np.argsort(found, axis=1, kind="stable")[:, :count]
+        lowest = np.argsort(values, axis=1, kind="stable")[:, :count]
         np.put_along_axis(mask, lowest, False, axis=1)
     return mask
 
@@ -185,14 +185,14 @@ class Threshold:
         self.ties = count - int(reached[place] - lower[place])
         """How many numbers equal to it go; the first ones."""
 
-    def mask(self, found: Floats) -> Booleans:
+    def mask(self, values: Floats) -> Booleans:
         """The mask of one of the arrays; to be called in the order in which they were read, once for each."""
-        bits = _bits(found)
+        bits = _bits(values)
         gone = bits < self.bits
         equal = np.flatnonzero(bits == self.bits)[: self.ties]
         self.ties -= len(equal)
         gone[equal] = True
-        return ~gone.reshape(found.shape)
+        return ~gone.reshape(values.shape)
 
 
 def _bits(found: Floats) -> NDArray[np.int64]:
