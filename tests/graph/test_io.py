@@ -277,7 +277,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_graph_io import *
+from test_io import *
 path = Path({str(tmp_path)!r})
 def weight(i):
     return ir.LazyTensor(lambda: ir.tensor(np.full((2048, 2048), i, np.float32)), ir.DataType.FLOAT, shape)
