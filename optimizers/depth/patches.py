@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxpress.arrays import Floats
 from onnxpress.calibration.calibration import Calibration
 from onnxpress.calibration.walk import WalkStep
 from onnxpress.errors import UnsupportedModelError
@@ -33,7 +34,7 @@ from onnxpress.graph.edits import add_constant
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.depth.maths import CrossValidatedRegression, before_norm
 from onnxpress.optimizers.depth.removal import stacks_of
-from onnxpress.optimizers.depth.rows import Each, Rows
+from onnxpress.optimizers.depth.rows import Each
 from onnxpress.optimizers.fitting.statistics import TINY
 
 PatchForm = Literal["fold", "product"]
@@ -204,7 +205,7 @@ def _index(block: Block) -> int:
     return int(block.title.rpartition(".")[2])
 
 
-def _last_norms(untouched: ir.Model, stack: str) -> dict[int, tuple[Rows, Rows]]:
+def _last_norms(untouched: ir.Model, stack: str) -> dict[int, tuple[Floats, Floats]]:
     """(gain, bias) of the LayerNorm that each layer ends in; none for layers that end in a sum."""
     found = {}
     for block in stacks_of(anatomy_of(untouched))[stack]:
@@ -219,7 +220,7 @@ def _last_norms(untouched: ir.Model, stack: str) -> dict[int, tuple[Rows, Rows]]
 
 def _targets(
     untouched: ir.Model, stack: str, layers: Sequence[int], calibration: Calibration
-) -> Iterator[tuple[int, dict[int, Rows]]]:
+) -> Iterator[tuple[int, dict[int, Floats]]]:
     """(layer, what it makes by sample), for some layers of the untouched graph in their order."""
     places = {
         block.title: (_index(block), str(block.outputs[0].name)) for block in stacks_of(anatomy_of(untouched))[stack]
@@ -227,7 +228,7 @@ def _targets(
     for step in calibration.walk(untouched, feed="original"):
         layer, name = places.get(step.title, (-1, ""))
         if layer in layers:
-            rows: dict[int, Rows] = {}
+            rows: dict[int, Floats] = {}
             step.observe({name: [Each(rows.__setitem__)]})
             yield layer, rows
 
@@ -236,9 +237,9 @@ def _fit(
     step: WalkStep,
     block: Block,
     gap: Gap,
-    targets: Iterator[tuple[int, dict[int, Rows]]],
+    targets: Iterator[tuple[int, dict[int, Floats]]],
     form: PatchForm,
-    last_norms: Mapping[int, tuple[Rows, Rows]],
+    last_norms: Mapping[int, tuple[Floats, Floats]],
 ) -> dict[str, NDArray[Any]]:
     wanted = next(rows for layer, rows in targets if layer == gap.last)
     if form == "product":
@@ -249,10 +250,10 @@ def _fit(
     return _fit_down(step, block, gap, wanted, last_norms)
 
 
-def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Rows]) -> dict[str, NDArray[Any]]:
+def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Floats]) -> dict[str, NDArray[Any]]:
     regression = CrossValidatedRegression()
 
-    def take(sample: int, x: Rows) -> None:
+    def take(sample: int, x: Floats) -> None:
         target = wanted[sample].astype(np.float64)
         regression.update(x, target - x, token_weights(target))
 
@@ -262,16 +263,20 @@ def _fit_product(step: WalkStep, states: str, wanted: Mapping[int, Rows]) -> dic
 
 
 def _fit_down(
-    step: WalkStep, block: Block, gap: Gap, wanted: Mapping[int, Rows], last_norms: Mapping[int, tuple[Rows, Rows]]
+    step: WalkStep,
+    block: Block,
+    gap: Gap,
+    wanted: Mapping[int, Floats],
+    last_norms: Mapping[int, tuple[Floats, Floats]],
 ) -> dict[str, NDArray[Any]]:
     end = _End(block)
     assert end.reads is not None
     norm = last_norms.get(gap.last) if end.norm is not None else None
     if end.norm is not None and norm is None:
         raise UnsupportedModelError(f"layer {gap.last} does not end in a LayerNorm as {block.title} does")
-    regression, acts, biased = CrossValidatedRegression(), dict[int, Rows](), end.down.bias is not None
+    regression, acts, biased = CrossValidatedRegression(), dict[int, Floats](), end.down.bias is not None
 
-    def take(sample: int, current: Rows) -> None:
+    def take(sample: int, current: Floats) -> None:
         act = acts.pop(sample)
         target = wanted[sample].astype(np.float64) if norm is None else before_norm(wanted[sample], current, *norm)
         x = np.concatenate([act, np.ones_like(act[:, :1])], axis=1) if biased else act

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
-Rows = NDArray[np.float32]
+from onnxpress.arrays import Floats
 
 
 class Each:
     """Hands the rows of an activation on, sample by sample."""
 
-    def __init__(self, take: Callable[[int, Rows], None]) -> None:
+    def __init__(self, take: Callable[[int, Floats], None]) -> None:
         self.take = take
 
-    def update(self, x: Rows, sample: int) -> None:
+    def update(self, x: Floats, sample: int) -> None:
         self.take(sample, x)

@@ -26,16 +26,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxpress.arrays import Doubles
 from onnxpress.graph.conventions import MICROSOFT
 from onnxpress.graph.edits import drop_unused_weights, use_microsoft_operators
 from onnxpress.graph.matching import only_reader, same_shape, scalar
 from onnxpress.graph.report import Report
 from onnxpress.optimizers.base import Context, Pass
 
-Curve = NDArray[np.float64]
-POINTS: Curve = np.linspace(-4, 4, 17)
+POINTS: Doubles = np.linspace(-4, 4, 17)
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 _EVALUATE: dict[str, Callable[..., Any]] = {
@@ -101,7 +100,7 @@ def _candidates(root: ir.Node) -> Iterator[ir.Value]:
     yield from seen
 
 
-def _evaluate(value: ir.Value, known: dict[ir.Value, Curve], depth: int = 10) -> Curve | None:
+def _evaluate(value: ir.Value, known: dict[ir.Value, Doubles], depth: int = 10) -> Doubles | None:
     """`value` as a function of the known one; None if it depends on anything else."""
     if value in known:
         return known[value]
@@ -121,7 +120,7 @@ def _evaluate(value: ir.Value, known: dict[ir.Value, Curve], depth: int = 10) ->
         return np.asarray(_EVALUATE[node.op_type](*operands), np.float64)
 
 
-def _operator(model: ir.Model, anchor: str, curve: Curve, value: ir.Value, tolerance: float) -> ir.Node | None:
+def _operator(model: ir.Model, anchor: str, curve: Doubles, value: ir.Value, tolerance: float) -> ir.Node | None:
     """The operator that computes this curve from `value`, if there is one."""
     x, opset = POINTS, model.graph.opset_imports.get("", 1)
     if anchor == "Erf":

@@ -11,12 +11,10 @@ import math
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Doubles, Floats, Integers
 from onnxpress.optimizers.fitting.statistics import require_data, require_finite_sums
 
-Counts = NDArray[np.int64]
 PRECISION = 22
 """Bins are at least 2^-22 of the largest value wide: finer ones would be finer than float32."""
 
@@ -30,7 +28,7 @@ class Histogram:
 
     def __init__(self, tensor: str, bins: int = 4096) -> None:
         self.tensor, self.bins = tensor, bins
-        self.counts: Counts = np.zeros(0, np.int64)
+        self.counts: Integers = np.zeros(0, np.int64)
         self.exponent = 0
         self.first = 0
         """The first bin begins at first · 2^exponent."""
@@ -58,7 +56,7 @@ class Histogram:
         """[bins + 1]"""
         return np.ldexp(np.arange(len(self.counts) + 1, dtype=np.float64) + self.first, self.exponent)
 
-    def symmetric(self, bins: int | None = None) -> tuple[Counts, Doubles]:
+    def symmetric(self, bins: int | None = None) -> tuple[Integers, Doubles]:
         """Counts and edges of an even number of bins about zero, at most `bins` of them."""
         require_data(len(self.counts), self.tensor)
         counts, first, exponent = self.counts, self.first, self.exponent
@@ -69,7 +67,7 @@ class Histogram:
         result[half + first : half + first + len(counts)] = counts
         return result, np.ldexp(np.arange(-half, half + 1, dtype=np.float64), exponent)
 
-    def magnitudes(self) -> tuple[Counts, Doubles]:
+    def magnitudes(self) -> tuple[Integers, Doubles]:
         """Counts and edges of |x|."""
         counts, edges = self.symmetric()
         half = len(counts) // 2
@@ -91,7 +89,7 @@ def _place(value: float, exponent: int) -> int:
     return math.floor(math.ldexp(value, -exponent))
 
 
-def _coarsened(counts: Counts, first: int, steps: int) -> tuple[Counts, int]:
+def _coarsened(counts: Integers, first: int, steps: int) -> tuple[Integers, int]:
     """The same counts in bins 2^steps times as wide, and the place of the first of them."""
     if steps <= 0 or not len(counts):
         return counts, first >> max(steps, 0)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnxpress.arrays import Doubles, Floats
+from onnxpress.arrays import Doubles, Floats, Integers
 from onnxpress.optimizers.fitting.statistics import require_data
-from onnxpress.optimizers.quantization.maths.histogram import Counts, Histogram
+from onnxpress.optimizers.quantization.maths.histogram import Histogram
 
 Range = tuple[float, float]
 
@@ -53,7 +53,7 @@ def percentile(histogram: Histogram, share: float = 99.99, *, symmetric: bool = 
     return max(low, float(edges[bottom])), min(high, float(edges[top + 1]))
 
 
-def _quantile_bin(counts: Counts, part: float) -> int:
+def _quantile_bin(counts: Integers, part: float) -> int:
     """The bin that the quantile lies in."""
     cumulative = np.cumsum(counts) / counts.sum()
     return int(np.searchsorted(cumulative, part))
@@ -98,7 +98,7 @@ def entropy(histogram: Histogram, levels: int = 128) -> Range:
     return max(low, -limit), min(high, limit)
 
 
-def entropy_threshold(counts: Counts, edges: Doubles, levels: int) -> float:
+def entropy_threshold(counts: Integers, edges: Doubles, levels: int) -> float:
     """The best |x| to clip at, of the edges of an even number of bins about zero."""
     half = len(counts) // 2
     cumulative = np.concatenate([[0], np.cumsum(counts)])
