@@ -207,14 +207,17 @@ class Opened(ABC):
 
         Raises BadInputError for a model that writes no text.
         """
-        raise BadInputError(f"{self.name} is an {self.kind}: it does not write text")
+        raise self._writes_no_text()
 
     def begin(self, prompt: Ids) -> Ids:
         """Take in a prompt [1, length]; return what `model.prefill` is to be given to continue it.
 
         Raises BadInputError for a model that writes no text.
         """
-        raise BadInputError(f"{self.name} is an {self.kind}: it does not write text")
+        raise self._writes_no_text()
+
+    def _writes_no_text(self) -> BadInputError:
+        return BadInputError(f"{self.name} is an {self.kind}: it does not write text")
 
     def more_figures(
         self, candidate: Opened, reference: Opened, cases: Sequence[Case], modes: Any, options: Options

@@ -50,8 +50,6 @@ class DecoderSession:
     is what helps, by the copies of the cache that it saves; binding alone does not, numpy outputs being views.
     """
 
-    kind = "decoder"
-
     def __init__(
         self,
         path: str | Path | onnxruntime.InferenceSession,

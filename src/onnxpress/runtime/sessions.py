@@ -76,8 +76,6 @@ def position_ids(mask: Ids, length: int) -> Ids:
 class EncoderSession:
     """A graph without a cache: text, vision or speech encoders, classifiers, or anything else with named inputs."""
 
-    kind = "encoder"
-
     def __init__(
         self,
         path: str | Path | onnxruntime.InferenceSession,
@@ -143,7 +141,6 @@ class EncoderDecoderSession:
     by `use_cache_branch`, and takes the inputs of both: before there is a cache, one of length 0.
     """
 
-    kind = "encoder-decoder"
     last_only = False
 
     def __init__(
